@@ -1,0 +1,464 @@
+"""The configuration of a run: one typed tree, read from YAML plus `a.b=value` overrides, validated in one place.
+
+Everything else (the megatron-core config, the DeepSpeed JSON, the number of ranks) is derived from it. Nothing here
+imports torch, so reading and checking a config takes milliseconds.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from trainer.presets import PRESETS
+
+VOCAB_MULTIPLE = 128  # the padded vocabulary is a multiple of this, whatever the layout, so that layouts agree
+
+
+class UserError(ValueError):
+    """Something the user can mend. One line: the rule, the values, the fix. The command line exits 2 on it."""
+
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMBT]?)")
+_SCALE = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def _parse_count(value: Any) -> Any:
+    """'375M' -> 375000000; everything else is left for the field's own validation."""
+    match = _COUNT.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        return value
+    count = float(match[1]) * _SCALE[match[2]]
+    return int(count) if count.is_integer() else value
+
+
+Tokens = Annotated[int, BeforeValidator(_parse_count), Field(ge=0)]
+"""A number of tokens; accepts 300B, 375M, 4k as well as plain integers."""
+
+Strings = Annotated[
+    tuple[str, ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    PlainSerializer(list),
+]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, keyword-only, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True
+    )
+
+
+class ModelConfig(Section):
+    num_layers: int = Field(12, ge=1)
+    """Transformer layers."""
+    hidden_size: int = Field(768, ge=1)
+    """Width of the residual stream (elements)."""
+    num_heads: int = Field(12, ge=1)
+    """Attention heads per layer; must divide hidden_size."""
+    ffn_hidden_size: int | None = Field(None, ge=1)
+    """Width of the feed-forward layer (elements); empty means 4 x hidden_size."""
+    vocab_size: int = Field(50257, ge=1)
+    """Tokens in the vocabulary, the end-of-text token included; a tokenizer trained by the run gets exactly this many."""
+    seq_length: int = Field(2048, ge=2)
+    """Tokens in one training sequence, and the longest context the model can read."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """Layer norm before each sub-block (GPT-2, GPT-3) or after its residual addition (GPT-1)."""
+    tied_embeddings: bool = True
+    """Share one matrix between the token embedding and the output layer."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Probability of dropping an element of an embedding, a residual branch or an attention weight."""
+    init_std: float = Field(0.02, gt=0.0)
+    """Standard deviation of the initial weights; residual projections get this over sqrt(2 x num_layers)."""
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding matrix: vocab_size rounded up, independent of the layout."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class TrainConfig(Section):
+    total_tokens: Tokens = 10**9
+    """Tokens to train on over the whole run; rounded up to whole steps."""
+    global_batch_size: int = Field(256, ge=1)
+    """Sequences per optimizer step over all ranks."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Sequences per forward and backward pass of one rank."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the model; master weights and optimizer state are fp32 in both."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recomputation: keep everything, or only each layer's input."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(6.0e-4, gt=0.0)
+    """Peak learning rate of AdamW."""
+    min_lr_fraction: float = Field(0.1, ge=0.0, le=1.0)
+    """Learning rate at the end of the decay, as a fraction of the peak."""
+    warmup_tokens: Tokens = 0
+    """Tokens over which the learning rate rises linearly from zero."""
+    decay_tokens: Tokens | None = None
+    """Tokens, warm-up included, after which the cosine has reached its end; empty means train.total_tokens."""
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay rate of the first moment per step."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """Decay rate of the second moment per step."""
+    eps: float = Field(1e-8, gt=0.0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0.0)
+    """Decoupled decay of matrices per unit of learning rate; norms and biases are never decayed."""
+    clip_grad_norm: float = Field(1.0, ge=0.0)
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 turns clipping off."""
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1)
+    """Ranks that split every matrix."""
+    pipeline: int = Field(1, ge=1)
+    """Ranks that split the layers into consecutive stages."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Chunks of layers per pipeline rank; above 1 the schedule is the interleaved one."""
+    data: int = Field(1, ge=1)
+    """Replicas that split the batch."""
+    sequence: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
+    zero: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: what data-parallel ranks split (1 optimizer state, 2 and gradients, 3 and weights)."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+class DataConfig(Section):
+    sources: Strings = ("python-stdlib",)
+    """Where text comes from: `python-stdlib` (what every Python carries), or files, folders and globs of .txt and .jsonl."""
+    text_field: str = Field("text", min_length=1)
+    """Field of a .jsonl record that holds the text."""
+    heldout_fraction: float = Field(0.02, gt=0.0, lt=1.0)
+    """Share of documents, chosen by a hash of their content, kept out of training for evaluation."""
+    tokenizer: str | None = None
+    """Folder of an existing tokenizer (tokenizer.json); empty trains byte-level BPE with model.vocab_size tokens."""
+    prepared: str | None = None
+    """Folder that `broadgauge prepare` has written; empty means the run prepares its own from `sources`."""
+
+
+class EvaluationConfig(Section):
+    every_steps: int = Field(0, ge=0)
+    """Steps between evaluations of the held-out loss; 0 evaluates only before and after training."""
+    max_sequences: int | None = Field(None, ge=1)
+    """Held-out sequences to evaluate on; empty means all of them."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(1000, ge=1)
+    """Steps between checkpoints; one more is written at the end."""
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints to keep; older ones are removed after a newer one is committed."""
+    resume_from: str | None = None
+    """A checkpoint of another run, written in any layout, to start from when this run has none of its own."""
+
+
+class GenerateConfig(Section):
+    prompt: str = Field("The ", min_length=1)
+    """Text to continue with the exported model at the end of a run."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens to generate."""
+
+
+class LaunchConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where ranks compute; auto takes CUDA where it exists."""
+    nodes: int = Field(1, ge=1)
+    """Machines, one agent each."""
+    ranks_per_node: int | None = Field(None, ge=1)
+    """Ranks on each machine; empty spreads the layout's ranks evenly."""
+    threads_per_rank: int | None = Field(None, ge=1)
+    """CPU threads per rank; empty shares the machine's cores evenly."""
+
+
+class RunConfig(Section):
+    """A whole run, from raw text to an exported model."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is runs/<name>."""
+    preset: str | None = None
+    """A published size (see trainer/presets.py) whose values hold wherever this config says nothing."""
+    seed: int = Field(1234, ge=0, lt=2**31)
+    """Seed of initial weights, data order and dropout."""
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    train: TrainConfig = TrainConfig()
+    """Length, batch and arithmetic of training."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and the learning-rate schedule."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the work is laid out over ranks."""
+    data: DataConfig = DataConfig()
+    """Text and tokenizer."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out evaluation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    generate: GenerateConfig = GenerateConfig()
+    """The text sample at the end of a run."""
+    launch: LaunchConfig = LaunchConfig()
+    """Machines, processes and threads."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.model.seq_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps in the run: total_tokens rounded up to whole steps."""
+        return math.ceil(self.train.total_tokens / self.tokens_per_step)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches per step on each data-parallel replica."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.launch.ranks_per_node or self.parallel.num_ranks // self.launch.nodes
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for problem in _problems(self):
+            raise ValueError(problem)
+        return self
+
+
+def _problems(config: RunConfig) -> Iterator[str]:
+    """Every rule that spans fields, as one line with the rule, the values and the fix."""
+    yield from _model_problems(config)
+    yield from _layout_problems(config)
+    yield from _batch_problems(config)
+
+
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    if model.hidden_size % model.num_heads:
+        yield (
+            f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; "
+            f"use {_nearest_multiples(model.hidden_size, model.num_heads)}"
+        )
+    for field, value in (
+        ("model.num_heads", model.num_heads),
+        ("model.ffn_hidden_size", model.ffn_size),
+        ("the padded vocabulary", model.padded_vocab_size),
+    ):
+        if value % tensor:
+            yield f"{field} {value} is not divisible by parallel.tensor {tensor}; use {_divisors(value, tensor)}"
+
+
+def _layout_problems(config: RunConfig) -> Iterator[str]:
+    model, parallel, launch = config.model, config.parallel, config.launch
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    if model.num_layers % stages:
+        yield (
+            f"model.num_layers {model.num_layers} is not divisible by parallel.pipeline {parallel.pipeline} x "
+            f"virtual_pipeline {parallel.virtual_pipeline}; use {_nearest_multiples(model.num_layers, stages)} layers"
+        )
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        yield "parallel.virtual_pipeline above 1 needs parallel.pipeline above 1; set virtual_pipeline to 1"
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence splits over tensor-parallel ranks and parallel.tensor is 1; set sequence to false"
+    if parallel.sequence and model.seq_length % parallel.tensor:
+        yield (
+            f"model.seq_length {model.seq_length} is not divisible by parallel.tensor {parallel.tensor}, which "
+            f"parallel.sequence needs; use {_nearest_multiples(model.seq_length, parallel.tensor)}"
+        )
+    if parallel.pipeline > 1 and parallel.zero == 3:
+        yield "parallel.zero 3 does not work under pipelines (parallel.pipeline > 1); use zero 1, or pipeline 1"
+    if parallel.pipeline > 1 and parallel.zero == 2 and model.tied_embeddings:
+        yield (
+            "parallel.zero 2 under pipelines needs untied embeddings (their gradients are reduced too early); "
+            "use zero 1, or model.tied_embeddings false"
+        )
+    ranks = parallel.num_ranks
+    per_node = launch.ranks_per_node or ranks // launch.nodes
+    if launch.nodes * per_node != ranks:
+        yield (
+            f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data} = {ranks} ranks, "
+            f"but launch.nodes {launch.nodes} x ranks_per_node {per_node} = {launch.nodes * per_node}; "
+            f"change one so that they are equal"
+        )
+
+
+def _batch_problems(config: RunConfig) -> Iterator[str]:
+    train, parallel = config.train, config.parallel
+    micro_total = train.micro_batch_size * parallel.data
+    if train.global_batch_size % micro_total:
+        yield (
+            f"train.global_batch_size {train.global_batch_size} is not divisible by micro_batch_size "
+            f"{train.micro_batch_size} x parallel.data {parallel.data}; "
+            f"use {_nearest_multiples(train.global_batch_size, micro_total)}"
+        )
+    elif parallel.virtual_pipeline > 1 and config.num_microbatches % parallel.pipeline:
+        yield (
+            f"the interleaved schedule needs the {config.num_microbatches} micro-batches of a step to be a multiple of "
+            f"parallel.pipeline {parallel.pipeline}; change train.global_batch_size or micro_batch_size"
+        )
+    if train.total_tokens < 1:
+        yield "train.total_tokens must be at least 1"
+
+
+def _nearest_multiples(value: int, divisor: int) -> str:
+    below = value // divisor * divisor
+    return f"{below} or {below + divisor}" if below else f"{divisor}"
+
+
+def _divisors(value: int, wanted: int) -> str:
+    """The divisors of `value` next to `wanted`."""
+    below = max(d for d in range(1, wanted + 1) if value % d == 0)
+    above = next((d for d in range(wanted, value + 1) if value % d == 0), below)
+    return f"{below} or {above}" if below != above else str(below)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's floats: 1e-4 is a number, not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader subclass)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply `a.b=value` overrides, fill in the preset, validate.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, a value has the wrong type, or the layout is impossible.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        tree = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of config keys, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> RunConfig:
+    """Validate a nested mapping (with its preset filled in); errors name the nearest known key."""
+    preset = tree.get("preset")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"preset: unknown preset {preset!r}{_suggest(str(preset), PRESETS)}")
+        tree = _merge(PRESETS[preset](), tree)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from error
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML, every value written out; `from_tree(parse_yaml(...))` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """The fields in which two configs differ, as `a.b: old -> new`."""
+    a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in a | b if a.get(key) != b.get(key)]
+
+
+def json_schema() -> dict[str, Any]:
+    return RunConfig.model_json_schema()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override!r} must have the form section.key=value")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML") from error
+    for depth, key in enumerate(keys[:-1]):
+        if tree.get(key) is None:
+            tree[key] = {}
+        tree = tree[key]
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override!r}: {'.'.join(keys[: depth + 1])} is a value, not a section")
+    tree[keys[-1]] = value
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        mine = merged.get(key)
+        merged[key] = _merge(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = [_describe(detail) for detail in error.errors()]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0] + more
+
+
+def _describe(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"] if not str(part).startswith("function-"))
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where}{_suggest(where, known_keys())}"
+    if detail["type"] == "value_error":  # our own rules: already whole sentences
+        return str(detail["ctx"]["error"])
+    got = repr(detail["input"])
+    rule = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{where}: {rule}, got {got if len(got) < 80 else got[:77] + '...'}"
+
+
+def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, sections included."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _suggest(wrong: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
+    if not near:  # the right name in the wrong section
+        near = [key for key in known if key.rpartition(".")[2] == wrong.rpartition(".")[2]][:1]
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(list(known)[:12])}"

@@ -1,0 +1,103 @@
+"""The record of a run: one JSON object a line, appended and never rewritten.
+
+Everything a person sees of a run (progress, tables, plots) is drawn from this file. A line is one `write` to a file
+opened for appending, so several processes may write to the same file without mixing their lines, and a reader may
+meet at most one torn line, the last.
+
+Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
+    run_started         resumed (bool)
+    stage_started       stage
+    stage_finished      stage, seconds, result (one line for a person)
+    data_prepared       documents, train_tokens, heldout_tokens, vocab_size
+    ranks_started       ranks, layout
+    resumed             step, checkpoint
+    step                step (1-based), tokens (seen so far), loss, grad_norm, lr, seconds
+    evaluated           step, loss (nats per token), tokens (evaluated), baselines (uniform, unigram)
+    checkpoint_saved    step, path, bytes, seconds
+    export_verified     largest_difference, tokens
+    generated           prompt, text
+    run_finished        seconds
+    failed              error
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Appends events to one file."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._heal_torn_line(path)
+
+    def _heal_torn_line(self, path: Path) -> None:
+        """End the line that a killed writer may have left open, so that ours starts a new one."""
+        with open(path, "rb") as handle:
+            handle.seek(0, os.SEEK_END)
+            if handle.tell() == 0:
+                return
+            handle.seek(-1, os.SEEK_END)
+            if handle.read(1) != b"\n":
+                os.write(self._fd, b"\n")
+
+    def write(self, kind: str, **fields: Any) -> None:
+        line = orjson.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, option=orjson.OPT_SERIALIZE_NUMPY)
+        os.write(self._fd, line + b"\n")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class EventReader:
+    """Reads a growing file: each call to `new_events` yields the whole lines added since the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def skip_to_end(self) -> None:
+        self._offset = self._path.stat().st_size if self._path.exists() else 0
+
+    def new_events(self) -> Iterator[Event]:
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as handle:
+            handle.seek(self._offset)
+            chunk = handle.read()
+        whole, newline, _ = chunk.rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        for line in whole.splitlines():
+            event = _parse(line)
+            if event is not None:
+                yield event
+
+
+def read_events(path: Path) -> list[Event]:
+    return list(EventReader(path).new_events())
+
+
+def surviving_steps(events: list[Event]) -> list[Event]:
+    """The `step` events of the history that the final weights have seen: a resume erases the steps after it."""
+    steps: dict[int, Event] = {}
+    for event in events:
+        if event["kind"] == "step":
+            steps[event["step"]] = event
+        elif event["kind"] == "resumed":
+            steps = {step: seen for step, seen in steps.items() if step <= event["step"]}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _parse(line: bytes) -> Event | None:
+    try:
+        event = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None  # torn by a crash
+    return event if isinstance(event, dict) and "kind" in event else None

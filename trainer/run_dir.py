@@ -1,0 +1,96 @@
+"""The folder of a run: what lies where, who may write to it, and which config it belongs to."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer import config as run_config
+from trainer.config import RunConfig, UserError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run; nothing is created until `create`."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def events_path(self) -> Path:
+        """The append-only record of the run; see `trainer.events`."""
+        return self.path / "events.jsonl"
+
+    @property
+    def data(self) -> Path:
+        """What `data_pipeline` wrote: tokenizer/, train.bin/.idx, heldout.bin/.idx, manifest.json."""
+        return self.path / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The Hugging Face folder."""
+        return self.path / "export"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "loss.png"
+
+    def data_for(self, config: RunConfig) -> Path:
+        """The prepared data this run trains on: its own, or the folder that `data.prepared` names."""
+        return Path(config.data.prepared) if config.data.prepared else self.data
+
+    def check(self, config: RunConfig) -> None:
+        """Refuse a folder that belongs to a run with another config, or that is no run's.
+
+        Raises:
+            UserError: names the fields that differ.
+        """
+        if not self.config_path.exists():
+            if self.path.exists() and any(item.name != ".lock" for item in self.path.iterdir()):
+                raise UserError(f"{self.path} exists, is not empty and holds no config.yaml of a run; use another --run-dir")
+            return
+        changed = run_config.differences(run_config.load(self.config_path), config)
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with another config ({'; '.join(changed[:4])}"
+                f"{'; ...' if len(changed) > 4 else ''}); use the same settings, or another --run-dir"
+            )
+
+    def create(self, config: RunConfig) -> None:
+        """Make the folder and write the resolved config, unless an equal one is there."""
+        self.check(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not self.config_path.exists():
+            temporary = self.config_path.with_suffix(".yaml.tmp")
+            temporary.write_text(run_config.dump(config), encoding="utf-8")
+            os.replace(temporary, self.config_path)
+        for folder in (self.checkpoints, self.logs):
+            folder.mkdir(exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the kernel lets go when the process ends, however it ends.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.path} is in use by another broadgauge process; wait for it or stop it") from error
+            yield
