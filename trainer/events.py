@@ -10,9 +10,9 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     stage_finished      stage, seconds, result (one line for a person)
     data_prepared       documents, train_tokens, heldout_tokens, vocab_size
     ranks_started       ranks, layout
-    resumed             step, checkpoint
+    training_started    step, checkpoint (path, or null for a fresh start): the steps after it, if any, are void
     step                step (1-based), tokens (seen so far), loss, grad_norm, lr, seconds
-    evaluated           step, loss (nats per token), tokens (evaluated), baselines (uniform, unigram)
+    evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss
     checkpoint_saved    step, path, bytes, seconds
     export_verified     largest_difference, tokens
     generated           prompt, text
@@ -85,12 +85,12 @@ def read_events(path: Path) -> list[Event]:
 
 
 def surviving_steps(events: list[Event]) -> list[Event]:
-    """The `step` events of the history that the final weights have seen: a resume erases the steps after it."""
+    """The `step` events of the history that the final weights have seen: a restart voids the steps after it."""
     steps: dict[int, Event] = {}
     for event in events:
         if event["kind"] == "step":
             steps[event["step"]] = event
-        elif event["kind"] == "resumed":
+        elif event["kind"] == "training_started":
             steps = {step: seen for step, seen in steps.items() if step <= event["step"]}
     return [steps[step] for step in sorted(steps)]
 

@@ -1,15 +1,31 @@
 """The entry point of one rank: a process that the agent forks from its fork server.
 
-This module is what the fork server preloads, so importing it must import all that a rank needs, initialise nothing
-and start no thread.
+This module is what the fork server preloads, so importing it imports all that a rank needs, initialises nothing and
+starts no thread.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-Task = Literal["train", "evaluate"]
+with warnings.catch_warnings():  # megatron-core says at length which optional packages it does without
+    warnings.simplefilter("ignore")
+    import orjson
+    import torch
+    import torch.distributed as dist
+
+    from trainer import device as devices
+    from trainer import loop, parallel
+    from trainer.config import RunConfig, from_tree, parse_yaml
+    from trainer.data import WindowReader
+    from trainer.evaluate.frozen import FrozenModel
+    from trainer.evaluate.heldout import HeldoutEvaluation
+    from trainer.events import EventLog
+    from trainer.run_dir import RunDir
+
+Task = Literal["train", "evaluate", "logits"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +43,70 @@ class RankSpec:
     run_dir: Path
     task: Task = "train"
     threads: int = 1
+    checkpoint: Path | None = None
+    """What the tasks `evaluate` and `logits` read."""
+    output: Path | None = None
+    """Where they write their result."""
 
 
 def main(spec: RankSpec) -> None:
     """Run the task of this rank to its end; an exception means that the rank failed."""
-    os.environ.update(
+    os.environ.update(  # what DeepSpeed reads
         RANK=str(spec.rank),
         WORLD_SIZE=str(spec.world_size),
         LOCAL_RANK=str(spec.local_rank),
         LOCAL_WORLD_SIZE=str(spec.local_world_size),
     )
-    raise NotImplementedError
+    torch.set_num_threads(spec.threads)
+    warnings.simplefilter("ignore", FutureWarning)
+    config = from_tree(parse_yaml(spec.config_yaml))
+    kind = devices.resolve(config.launch.device)
+    device = devices.activate(kind, spec.local_rank)
+    parallel.initialize(config.parallel, kind, spec.rendezvous, spec.rank, spec.world_size)
+    run_dir = RunDir(spec.run_dir)
+    if spec.task == "train":
+        _train(config, run_dir, device)
+    elif spec.task == "evaluate":
+        _evaluate(spec, config, run_dir, device)
+    else:
+        _logits(spec, config, run_dir, device)
+    dist.barrier()  # nobody leaves while another still talks to it
+    dist.destroy_process_group()
+
+
+def _train(config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
+    if dist.get_rank() == 0:
+        loop.train(config, run_dir, device, EventLog(run_dir.events_path).write)
+    else:
+        loop.train(config, run_dir, device, _write_nothing)
+
+
+def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
+    """Held-out loss of a checkpoint, as JSON in `spec.output`."""
+    assert spec.checkpoint is not None and spec.output is not None
+    model = FrozenModel(config, spec.checkpoint, device)
+    evaluation = HeldoutEvaluation(*_readers(config, run_dir), config, device)
+    result = evaluation.run(model.evaluate)
+    if dist.get_rank() == 0:
+        spec.output.write_bytes(orjson.dumps(result))
+
+
+def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
+    """fp32 logits of the first held-out sequences, with the tokens, as a torch file in `spec.output`."""
+    assert spec.checkpoint is not None and spec.output is not None
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
+    model = FrozenModel(config, spec.checkpoint, device)
+    _, heldout = _readers(config, run_dir)
+    tokens = heldout.windows(range(min(2, heldout.num_windows)))[:, :-1].to(device)
+    logits = model.logits(tokens)
+    if logits is not None and parallel.tensor_rank() == 0 and parallel.data_rank() == 0:
+        torch.save({"tokens": tokens.cpu(), "logits": logits.cpu()}, spec.output)
+
+
+def _readers(config: RunConfig, run_dir: RunDir) -> tuple[WindowReader, WindowReader]:
+    data = run_dir.data_for(config)
+    return WindowReader(data / "train", config.model.seq_length), WindowReader(data / "heldout", config.model.seq_length)
+
+
+def _write_nothing(*_: Any, **__: Any) -> None:
+    """Only rank 0 writes events."""

@@ -1,0 +1,370 @@
+"""The export, opened by transformers in a process that cannot import this project."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from reference_gpt import ReferenceGPT
+from trainer.checkpoint import hf
+from trainer.config import RunConfig, UserError, from_tree
+
+VOCAB, SEQ = 300, 24  # the padded vocabulary has 384 rows
+SIZES = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 96}
+END_OF_TEXT = "<|endoftext|>"
+PROMPT = "hello world, the cat"
+FACTS = {"Steps": 1200, "Final loss": 3.14159265, "Layout": "TP2 | PP2"}
+
+VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
+    # name: (changes to the model, max_shard_bytes)
+    "tied": ({}, 10**9),
+    "untied": ({"tied_embeddings": False}, 10**9),
+    "sharded": ({"tied_embeddings": False}, 60_000),
+    "default_ffn": ({"ffn_hidden_size": None, "dropout": 0.1}, 10**9),
+}
+
+# What a stranger would write: no file, path or module of ours.
+STRANGER = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("trainer", "launcher", "data_pipeline", "reference_gpt"):
+            raise ImportError(f"{name} must not be needed")
+
+sys.meta_path.insert(0, Refuse())
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folders, prompt, out = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
+tokens = torch.load(out + "/tokens.pt")
+results = {}
+for folder in folders:
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt)["input_ids"]
+    results[folder] = {
+        "logits": model(tokens).logits.detach(),
+        "class": type(model).__name__,
+        "dtype": str(model.dtype),
+        "report": {name: sorted(map(str, keys)) for name, keys in report.items()},
+        "eos": (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id),
+        "ids": ids,
+        "text": tokenizer.decode(ids),
+    }
+torch.save(results, out + "/results.pt")
+"""
+
+
+class ReadOnce(Mapping[str, Tensor]):
+    """Global tensors of which each can be read once, as from a file that is streamed."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors.pop(name)
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("the export must ask for the tensors it knows")
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass
+class Export:
+    folder: Path
+    config: RunConfig
+    reference: ReferenceGPT
+
+
+def config_of(**model: Any) -> RunConfig:
+    return from_tree({"name": "small", "model": {"vocab_size": VOCAB, "seq_length": SEQ, **SIZES, **model}})
+
+
+def reference_of(config: RunConfig) -> ReferenceGPT:
+    model = config.model
+    reference = ReferenceGPT(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_heads,
+        ffn_hidden_size=model.ffn_size,
+        vocab_size=model.vocab_size,
+        padded_vocab_size=model.padded_vocab_size,
+        seq_length=model.seq_length,
+        tied_embeddings=model.tied_embeddings,
+    )
+    reference.randomize(seed=7)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE that splits words otherwise than GPT-2 does, so that GPT-2's in its place would show."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["hello world, the cat sat on the mat in 1984 1984 1984"] * 4, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Export]:
+    root = tmp_path_factory.mktemp("exports")
+    made = {}
+    for name, (changes, max_shard_bytes) in VARIANTS.items():
+        config = config_of(**changes)
+        reference = reference_of(config)
+        weights = ReadOnce(reference.global_tensors())
+        temporary = hf.export_model(weights, config, tokenizer, root / name, FACTS, max_shard_bytes=max_shard_bytes)
+        assert len(weights) == 0, "every tensor of the model must be in the export"
+        assert temporary.parent == root and not (root / name).exists()
+        hf.commit(temporary, root / name)
+        made[name] = Export(root / name, config, reference)
+    assert sorted(path.name for path in root.iterdir()) == sorted(VARIANTS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def seen_by_stranger(
+    exports: dict[str, Export], tokens: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("stranger")
+    torch.save(tokens, out / "tokens.pt")
+    folders = [str(export.folder) for export in exports.values()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, *folders, PROMPT + " 1984", str(out)],
+        cwd=out,
+        env=environment,
+        check=True,
+    )
+    results = torch.load(out / "results.pt")
+    return {name: results[str(export.folder)] for name, export in exports.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stranger_sees_the_trained_model(
+    variant: str,
+    exports: dict[str, Export],
+    seen_by_stranger: dict[str, dict[str, Any]],
+    tokens: Tensor,
+) -> None:
+    seen = seen_by_stranger[variant]
+    assert (seen["class"], seen["dtype"]) == ("GPT2LMHeadModel", "torch.float32")
+    assert not any(seen["report"].values())
+    assert seen["logits"].shape == (2, SEQ, VOCAB)
+    with torch.no_grad():
+        expected = exports[variant].reference(tokens)
+    assert expected.std() > 0.1, "logits that hardly vary would show nothing"
+    torch.testing.assert_close(seen["logits"], expected, atol=1e-5, rtol=0)
+
+
+def test_a_stranger_sees_the_tokenizer(seen_by_stranger: dict[str, dict[str, Any]], tokenizer: Path) -> None:
+    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    end_of_text = backend.token_to_id(END_OF_TEXT)
+    for seen in seen_by_stranger.values():
+        assert seen["ids"] == backend.encode(PROMPT + " 1984").ids
+        assert seen["text"] == PROMPT + " 1984"
+        assert seen["eos"] == (end_of_text, end_of_text, end_of_text)
+
+
+def test_shards_and_their_index_agree(exports: dict[str, Export]) -> None:
+    folder, limit = exports["sharded"].folder, VARIANTS["sharded"][1]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert not (folder / "model.safetensors").exists()
+    held: dict[str, str] = {}
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as shard:
+            sizes = {name: shard.get_tensor(name).nbytes for name in shard.keys()}  # noqa: SIM118  (not a dict)
+        assert sum(sizes.values()) <= limit
+        total += sum(sizes.values())
+        held |= dict.fromkeys(sizes, path.name)
+    assert len(set(held.values())) > 3
+    assert index == {"metadata": {"total_size": total}, "weight_map": held}
+
+
+def test_model_card_tells_the_facts(exports: dict[str, Export], tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exports["tied"].folder, folder)
+    hf.record_verification(folder, 3.5e-7, 4096)
+    card = (folder / "README.md").read_text()
+    for line in ("# small", "| Steps | 1,200 |", "| Final loss | 3.14159 |", r"| Layout | TP2 \| PP2 |"):
+        assert line in card.splitlines()
+    assert "4,096 tokens" in card and "3.5e-07" in card
+
+
+# ---------------------------------------------------------------------------------------------------------- verifying
+
+
+def test_verify_returns_the_largest_difference(exports: dict[str, Export], tokens: Tensor) -> None:
+    export = exports["sharded"]
+    with torch.no_grad():
+        logits = export.reference(tokens)
+    assert hf.verify_export(export.folder, logits, tokens) < 1e-5
+    logits[1, 5, 7] += 5e-5
+    assert hf.verify_export(export.folder, logits, tokens) == pytest.approx(5e-5, abs=1e-5)
+    logits[1, 5, 7] += 2e-4
+    with pytest.raises(hf.ExportMismatch, match=r"by up to 0\.00025 over 48 tokens, and 0\.0001 is allowed"):
+        hf.verify_export(export.folder, logits, tokens)
+    logits[0, 0, 0] = float("nan")
+    with pytest.raises(hf.ExportMismatch, match="nan"):
+        hf.verify_export(export.folder, logits, tokens)
+
+
+def corrupt_value(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x40  # in the exponent of the last float: the final norm's bias
+    path.write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop_layer(folder: Path) -> None:
+    change_config(folder, n_layer=2)
+
+
+def add_layer(folder: Path) -> None:
+    change_config(folder, n_layer=4)
+
+
+def widen(folder: Path) -> None:
+    change_config(folder, n_inner=128)
+
+
+def use_other_activation(folder: Path) -> None:
+    change_config(folder, activation_function="gelu")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [corrupt_value, truncate, remove_weights, drop_layer, add_layer, widen, use_other_activation],
+    ids=lambda damage: damage.__name__,
+)
+def test_verify_refuses_a_damaged_export(
+    damage: Any, exports: dict[str, Export], tokens: Tensor, tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exports["tied"].folder, folder)
+    with torch.no_grad():
+        logits = exports["tied"].reference(tokens)
+    hf.verify_export(folder, logits, tokens)
+    damage(folder)
+    with pytest.raises(hf.ExportMismatch):
+        hf.verify_export(folder, logits, tokens)
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_post_norm_cannot_be_exported_yet(tokenizer: Path, tmp_path: Path) -> None:
+    config = config_of(norm_placement="post")
+    with pytest.raises(UserError, match=r"norm_placement post .* yet; .*norm_placement pre .* tied or untied"):
+        hf.export_model({}, config, tokenizer, tmp_path / "export", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tokenizer: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "thesis"
+    theirs.mkdir()
+    (theirs / "README.md").write_text("My thesis.")
+    for attempt in (
+        lambda: hf.export_model({}, config_of(), tokenizer, theirs, {}),
+        lambda: hf.commit(tmp_path / "unused", theirs),
+    ):
+        with pytest.raises(UserError, match="is not an export of Broadgauge"):
+            attempt()
+    assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "README.md"]
+
+
+def test_a_second_export_replaces_the_first(exports: dict[str, Export], tokenizer: Path, tmp_path: Path) -> None:
+    config, out = config_of(), tmp_path / "export"
+    for steps in (1, 2):
+        weights = exports["tied"].reference.global_tensors()
+        hf.commit(hf.export_model(weights, config, tokenizer, out, {"Steps": steps}), out)
+    assert "| Steps | 2 |" in (out / "README.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_tokenizer_must_fit_the_model(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has 2\d\d tokens and model\.vocab_size is 256"):
+        hf.export_model({}, config_of(vocab_size=256), tokenizer, tmp_path / "export", {})
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
+        hf.export_model({}, config_of(), tmp_path, tmp_path / "export", {})
+
+
+# --------------------------------------------------------------------------------------------------------- generating
+
+
+def test_generate_is_seeded_and_silent(
+    exports: dict[str, Export], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = exports["tied"].folder
+    random_state = torch.get_rng_state()
+    first, again, other = (hf.generate(folder, PROMPT, 8, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert not first.startswith(PROMPT)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
+def test_generate_stops_where_the_context_ends(exports: dict[str, Export], tokenizer: Path) -> None:
+    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    prompt = "0" * (SEQ - 1)
+    assert len(backend.encode(prompt).ids) == SEQ - 1
+    text = hf.generate(exports["tied"].folder, prompt, 1000, seed=1)
+    assert len(text) <= max(len(token) for token in backend.get_vocab()), "there was room for one token"
+    with pytest.raises(UserError, match=rf"the prompt has {SEQ} tokens.* at most {SEQ} .* to {SEQ - 1} tokens"):
+        hf.generate(exports["tied"].folder, prompt + "0", 1, seed=1)
+
+
+def test_generate_says_what_is_missing(exports: dict[str, Export], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no exported model"):
+        hf.generate(tmp_path, PROMPT, 8, seed=1)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        hf.generate(exports["tied"].folder, "", 8, seed=1)

@@ -1,0 +1,165 @@
+"""Checkpoints as folders: how one comes to exist, how it is found, checked and removed.
+
+A checkpoint is a folder `step-<n>` whose manifest.json lists every other file with its size and xxh3-128 hash. It is
+written under a temporary name, made durable, and renamed: a folder with a valid manifest is whole, anything else is
+not a checkpoint.
+"""
+
+import logging
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from trainer.config import UserError
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8})")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds."""
+
+    step: int
+    """Optimizer steps done."""
+    consumed_samples: int
+    """Position in the data order: sequences consumed by all replicas together."""
+    config: dict[str, Any]
+    """The resolved config of the run that wrote it."""
+    files: dict[str, list[Any]] = field(default_factory=dict)
+    """Name -> [bytes, xxh3-128 in hex]."""
+    format: int = FORMAT
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def begin(checkpoints: Path, step: int) -> Path:
+    """An empty temporary folder to write the checkpoint of `step` into; leftovers of a crash are removed."""
+    temporary = checkpoints / f"{folder_name(step)}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def fingerprint(path: Path, *, durable: bool = False) -> list[Any]:
+    """[bytes, xxh3-128 in hex] of a file; `durable` also waits until the disk has it."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 22):
+            digest.update(chunk)
+        if durable:
+            os.fsync(handle.fileno())
+        return [handle.tell(), digest.hexdigest()]
+
+
+def commit(temporary: Path, manifest: Manifest) -> Path:
+    """Write the manifest and give the folder its name. From here on the checkpoint exists."""
+    path = temporary / _MANIFEST
+    with open(path, "wb") as handle:
+        handle.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        handle.flush()
+        os.fsync(handle.fileno())
+    _sync_folder(temporary)
+    final = temporary.with_suffix("")
+    if final.exists():  # an earlier life of this run got here too; its copy was found invalid, or we would not be here
+        shutil.rmtree(final)
+    os.rename(temporary, final)
+    _sync_folder(final.parent)
+    return final
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """Steps of the folders that look like checkpoints, oldest first."""
+    names = (_NAME.fullmatch(item.name) for item in checkpoints.iterdir()) if checkpoints.is_dir() else ()
+    return sorted(int(match[1]) for match in names if match)
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises:
+    UserError: there is none, or it cannot be understood.
+    """
+    try:
+        manifest = Manifest(**orjson.loads((checkpoint / _MANIFEST).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint: no readable {_MANIFEST}") from error
+    if manifest.format != FORMAT:
+        raise UserError(f"{checkpoint} has format {manifest.format}, this version reads {FORMAT}")
+    return manifest
+
+
+def verify(checkpoint: Path) -> Manifest:
+    """Check every file against the manifest.
+
+    Raises:
+        UserError: names the first file that is missing or differs.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, expected in manifest.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise UserError(f"{checkpoint} is damaged: {name} is missing")
+        if fingerprint(path) != expected:
+            raise UserError(f"{checkpoint} is damaged: {name} does not have the size and hash that its manifest states")
+    return manifest
+
+
+def newest_valid(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that verifies; damaged ones are passed over with a warning that says why."""
+    for step in reversed(steps(checkpoints)):
+        checkpoint = checkpoints / folder_name(step)
+        try:
+            verify(checkpoint)
+        except UserError as error:
+            _log.warning("%s; trying the one before", error)
+            continue
+        return checkpoint
+    return None
+
+
+def prune(checkpoints: Path, keep_last: int) -> None:
+    """Remove all but the newest `keep_last` checkpoints."""
+    for step in steps(checkpoints)[:-keep_last]:
+        doomed = checkpoints / folder_name(step)
+        # out of sight first: a folder that is half removed must not look like a checkpoint
+        hidden = doomed.with_name(f"{doomed.name}.removed")
+        os.rename(doomed, hidden)
+        shutil.rmtree(hidden)
+    for leftover in checkpoints.glob("step-*.removed"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of a run or of a checkpoints folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / _MANIFEST).is_file() and _NAME.fullmatch(path.resolve().name):
+        return path
+    for folder in (path / "checkpoints", path):
+        newest = newest_valid(folder)
+        if newest is not None:
+            return newest
+    raise UserError(f"{path} is no checkpoint and holds none; give a folder like runs/NAME/checkpoints/step-00000100")
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,141 @@
+"""Tokens on disk -> micro-batches, in an order that is computed and never stored.
+
+A prepared data set is a `.bin` of token ids, documents end to end, and an `.idx` that says how to read it
+(Megatron's format). Training reads windows of seq_length + 1 tokens that cross document borders, as GPT-3 did. Which
+window is the n-th of a run is a function of (seed, n): a position is one integer, resuming costs nothing, and any
+number of data-parallel ranks sees the same samples in the same global order.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trainer.config import RunConfig, UserError
+from trainer.pipeline import MicroBatch
+
+_IDX_HEADER = b"MMIDIDX\x00\x00"
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_FEISTEL_ROUNDS = 6
+
+
+class WindowReader:
+    """Windows of `seq_length + 1` tokens over one data set; window i starts at token i * seq_length."""
+
+    def __init__(self, prefix: Path, seq_length: int) -> None:
+        """`prefix` names PREFIX.bin and PREFIX.idx.
+
+        Raises:
+            UserError: a file is missing or is no data set, or it holds less than one window.
+        """
+        self.tokens = _open_tokens(prefix)
+        self.seq_length = seq_length
+        self.num_windows = (len(self.tokens) - 1) // seq_length
+        if self.num_windows < 1:
+            raise UserError(
+                f"{prefix}.bin holds {len(self.tokens)} tokens, fewer than one sequence of model.seq_length "
+                f"{seq_length} + 1; add text or shorten the sequence"
+            )
+
+    def windows(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Token ids [len(indices), seq_length + 1], int64."""
+        starts = np.asarray(indices, dtype=np.int64) * self.seq_length
+        rows = [self.tokens[start : start + self.seq_length + 1] for start in starts]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+class TrainingData:
+    """The samples of a run, by position."""
+
+    def __init__(self, reader: WindowReader, config: RunConfig) -> None:
+        self.reader = reader
+        self.config = config
+
+    def sample_windows(self, positions: np.ndarray) -> np.ndarray:
+        """Window index of each sample position; every epoch visits every window once, in an order of its own."""
+        size = self.reader.num_windows
+        epochs, indices = np.divmod(positions, size)
+        windows = np.empty_like(indices)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            windows[chosen] = permute(indices[chosen], size, f"{self.config.seed}:{epoch}")
+        return windows
+
+    def micro_batches(self, first_sample: int, data_rank: int, device: torch.device) -> list[MicroBatch]:
+        """This replica's micro-batches of the global batch that starts at `first_sample`."""
+        micro, replicas = self.config.train.micro_batch_size, self.config.parallel.data
+        batch = np.arange(first_sample, first_sample + self.config.train.global_batch_size)
+        mine = batch.reshape(-1, replicas, micro)[:, data_rank].reshape(-1)
+        tokens = self.reader.windows(self.sample_windows(mine)).to(device, non_blocking=True)
+        return [MicroBatch(part) for part in tokens.split(micro)]
+
+
+def heldout_micro_batches(
+    reader: WindowReader, config: RunConfig, data_rank: int, device: torch.device
+) -> list[MicroBatch]:
+    """This replica's share of the held-out windows, every window once over all replicas.
+
+    The last batches are filled up with copies of weight 0, so that every layout computes the same sum.
+    """
+    micro, replicas, stages = config.train.micro_batch_size, config.parallel.data, config.parallel.pipeline
+    count = min(reader.num_windows, config.evaluation.max_sequences or reader.num_windows)
+    padded = -(-count // (micro * replicas * stages)) * micro * replicas * stages  # interleaving wants whole rounds
+    numbers = np.arange(padded).reshape(-1, replicas, micro)[:, data_rank]
+    return [
+        MicroBatch(
+            reader.windows(np.minimum(row, count - 1)).to(device), torch.from_numpy(row < count).float().to(device)
+        )
+        for row in numbers
+    ]
+
+
+def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:
+    """A pseudo-random permutation of range(size), evaluated at `indices` alone.
+
+    A Feistel network over the smallest even number of bits that holds `size`; results outside the range are sent
+    through again until they fall inside (cycle walking), which keeps it one to one.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half_bits) - 1)
+    keys = np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8 * _FEISTEL_ROUNDS).digest(), dtype=np.uint64)
+    result = _feistel(indices.astype(np.uint64), keys, half_bits, mask)
+    while (outside := result >= size).any():
+        result[outside] = _feistel(result[outside], keys, half_bits, mask)
+    return result.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int, mask: np.uint64) -> np.ndarray:
+    left, right = values >> np.uint64(half_bits), values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << np.uint64(half_bits)) | right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _open_tokens(prefix: Path) -> np.ndarray:
+    """Memory-map PREFIX.bin as the type that PREFIX.idx states."""
+    idx_path, bin_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
+    try:
+        with open(idx_path, "rb") as handle:
+            header = handle.read(len(_IDX_HEADER) + 9)
+        size = bin_path.stat().st_size
+    except OSError as error:
+        raise UserError(f"cannot read the data set {prefix}: {error.strerror}: {error.filename}; prepare it first") from error
+    if len(header) < len(_IDX_HEADER) + 9 or not header.startswith(_IDX_HEADER):
+        raise UserError(f"{idx_path} is not a Megatron index; prepare the data again")
+    code = struct.unpack_from("<QB", header, len(_IDX_HEADER))[1]
+    if code not in _DTYPES:
+        raise UserError(f"{idx_path} states the unknown token type {code}; prepare the data again")
+    dtype = np.dtype(_DTYPES[code])
+    if size == 0 or size % dtype.itemsize:
+        raise UserError(f"{bin_path} has {size} bytes, not a positive number of {dtype} tokens; prepare the data again")
+    return np.memmap(bin_path, dtype=dtype, mode="r")

@@ -1,0 +1,89 @@
+"""The only place that knows CPU from CUDA.
+
+megatron-core asks for `device="cuda"` in its schedules and layers. Where a run computes on the CPU, `activate` sends
+those requests to the CPU, once per process and before any model is built. On CUDA nothing is changed.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+DeviceKind = Literal["cpu", "cuda"]
+
+# torch functions that megatron-core calls with device="cuda" or pin_memory=True
+_FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "randn",
+    "rand",
+)
+_CPU = torch.device("cpu")
+_seam_is_active = False
+
+
+def resolve(wanted: Literal["auto", "cpu", "cuda"]) -> DeviceKind:
+    """`auto` means CUDA where it exists. Asks the driver through NVML, so no CUDA context is made before a fork."""
+    if wanted != "auto":
+        return wanted
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def activate(kind: DeviceKind, local_rank: int = 0) -> torch.device:
+    """Make `kind` the device of this process and return it."""
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    _redirect_cuda_to_cpu()
+    return _CPU
+
+
+def backend(kind: DeviceKind) -> str:
+    """The torch.distributed backend that moves this device's tensors."""
+    return "nccl" if kind == "cuda" else "gloo"
+
+
+def _redirect_cuda_to_cpu() -> None:
+    global _seam_is_active
+    if _seam_is_active:
+        return
+    _seam_is_active = True
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU  # megatron-core passes it as device=
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    for owner in (torch.Tensor, torch.nn.Module):
+        owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    stateful: Any = megatron_random
+    stateful._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    stateful._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def redirected(*args: Any, **kwargs: Any) -> torch.Tensor:
+        wanted = kwargs.get("device")
+        if wanted is not None and torch.device(wanted).type == "cuda":
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return redirected

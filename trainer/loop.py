@@ -1,0 +1,93 @@
+"""The training loop."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from trainer import parallel
+from trainer.checkpoint import sharded, store
+from trainer.config import RunConfig
+from trainer.data import TrainingData, WindowReader
+from trainer.engine import Engine
+from trainer.evaluate.heldout import HeldoutEvaluation
+from trainer.run_dir import RunDir
+from trainer.schedule import learning_rate
+
+Record = Callable[..., None]
+"""Appends an event of a kind with its fields; does nothing on ranks that do not write events."""
+
+
+def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Record) -> None:
+    """Train from the newest checkpoint, or from the seed, to the end of the run, and evaluate before and after."""
+    data = run_dir.data_for(config)
+    train_reader, heldout_reader = (WindowReader(data / name, config.model.seq_length) for name in ("train", "heldout"))
+    samples = TrainingData(train_reader, config)
+    evaluation = HeldoutEvaluation(train_reader, heldout_reader, config, device)
+    engine = Engine(config, device)
+
+    def evaluate(step: int) -> None:
+        record("evaluated", step=step, **asdict(evaluation.run(engine.evaluate)))
+
+    step = restore(engine, config, run_dir, record)
+    if step == 0:
+        evaluate(step)
+    while step < config.num_steps:
+        started = time.perf_counter()
+        batch = samples.micro_batches(step * config.train.global_batch_size, parallel.data_rank(), device)
+        lr = learning_rate(config, (step + 1) * config.tokens_per_step)
+        stats = engine.train_step(batch, lr, step)
+        step += 1
+        record(
+            "step",
+            step=step,
+            tokens=step * config.tokens_per_step,
+            loss=stats.loss,
+            grad_norm=stats.grad_norm,
+            lr=lr,
+            seconds=round(time.perf_counter() - started, 6),
+        )
+        if step % config.checkpoint.every_steps == 0 or step == config.num_steps:
+            save(engine, config, run_dir, step, record)
+        if config.evaluation.every_steps and step % config.evaluation.every_steps == 0 and step < config.num_steps:
+            evaluate(step)
+    evaluate(step)
+
+
+def restore(engine: Engine, config: RunConfig, run_dir: RunDir, record: Record) -> int:
+    """Load the newest valid checkpoint of this run, else `checkpoint.resume_from`, else start from the seed.
+
+    Returns the number of steps that the state has done.
+    """
+    found: list[Path | None] = [None]
+    if dist.get_rank() == 0:  # one rank decides, so that all load the same
+        found[0] = store.newest_valid(run_dir.checkpoints)
+        if found[0] is None and config.checkpoint.resume_from:
+            found[0] = store.find(Path(config.checkpoint.resume_from))
+    dist.broadcast_object_list(found, src=0)
+    checkpoint = found[0]
+    if checkpoint is None:
+        engine.reset_state()
+        step = 0
+    else:
+        step = sharded.load(engine, checkpoint).step
+    record("training_started", step=step, checkpoint=str(checkpoint) if checkpoint else None)
+    return step
+
+
+def save(engine: Engine, config: RunConfig, run_dir: RunDir, step: int, record: Record) -> None:
+    """Write a checkpoint and remove those that are no longer kept."""
+    started = time.perf_counter()
+    manifest = sharded.save(engine, run_dir.checkpoints, step, step * config.train.global_batch_size)
+    if dist.get_rank() == 0:
+        store.prune(run_dir.checkpoints, config.checkpoint.keep_last)
+    record(
+        "checkpoint_saved",
+        step=step,
+        path=str(run_dir.checkpoints / store.folder_name(step)),
+        bytes=manifest.num_bytes,
+        seconds=round(time.perf_counter() - started, 6),
+    )

@@ -1,0 +1,138 @@
+"""GPT from megatron-core's layer specs: the chunks of the model that this rank owns.
+
+Shapes: s sequence, b batch, v this tensor-parallel rank's rows of the padded vocabulary.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from trainer import parallel
+from trainer.config import ModelConfig, RunConfig
+from trainer.model.attention import CausalAttention
+from trainer.model.norm import Norm, NormAfterResidual
+
+NORM_EPS = 1e-5  # all three papers' released models
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, as the GPT papers' released code has it."""
+    return F.gelu(x, approximate="tanh")
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """megatron-core's config of this run."""
+    model, layout = config.model, config.parallel
+    bf16 = config.train.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    recompute: dict[str, Any] = {}
+    if config.train.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        ffn_hidden_size=model.ffn_size,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        activation_func=gelu_tanh,
+        layernorm_epsilon=NORM_EPS,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        sequence_parallel=layout.sequence,
+        bf16=bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        perform_initialization=False,  # trainer.model.init draws every weight, the same in every layout
+        use_cpu_initialization=True,
+        batch_p2p_comm=False,  # gloo has no batched point-to-point
+        deallocate_pipeline_outputs=True,
+        **recompute,
+    )
+
+
+def build_chunks(config: RunConfig) -> list[GPTModel]:
+    """This rank's virtual pipeline chunks, uninitialised (weights are whatever memory held)."""
+    mcore_config = transformer_config(config)
+    virtual = config.parallel.virtual_pipeline
+    stages = range(virtual) if virtual > 1 else (None,)
+    return [_build_chunk(config.model, mcore_config, stage) for stage in stages]
+
+
+def _build_chunk(model: ModelConfig, mcore_config: TransformerConfig, virtual_stage: int | None) -> GPTModel:
+    chunk = GPTModel(
+        mcore_config,
+        _block_spec(model, mcore_config, virtual_stage),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.seq_length,
+        pre_process=parallel.is_first_stage(virtual_stage),
+        post_process=parallel.is_last_stage(virtual_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type="learned_absolute",
+        vp_stage=virtual_stage,
+    )
+    _mark_tensor_parallel_weights(chunk)
+    if chunk.post_process and model.padded_vocab_size != model.vocab_size:
+        _mask_padded_vocabulary(chunk, model.vocab_size)
+    return chunk.to(mcore_config.params_dtype)
+
+
+def _block_spec(
+    model: ModelConfig, mcore_config: TransformerConfig, virtual_stage: int | None
+) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec()
+    layer.submodules.sharded_state_dict_keys_map = {}  # tensors are stored under the names that modules have here
+    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    if model.norm_placement == "pre":
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+    else:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+        layer.submodules.self_attn_bda = ModuleSpec(NormAfterResidual, params={"config": mcore_config})
+        layer.submodules.mlp_bda = ModuleSpec(NormAfterResidual, params={"config": mcore_config})
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(mcore_config, virtual_stage),
+        layer_norm=Norm if model.norm_placement == "pre" else None,
+    )
+
+
+def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
+    """Say which weights are split, as megatron-core does only when it initialises them itself.
+
+    DeepSpeed's gradient norm reads the mark: without it a split weight counts on one tensor-parallel rank only, and
+    clipping and Adam hide the wrong norm from the loss.
+    """
+    for module in chunk.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or hasattr(weight, "tensor_model_parallel"):
+            continue
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=1, stride=1)
+
+
+def _mask_padded_vocabulary(chunk: GPTModel, vocab_size: int) -> None:
+    """Give the rows that only pad the embedding no probability, so that padding never changes what is computed."""
+
+    def mask(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output  # [s, b, v]
+        first_padded = max(0, vocab_size - parallel.tensor_rank() * logits.shape[-1])
+        if first_padded < logits.shape[-1]:
+            logits[..., first_padded:] = -math.inf
+        return logits, bias
+
+    chunk.output_layer.register_forward_hook(mask)
+

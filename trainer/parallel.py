@@ -1,0 +1,123 @@
+"""Process groups and this rank's place in them, from the config. megatron-core's `parallel_state` holds the groups."""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state as mcore
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from trainer.config import ParallelConfig
+from trainer.device import DeviceKind, backend
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+def initialize(parallel: ParallelConfig, device: DeviceKind, init_method: str, rank: int, world_size: int) -> None:
+    """Join the job's process group and build the tensor, pipeline and data groups. Order of ranks: tp, dp, pp."""
+    assert world_size == parallel.num_ranks, f"{world_size} ranks for a layout of {parallel.num_ranks}"
+    dist.init_process_group(
+        backend(device), init_method=init_method, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+    build_groups(parallel)
+
+
+def build_groups(parallel: ParallelConfig) -> None:
+    """Build the groups over an existing process group."""
+    mcore.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+    )
+    model_parallel_cuda_manual_seed(0)  # megatron-core needs its streams registered before a model is built
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Restart the random streams of this rank as a function of (seed, step, place in the layout).
+
+    No stream carries state from one step to the next, so a resumed run needs none restored. Tensor-parallel ranks
+    share the default stream (residual dropout acts on replicated activations) and differ in the model-parallel one.
+    """
+    place = mcore.get_pipeline_model_parallel_rank() + mcore.get_pipeline_model_parallel_world_size() * data_rank()
+    # 2718 and 1 + tp_rank are added to this by megatron-core; the stride keeps neighbouring steps and places apart
+    model_parallel_cuda_manual_seed((seed * 1_000_003 + step * 4_099 + place * 8_191) % 2**31)
+
+
+def data_rank() -> int:
+    return mcore.get_data_parallel_rank()
+
+
+def data_size() -> int:
+    return mcore.get_data_parallel_world_size()
+
+
+def tensor_rank() -> int:
+    return mcore.get_tensor_model_parallel_rank()
+
+
+def tensor_size() -> int:
+    return mcore.get_tensor_model_parallel_world_size()
+
+
+def tensor_group() -> dist.ProcessGroup:
+    return mcore.get_tensor_model_parallel_group()
+
+
+def data_group() -> dist.ProcessGroup:
+    return mcore.get_data_parallel_group(with_context_parallel=True)
+
+
+def embedding_group() -> dist.ProcessGroup | None:
+    """The first and last pipeline stages, which hold copies of a tied embedding; None on other ranks."""
+    return mcore.get_embedding_group() if mcore.is_rank_in_embedding_group() else None
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    return mcore.get_pipeline_model_parallel_group()
+
+
+def pipeline_size() -> int:
+    return mcore.get_pipeline_model_parallel_world_size()
+
+
+def last_stage_rank() -> int:
+    """Global rank of the last pipeline stage of this rank's pipeline."""
+    return mcore.get_pipeline_model_parallel_last_rank()
+
+
+def is_first_stage(virtual_stage: int | None) -> bool:
+    return mcore.is_pipeline_first_stage(ignore_virtual=virtual_stage is None, vp_stage=virtual_stage)
+
+
+def is_last_stage(virtual_stage: int | None) -> bool:
+    return mcore.is_pipeline_last_stage(ignore_virtual=virtual_stage is None, vp_stage=virtual_stage)
+
+
+class DeepSpeedTopology:
+    """What DeepSpeed asks of its `mpu`: tensor and pipeline ranks together are its one model-parallel axis."""
+
+    def get_model_parallel_world_size(self) -> int:
+        return tensor_size() * pipeline_size()
+
+    def get_model_parallel_rank(self) -> int:
+        return mcore.get_pipeline_model_parallel_rank() * tensor_size() + tensor_rank()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return mcore.get_model_parallel_group()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return tensor_rank()
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return tensor_size()
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return tensor_group()
+
+    def get_data_parallel_rank(self) -> int:
+        return mcore.get_data_parallel_rank(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        return mcore.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return data_group()

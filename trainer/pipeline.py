@@ -1,0 +1,112 @@
+"""Driving the model: megatron-core's pipeline schedules over this rank's chunks, for training and for evaluation.
+
+One code path serves every layout: no pipeline, 1F1B and interleaved are the same call.
+
+Shapes: b micro-batch, s sequence.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from trainer import parallel
+from trainer.config import ModelConfig
+
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one forward pass. `tokens` [b, s + 1]: inputs are all but the last, labels all but the first."""
+
+    tokens: Tensor
+    weight: Tensor | None = None
+    """[b] 0 for a sequence that only fills up the batch, else 1; None means that all count."""
+
+
+class StageView(torch.nn.Module):
+    """What megatron-core's schedule sees as one model chunk: it calls `forward` and reads the chunk's attributes."""
+
+    def __init__(self, chunk: GPTModel, forward: Forward) -> None:
+        super().__init__()
+        # plain attributes: registering the chunk as a submodule would make its parameters appear twice
+        self.__dict__.update(
+            module=chunk,
+            call=forward,
+            config=chunk.config,
+            model_type=chunk.model_type,
+            vp_stage=chunk.vp_stage,
+            ddp_config=SimpleNamespace(use_megatron_fsdp=False),
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.call(*args, **kwargs)
+
+    def set_input_tensor(self, tensor: Tensor) -> None:
+        self.module.set_input_tensor(tensor)
+
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed reduces gradients; the schedule has nothing to wait for."""
+
+
+def run_schedule(
+    stages: Sequence[StageView], model: ModelConfig, micro_batches: Sequence[MicroBatch], *, forward_only: bool
+) -> tuple[Tensor, Tensor]:
+    """Forward (and backward) over all micro-batches of this replica.
+
+    Gradients are of the mean loss per token of each micro-batch, averaged over micro-batches.
+
+    Returns:
+        The sum of token losses (nats) and the number of tokens, over this replica's micro-batches, fp64 scalars.
+        They are real on the last pipeline stage and zero on the others; see `sum_over_replicas`.
+    """
+    sums: list[Tensor] = []
+    micro_batch_size = micro_batches[0].tokens.shape[0]
+    positions = torch.arange(model.seq_length, device=micro_batches[0].tokens.device).expand(micro_batch_size, -1)
+
+    def forward_step(batches: Iterator[MicroBatch], stage: StageView) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(batches)
+        labels = batch.tokens[:, 1:].contiguous()
+        losses = stage(batch.tokens[:, :-1].contiguous(), positions, None, labels=labels)
+
+        def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, None]:  # [b, s]
+            # The 3-tuple form: the schedule divides by tokens and micro-batches. Its 2-tuple form scales gradients
+            # by the context-parallel size, which clipping would hide from the loss.
+            losses = losses.float()
+            weighted = losses if batch.weight is None else losses * batch.weight.unsqueeze(-1)
+            count = losses.numel() if batch.weight is None else int(batch.weight.sum()) * losses.shape[-1]
+            total = weighted.sum()
+            # copied before returning: the schedule divides `total` in place
+            sums.append(torch.stack([total.detach().double(), total.new_full((), count, dtype=torch.float64)]))
+            return total, total.new_full((), count, dtype=torch.int), None
+
+        return losses, loss_function
+
+    iterators = [iter(micro_batches) for _ in stages]
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(stages) > 1 else iterators[0],
+        model=list(stages) if len(stages) > 1 else stages[0],
+        num_microbatches=len(micro_batches),
+        seq_length=model.seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    total, count = torch.stack(sums).sum(0) if sums else positions.new_zeros(2, dtype=torch.float64)
+    return total, count
+
+
+def sum_over_replicas(total: Tensor, count: Tensor) -> tuple[float, int]:
+    """Add up `run_schedule`'s result over data-parallel replicas; the same answer on every rank."""
+    both = torch.stack([total, count])
+    dist.all_reduce(both, group=parallel.data_group())
+    if parallel.pipeline_size() > 1:
+        dist.broadcast(both, src=parallel.last_stage_rank(), group=parallel.pipeline_group())
+    return both[0].item(), int(both[1].item())

@@ -1,0 +1,28 @@
+"""What a rank is told. Apart from `trainer.rank`, so that the launcher can say it without importing torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Task = Literal["train", "evaluate", "logits"]
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """All that a rank needs to know to join the others; travels by pickle."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    rendezvous: str
+    """Init method of torch.distributed: file:///path on one machine, tcp://host:port across machines."""
+    config_yaml: str
+    """The resolved config, as `trainer.config.dump` writes it."""
+    run_dir: Path
+    task: Task = "train"
+    threads: int = 1
+    checkpoint: Path | None = None
+    """What the tasks `evaluate` and `logits` read."""
+    output: Path | None = None
+    """Where they write their result."""
