@@ -24,9 +24,15 @@ from trainer.pipeline import MicroBatch
 from trainer.schedule import learning_rate
 
 NUM_STEPS = 10
-# Relative to the value for loss and norm, absolute for weights (whose scale is 0.02 to 1; steps move them by 1e-2).
-TOLERANCES = {"fp32": 2e-6, "bf16": 1e-3}
-WEIGHT_TOLERANCES = {"fp32": 2e-5, "bf16": 2e-3}
+# Largest relative differences allowed. bf16's rounding moves tensors that start at zero (biases) by some percent.
+TOLERANCES = {
+    "fp32": {"loss": 2e-6, "grad_norm": 2e-6, "weights": 2e-6},
+    "bf16": {"loss": 1e-3, "grad_norm": 1e-3, "weights": 5e-2},
+}
+# Adam divides by the root of the second moment plus eps. Some gradients are zero but for rounding (a key's bias moves
+# all scores of a query alike), and with the papers' 1e-8 Adam would blow that rounding up to whole steps.
+EPS = 1e-5
+LEARNING_RATE = 2e-4  # at 1e-3 these ten steps are chaotic enough to amplify bf16's rounding tenfold
 
 CASES: dict[str, dict[str, Any]] = {
     "one rank": {},
@@ -59,16 +65,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest over all steps; relative for loss and gradient norm, absolute for weights."""
+    """Relative; the largest over all steps, and over all tensors (in L2 norm) for the weights after the last."""
 
     loss: float
     grad_norm: float
     weights: float
 
     def within(self, precision: str) -> bool:
-        return (
-            max(self.loss, self.grad_norm) <= TOLERANCES[precision] and self.weights <= WEIGHT_TOLERANCES[precision]
-        )
+        return all(getattr(self, name) <= bound for name, bound in TOLERANCES[precision].items())
 
 
 def config_of(case: str, precision: str) -> RunConfig:
@@ -79,7 +83,7 @@ def config_of(case: str, precision: str) -> RunConfig:
             # 120 tokens pad to 128 rows, so the padding mask is part of what is compared
             "model": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 120, "seq_length": 32, **model},
             "train": {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, **train},
-            "optimizer": {"lr": 1e-3, "clip_grad_norm": 0.5, "weight_decay": 0.1},
+            "optimizer": {"lr": LEARNING_RATE, "clip_grad_norm": 0.5, "weight_decay": 0.1, "eps": EPS},
             "parallel": layout,
         }
     )
@@ -163,6 +167,10 @@ def assemble(per_rank: list[list[Any]]) -> dict[str, torch.Tensor]:
     return whole
 
 
+def _relative_distance(tensor: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((tensor - reference).norm() / reference.norm()).item()
+
+
 def compare(case: str, precision: str) -> Difference:
     config = config_of(case, precision)
     reference_history, reference_weights = run_reference(config)
@@ -173,7 +181,7 @@ def compare(case: str, precision: str) -> Difference:
     return Difference(
         loss=max(abs(a - b) / b for (a, _), (b, _) in zip(history, reference_history, strict=True)),
         grad_norm=max(abs(a - b) / b for (_, a), (_, b) in zip(history, reference_history, strict=True)),
-        weights=max((weights[key] - reference_weights[key]).abs().max().item() for key in weights),
+        weights=max(_relative_distance(weights[key], reference) for key, reference in reference_weights.items()),
     )
 
 

@@ -364,8 +364,17 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of config keys, not a {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
+    return override(tree, overrides)
+
+
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """Validate a nested mapping after applying `a.b=value` overrides to it (in place).
+
+    Raises:
+        UserError: an override has no such form, or the result is no valid config.
+    """
+    for each in overrides:
+        _apply_override(tree, each)
     return from_tree(tree)
 
 

@@ -6,9 +6,7 @@ starts no thread.
 
 import os
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 with warnings.catch_warnings():  # megatron-core says at length which optional packages it does without
     warnings.simplefilter("ignore")
@@ -23,31 +21,8 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.evaluate.frozen import FrozenModel
     from trainer.evaluate.heldout import HeldoutEvaluation
     from trainer.events import EventLog
+    from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
-
-Task = Literal["train", "evaluate", "logits"]
-
-
-@dataclass(frozen=True)
-class RankSpec:
-    """All that a rank needs to know to join the others; travels by pickle."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    rendezvous: str
-    """Init method of torch.distributed: file:///path on one machine, tcp://host:port across machines."""
-    config_yaml: str
-    """The resolved config, as `trainer.config.dump` writes it."""
-    run_dir: Path
-    task: Task = "train"
-    threads: int = 1
-    checkpoint: Path | None = None
-    """What the tasks `evaluate` and `logits` read."""
-    output: Path | None = None
-    """Where they write their result."""
-
 
 def main(spec: RankSpec) -> None:
     """Run the task of this rank to its end; an exception means that the rank failed."""

@@ -75,10 +75,12 @@ def export_model(
     """
     check_exportable(config)
     _check_replaceable(out)
+    end_of_text = _end_of_text_id(tokenizer_folder, config.model)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    end_of_text = _copy_tokenizer(tokenizer_folder, temporary, config.model)
+    for name in _TOKENIZER_FILES:
+        shutil.copyfile(tokenizer_folder / name, temporary / name)
     _write_configs(temporary, config.model, end_of_text)
     write_weights(temporary, weights, config.model, max_shard_bytes)
     (temporary / "README.md").write_text(_model_card(config, facts), encoding="utf-8")
@@ -107,19 +109,20 @@ def _check_replaceable(out: Path) -> None:
         raise UserError(f"{out} exists and is not an export of Broadgauge; name another folder, or remove it")
 
 
-def _copy_tokenizer(source: Path, destination: Path, model: ModelConfig) -> int:
-    """Copy the tokenizer's files and return the id of its end-of-text token."""
+def _end_of_text_id(tokenizer_folder: Path, model: ModelConfig) -> int:
+    """Check that the tokenizer fits the model, and return the id of its end-of-text token."""
     for name in _TOKENIZER_FILES:
-        if not (source / name).is_file():
-            raise UserError(f"{source} is not a prepared tokenizer: {name} is missing; give the run's data/tokenizer")
-        shutil.copyfile(source / name, destination / name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(destination, local_files_only=True)
+        if not (tokenizer_folder / name).is_file():
+            raise UserError(
+                f"{tokenizer_folder} is not a prepared tokenizer: {name} is missing; give the run's data/tokenizer"
+            )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     if len(tokenizer) > model.vocab_size:
         raise UserError(
-            f"the tokenizer in {source} has {len(tokenizer)} tokens and model.vocab_size is {model.vocab_size}; "
-            "use the tokenizer that the model was trained with"
+            f"the tokenizer in {tokenizer_folder} has {len(tokenizer)} tokens and model.vocab_size is "
+            f"{model.vocab_size}; use the tokenizer that the model was trained with"
         )
-    assert tokenizer.eos_token_id is not None, f"{source} names no end-of-text token"
+    assert tokenizer.eos_token_id is not None, f"{tokenizer_folder} names no end-of-text token"
     return int(tokenizer.eos_token_id)
 
 

@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from trainer.checkpoint import store
-from trainer.config import RunConfig, UserError, differences, from_tree
 from trainer.engine import MASTER, Engine, Fragment
 from trainer.model.sharding import Shape, placements
 
@@ -38,7 +37,9 @@ def save(engine: Engine, checkpoints: Path, step: int, consumed_samples: int) ->
     blocks = _blocks(fragment for fragment in engine.fragments() if fragment.is_main)
     dcp.save(dict(blocks), storage_writer=FileSystemWriter(temporary, sync_files=True), planner=_SavePlanner())
     # each rank fingerprints what it wrote; rank 0 also the index that it wrote last
-    mine = list(temporary.glob(f"__{dist.get_rank()}_*")) + ([temporary / ".metadata"] if dist.get_rank() == 0 else [])
+    mine = list(temporary.glob(f"__{dist.get_rank()}_*"))
+    if dist.get_rank() == 0:
+        mine.append(temporary / ".metadata")
     described: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(described, {path.name: store.fingerprint(path, durable=True) for path in mine})
     files = {name: facts for part in described for name, facts in part.items()}
@@ -56,7 +57,7 @@ def load(engine: Engine, checkpoint: Path) -> store.Manifest:
         UserError: the checkpoint is of another architecture.
     """
     manifest = store.read_manifest(checkpoint)
-    check_architecture(manifest, engine.config, checkpoint)
+    store.check_architecture(manifest, engine.config, checkpoint)
     engine.prepare_state(manifest.step)
     dcp.load(dict(_blocks(engine.fragments())), storage_reader=FileSystemReader(checkpoint), planner=_LoadPlanner())
     engine.refresh_weights()
@@ -67,23 +68,11 @@ def load(engine: Engine, checkpoint: Path) -> store.Manifest:
 def load_weights(chunks: Iterable[GPTModel], checkpoint: Path) -> None:
     """Fill the weights of a model that has no engine. Collective."""
     fragments = (
-        Fragment(box, placement.is_main, {MASTER: parameter.data.view(-1)[box.flat_start :][: box.numel].view(box.shape)})
+        Fragment(box, placement.is_main, {MASTER: parameter.data.view(-1)[box.flat_slice].view(box.shape)})
         for parameter, placement in placements(chunks).items()
         for box in placement.boxes
     )
     dcp.load(dict(_blocks(fragments)), storage_reader=FileSystemReader(checkpoint), planner=_LoadPlanner())
-
-
-def check_architecture(manifest: store.Manifest, config: RunConfig, checkpoint: Path) -> None:
-    """Raises:
-    UserError: names the model fields in which the checkpoint differs from the config.
-    """
-    theirs = from_tree(manifest.config | {"preset": None})
-    changed = differences(config.model_copy(update={"model": theirs.model}), config)
-    # these change how a model is trained, not what its weights mean
-    changed = [field for field in changed if not field.startswith(("model.dropout:", "model.init_std:"))]
-    if changed:
-        raise UserError(f"{checkpoint} is of another architecture ({'; '.join(changed)}); use the config it was made with")
 
 
 class GlobalTensors(Mapping[str, Tensor]):

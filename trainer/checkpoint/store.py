@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from trainer.config import UserError
+from trainer.config import RunConfig, UserError, differences, from_tree
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -155,6 +155,18 @@ def find(path: Path) -> Path:
         if newest is not None:
             return newest
     raise UserError(f"{path} is no checkpoint and holds none; give a folder like runs/NAME/checkpoints/step-00000100")
+
+
+def check_architecture(manifest: Manifest, config: RunConfig, checkpoint: Path) -> None:
+    """Raises:
+    UserError: names the model fields in which the checkpoint differs from the config.
+    """
+    theirs = from_tree(manifest.config | {"preset": None})
+    changed = differences(config.model_copy(update={"model": theirs.model}), config)
+    # these change how a model is trained, not what its weights mean
+    changed = [field for field in changed if not field.startswith(("model.dropout:", "model.init_std:"))]
+    if changed:
+        raise UserError(f"{checkpoint} is of another architecture ({'; '.join(changed)}); use the config it was made with")
 
 
 def _sync_folder(path: Path) -> None:

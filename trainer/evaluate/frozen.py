@@ -5,6 +5,7 @@ Shapes: b sequences, s sequence, V vocabulary.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ class FrozenModel:
         """Raises:
         UserError: the checkpoint is of another architecture.
         """
-        sharded.check_architecture(store.read_manifest(checkpoint), config, checkpoint)
+        store.check_architecture(store.read_manifest(checkpoint), config, checkpoint)
         self.config = config
         self.chunks = build_chunks(config)
         for chunk in self.chunks:
@@ -41,12 +42,16 @@ class FrozenModel:
     def logits(self, tokens: Tensor) -> Tensor | None:
         """tokens [b, s] -> logits [b, s, V], fp32, on the ranks of the last pipeline stage; None on the others."""
         found: list[Tensor] = []
-        for chunk in self.chunks:
-            if chunk.post_process:
-                chunk.output_layer.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+
+        def keep(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
+            found.append(output[0].clone())  # the loss that follows overwrites them
+
+        hooks = [chunk.output_layer.register_forward_hook(keep) for chunk in self.chunks if chunk.post_process]
         # the schedule moves activations between stages; the loss it computes beside the logits is not used
         padded = torch.nn.functional.pad(tokens, (0, 1))
         run_schedule(self.stages, self.config.model, [MicroBatch(padded)], forward_only=True)
+        for hook in hooks:
+            hook.remove()
         if not found:
             return None
         local = found[0].transpose(0, 1).float().contiguous()  # [b, s, V / tensor ranks]

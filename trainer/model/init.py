@@ -26,7 +26,7 @@ def initialize_weights(placements: dict[torch.nn.Parameter, Placement], model: M
     for parameter, placement in placements.items():
         flat = parameter.data.view(-1)
         for box in placement.boxes:
-            flat[box.flat_start : box.flat_start + box.numel].copy_(initial_values(box, model, seed).view(-1))
+            flat[box.flat_slice].copy_(initial_values(box, model, seed).view(-1))
 
 
 def initial_values(box: Box, model: ModelConfig, seed: int) -> Tensor:

@@ -30,6 +30,11 @@ class Box:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def flat_slice(self) -> slice:
+        """Where the box lies in the flattened local parameter."""
+        return slice(self.flat_start, self.flat_start + self.numel)
+
     def cut(self, start: int, end: int) -> Iterator["Box"]:
         """The part of this box that a flat range [start, end) of the local parameter covers, as boxes.
 

@@ -5,14 +5,20 @@ from pathlib import Path
 
 import orjson
 import pytest
+from hypothesis import settings
 
-WORDS = ("the model reads a token and writes another one while gradients flow back through every layer of it "
-         "café naïve Größe 東京 emoji 🙂 0 1 42 def return import self").split()  # fmt: skip
+VOCABULARY = (
+    "the model reads a token and writes another one while gradients flow back through every layer of it "
+    "café naïve Größe 東京 🙂 0 1 42 def return import self"
+)
+
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 
 def made_up_text(seed: int, num_words: int) -> str:
-    draw = random.Random(seed)
-    return " ".join(draw.choice(WORDS) + draw.choice(["", "", "s", "ing", ".", ",\n"]) for _ in range(num_words))
+    draw, words = random.Random(seed), VOCABULARY.split()
+    return " ".join(draw.choice(words) + draw.choice(["", "", "s", "ing", ".", ",\n"]) for _ in range(num_words))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.normalize import END_OF_TEXT, decode_utf8, is_text, neutralize_control_token, normalize, repair_surrogates
+from data_pipeline.normalize import (
+    END_OF_TEXT,
+    decode_utf8,
+    is_text,
+    neutralize_control_token,
+    normalize,
+    repair_surrogates,
+)
 
 ANY_CHARACTER = st.characters(exclude_categories=())  # surrogates included
 PIECES = st.sampled_from([END_OF_TEXT, "<|", "endoftext", "|>", "<", ">", "\u0338", "e\u0301", "\ud83d", "\ude42", " "])
@@ -36,7 +43,7 @@ def test_text_that_needs_no_repair_is_left_alone(text: str) -> None:
 @given(ANY_TEXT)
 def test_surrogate_repair_agrees_with_a_character_by_character_reference(text: str) -> None:
     def joined(pair: re.Match[str]) -> str:
-        high, low = pair[0]
+        high, low = pair[0][0], pair[0][1]
         return chr(0x10000 + ((ord(high) - 0xD800) << 10) + (ord(low) - 0xDC00))
 
     paired = re.sub("[\ud800-\udbff][\udc00-\udfff]", joined, text)

@@ -1,10 +1,11 @@
 import ast
 import itertools
+import shutil
 import warnings
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
-from pydoc_data import topics
 
 from data_pipeline.python_stdlib import PYTHON_STDLIB, check_stdlib, read_stdlib, split_docstrings, stdlib_root
 from data_pipeline.sources import check_sources, read_documents
@@ -64,7 +65,11 @@ def without_docstrings(tree: ast.Module) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 rest: list[ast.stmt] = [] if isinstance(node, ast.Module) else [ast.Expr(ast.Constant(...))]
                 node.body = node.body[1:] or rest
     return ast.dump(tree)
@@ -103,12 +108,11 @@ def test_the_whole_library_is_about_12_mb_in_a_fixed_order() -> None:
         assert not [id for id in ids if excluded in id]
 
 
-def test_a_docstring_is_in_one_document_only() -> None:
-    documents = [document for document in read_stdlib(stdlib_root(), Tally()) if "/textwrap.py" in document.id]
+def test_a_docstring_is_in_one_document_only(tmp_path: Path) -> None:
+    shutil.copy(stdlib_root() / "textwrap.py", tmp_path)
     sentence = "Remove any common leading whitespace from every line in `text`."
-    assert [document.id for document in documents if sentence in document.text] == [
-        f"{PYTHON_STDLIB}/docstrings/textwrap.py"
-    ]
+    documents = list(read_stdlib(tmp_path, Tally()))
+    assert [sentence in document.text for document in documents] == [True, False]
 
 
 def test_slim_builds_are_named_and_read(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -48,6 +49,17 @@ def test_recursive_globs_and_names_with_brackets(tmp_path: Path) -> None:
     (tmp_path / "b[1].txt").write_text("b", encoding="utf-8")
     assert [document.text for document in read(f"{tmp_path}/**/*.txt")[0]] == ["b", "a"]
     assert [document.text for document in read(tmp_path / "b[1].txt")[0]] == ["b"]
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("a", encoding="utf-8")
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "link").symlink_to(tmp_path / "elsewhere")
+    (corpus / "other").symlink_to(tmp_path / "elsewhere")
+    (corpus / "loop").symlink_to(corpus)
+    assert [document.id for document in read(corpus)[0]] == [f"{corpus}/link/a.txt"]
 
 
 def test_every_unusable_line_is_counted_by_reason_and_place(tmp_path: Path) -> None:
@@ -173,7 +185,9 @@ def make_pipe(folder: Path) -> Path:
         (make_pipe, "not a regular file"),
     ],
 )
-def test_check_refuses_missing_empty_and_unreadable_corpora(make, rule: str, tmp_path: Path) -> None:
+def test_check_refuses_missing_empty_and_unreadable_corpora(
+    make: Callable[[Path], Path], rule: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as refusal:
         check_sources([str(make(tmp_path))])
     assert rule in str(refusal.value)

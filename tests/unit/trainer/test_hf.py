@@ -128,7 +128,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     backend.train_from_iterator(["hello world, the cat sat on the mat in 1984 1984 1984"] * 4, trainer)
     backend.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "model_max_length": SEQ}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -335,22 +335,49 @@ def test_tokenizer_must_fit_the_model(tokenizer: Path, tmp_path: Path) -> None:
         hf.export_model({}, config_of(vocab_size=256), tokenizer, tmp_path / "export", {})
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         hf.export_model({}, config_of(), tmp_path, tmp_path / "export", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------------- generating
 
 
-def test_generate_is_seeded_and_silent(
-    exports: dict[str, Export], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
+def test_generate_is_seeded(exports: dict[str, Export]) -> None:
     folder = exports["tied"].folder
     random_state = torch.get_rng_state()
     first, again, other = (hf.generate(folder, PROMPT, 8, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert not first.startswith(PROMPT)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert capfd.readouterr() == ("", "")
-    assert not recwarn.list
+
+
+NOISY = """
+import sys
+from pathlib import Path
+import torch
+from trainer.checkpoint import hf
+from trainer.config import UserError
+
+good, damaged = map(Path, sys.argv[1:])
+hf.generate(good, "hello", 8, seed=1)
+try:
+    hf.generate(good, "hello " * 100, 8, seed=1)
+except UserError:
+    print("refused")
+try:
+    hf.verify_export(damaged, torch.zeros(1, 2, 300), torch.zeros(1, 2, dtype=torch.long))
+except hf.ExportMismatch:
+    print("refused")
+"""
+
+
+def test_transformers_prints_nothing(exports: dict[str, Export], tmp_path: Path) -> None:
+    """Neither for a prompt it finds too long, nor for weights it misses, nor bars while it loads."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(exports["tied"].folder, folder)
+    add_layer(folder)
+    command = [sys.executable, "-c", NOISY, str(exports["tied"].folder), str(folder)]
+    done = subprocess.run(command, cwd=Path(hf.__file__).parents[2], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("refused\nrefused\n", "")
 
 
 def test_generate_stops_where_the_context_ends(exports: dict[str, Export], tokenizer: Path) -> None:

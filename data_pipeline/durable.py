@@ -1,0 +1,52 @@
+"""Files that are there whole or not at all: written beside their place, synced, renamed, the folder synced."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def temporary_path(path: Path) -> Path:
+    """Where a file or folder lies until it is whole."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until the disk has it; not atomic."""
+    with open(path, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    write_synced(temporary_path(path), data)
+    publish(path)
+
+
+def publish(path: Path) -> None:
+    """Move what was written and synced at `temporary_path(path)` to its place.
+
+    A folder replaces an older one in two moves, so a crash may leave neither: callers commit to a set of files by
+    writing its manifest last.
+    """
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(temporary_path(path), path)
+    sync_folder(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove what lies at `temporary_path(path)`, if anything does."""
+    temporary = temporary_path(path)
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,213 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 something the user can mend, 130 interrupted."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launcher.display import Display
+from trainer import config as run_config
+from trainer.config import RunConfig, UserError
+from trainer.run_dir import RunDir
+
+app = typer.Typer(
+    name="broadgauge",
+    help="Train GPT-scale language models: raw text to a trained, evaluated, exported model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> if not given.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c ...", help="Override config values; takes several at once."),
+]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """`--debug` is read by `main`, before or after the command's name."""
+
+
+@app.command()
+def run(config_file: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
+    """Do a whole run: prepare, train, evaluate, export, generate. Run it again to go on after an interruption.
+
+    Example: `broadgauge run configs/quickstart.yaml --set parallel.tensor=1 parallel.pipeline=1 --run-dir runs/one-rank`
+    """
+    from launcher import stages
+
+    config = run_config.load(config_file, settings or ())
+    stages.run(config, _run_dir(config, run_dir), _display())
+
+
+@app.command()
+def prepare(
+    config_file: ConfigFile,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write; the run's own data folder if not given.")
+    ] = None,
+    run_dir: RunDirOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Turn the run's text into a tokenizer and shards. With --out, name the folder in `data.prepared` afterwards.
+
+    Example: `broadgauge prepare configs/quickstart.yaml --out data/stdlib`
+    """
+    from data_pipeline import pipeline
+    from launcher import stages
+
+    config = run_config.load(config_file, settings or ())
+    display = _display()
+    if out is None:
+        stages.check_sources(config, _run_dir(config, run_dir))
+        with stages.open_session(config, _run_dir(config, run_dir), display) as session:
+            stages.prepare_data(session)
+        return
+    with display.stage("prepare") as bar:
+        manifest = pipeline.prepare(
+            config.data, vocab_size=config.model.vocab_size, seq_length=config.model.seq_length, out=out, progress=bar
+        )
+        bar.result = stages.describe_data(manifest)
+
+
+@app.command()
+def train(config_file: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
+    """Train on prepared data, from the newest checkpoint if there is one.
+
+    Example: `broadgauge train configs/quickstart.yaml --set data.prepared=data/stdlib`
+    """
+    from launcher import stages
+
+    config = run_config.load(config_file, settings or ())
+    where = _run_dir(config, run_dir)
+    where.check(config)
+    stages.check_prepared(config, where)
+    with stages.open_session(config, where, _display()) as session:
+        stages.train(session)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Prepared data to evaluate on; the run's own if not given.")
+    ] = None,
+    settings: SetOption = None,
+) -> None:
+    """Held-out loss and perplexity of a checkpoint, beside the uniform and unigram baselines, as JSON.
+
+    Example: `broadgauge eval runs/quickstart --set parallel.tensor=1 parallel.pipeline=1`
+    """
+    from launcher import inspection
+
+    print(json.dumps(inspection.evaluate(path, data, settings or ()), indent=2))
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Hugging Face folder to write.", show_default=False)],
+) -> None:
+    """Write a checkpoint as a Hugging Face folder and check its logits against the trained model's.
+
+    Example: `broadgauge export runs/quickstart/checkpoints/step-00000200 --out exports/step-200`
+    """
+    from launcher import inspection
+
+    difference, tokens = inspection.export(path, out)
+    print(f"{out}: logits within {difference:.2g} of the trained model's over {tokens} tokens")
+
+
+@app.command()
+def generate(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run, or a Hugging Face folder.", show_default=False)
+    ],
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt with an exported model.
+
+    Example: `broadgauge generate runs/quickstart --prompt "The list is" --max-new-tokens 32`
+    """
+    from launcher import inspection
+
+    print(prompt + inspection.generate(path, prompt, max_new_tokens, seed))
+
+
+@config_app.command("show")
+def show_config(config_file: ConfigFile, settings: SetOption = None) -> None:
+    """The resolved config: preset and overrides filled in, every value written out.
+
+    Example: `broadgauge config show configs/quickstart.yaml --set train.precision=fp32`
+    """
+    print(run_config.dump(run_config.load(config_file, settings or ())), end="")
+
+
+@config_app.command("schema")
+def show_schema() -> None:
+    """The JSON schema of a config: every key with its type, unit and meaning.
+
+    Example: `broadgauge config schema`
+    """
+    print(json.dumps(run_config.json_schema(), indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = spread_settings([argument for argument in arguments if argument != "--debug"])
+    try:
+        app(arguments, standalone_mode=True)
+    except UserError as error:
+        if debug:
+            raise
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True).print(f"failed: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def spread_settings(arguments: Sequence[str]) -> list[str]:
+    """`--set a=1 b=2` -> `--set a=1 --set b=2`: the parser takes one value an option."""
+    spread: list[str] = []
+    in_settings = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            in_settings = argument == "--set"
+            if not in_settings:
+                spread.append(argument)
+        elif in_settings and "=" in argument:
+            spread += ["--set", argument]
+        else:
+            in_settings = False
+            spread.append(argument)
+    return spread
+
+
+def _run_dir(config: RunConfig, path: Path | None) -> RunDir:
+    return RunDir(path or Path("runs") / config.name)
+
+
+def _display() -> Display:
+    return Display(Console())

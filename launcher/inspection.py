@@ -1,0 +1,95 @@
+"""Verbs that look at what a run has made: evaluate or export a checkpoint, generate from an export.
+
+They work beside a run, never in its folder, so they may be used while it trains.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data_pipeline.pipeline import TOKENIZER_FOLDER
+from launcher import stages
+from launcher.job import ready_ranks
+from trainer import config as run_config
+from trainer.checkpoint import store
+from trainer.config import RunConfig, UserError
+from trainer.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint with the config it is read under, whose `data.prepared` is set."""
+
+    checkpoint: Path
+    manifest: store.Manifest
+    config: RunConfig
+
+
+def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
+    """The checkpoint that `path` means, with its run's config and data, changed by `settings`.
+
+    Raises:
+        UserError: there is no checkpoint, or no data is known for it.
+    """
+    checkpoint = store.find(path)
+    manifest = store.verify(checkpoint)
+    tree = manifest.config | {"preset": None}
+    run_dir = RunDir(checkpoint.resolve().parent.parent)
+    recorded = tree["data"].get("prepared")
+    prepared = data or (Path(recorded) if recorded else run_dir.data)
+    config = run_config.override(tree, [*settings, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"])
+    store.check_architecture(manifest, config, checkpoint)
+    stages.check_prepared(config, run_dir)
+    return Found(checkpoint.resolve(), manifest, config)
+
+
+@contextmanager
+def scratch_run() -> Iterator[RunDir]:
+    """A run folder for ranks that only read."""
+    with tempfile.TemporaryDirectory(prefix="broadgauge-") as folder:
+        run_dir = RunDir(Path(folder))
+        run_dir.logs.mkdir()
+        yield run_dir
+
+
+def evaluate(path: Path, data: Path | None, settings: Sequence[str]) -> dict[str, Any]:
+    found = find(path, data, settings)
+    with scratch_run() as run_dir:
+        output = run_dir.path / "heldout.json"
+        with ready_ranks(found.config, run_dir) as ranks:
+            ranks.run("evaluate", lambda: None, checkpoint=found.checkpoint, output=output)
+        result = orjson.loads(output.read_bytes())
+    return {
+        "checkpoint": str(found.checkpoint),
+        "step": found.manifest.step,
+        **result,
+        "perplexity": math.exp(result["loss"]),
+    }
+
+
+def export(path: Path, out: Path) -> tuple[float, int]:
+    """Returns the largest logit difference and the number of tokens compared."""
+    from trainer.checkpoint import hf
+
+    found = find(path, None, ())
+    hf.check_exportable(found.config)
+    tokenizer = Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
+    facts = {"Trained on, tokens": found.manifest.step * found.config.tokens_per_step, "Step": found.manifest.step}
+    with scratch_run() as run_dir, ready_ranks(found.config, run_dir) as ranks:
+        logits = run_dir.path / "logits.pt"
+        return stages.export_checkpoint(found.config, ranks, found.checkpoint, tokenizer, out, logits, facts)
+
+
+def generate(path: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
+    from trainer.checkpoint import hf
+
+    folder = path / "export" if (path / "export").is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} is neither a Hugging Face folder nor a run that has one; run `broadgauge export` first")
+    return hf.generate(folder, prompt, max_new_tokens, seed)

@@ -1,0 +1,126 @@
+"""What a finished run looks like, drawn from its events: the loss picture and the summary."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.table import Table
+
+from trainer.config import RunConfig
+from trainer.events import Event, read_events, surviving_steps
+from trainer.plan import model_flops_per_token, num_parameters
+from trainer.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """The events of a run, sorted by what they say."""
+
+    steps: list[Event]
+    evaluations: dict[int, Event]
+    """By step; the last one where a step was evaluated again."""
+    stage_seconds: dict[str, float]
+    """Summed over interruptions."""
+    export: Event | None
+    sample: Event | None
+
+    @classmethod
+    def read(cls, path: Path) -> "RunHistory":
+        events = read_events(path)
+        stage_seconds: dict[str, float] = {}
+        for event in events:
+            if event["kind"] == "stage_finished":
+                stage_seconds[event["stage"]] = stage_seconds.get(event["stage"], 0.0) + event["seconds"]
+        return cls(
+            steps=surviving_steps(events),
+            evaluations={event["step"]: event for event in events if event["kind"] == "evaluated"},
+            stage_seconds=stage_seconds,
+            export=_last(events, "export_verified"),
+            sample=_last(events, "generated"),
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the median step, so that start-up and disturbances do not count."""
+        seconds = median(event["seconds"] for event in self.steps)
+        return (self.steps[-1]["tokens"] / self.steps[-1]["step"]) / seconds
+
+
+def _last(events: list[Event], kind: str) -> Event | None:
+    return next((event for event in reversed(events) if event["kind"] == kind), None)
+
+
+def verdict(before: Event, after: Event) -> str:
+    """One line: did the model learn?"""
+    gain = after["unigram_loss"] - after["loss"]
+    facts = (
+        f"held-out loss {before['loss']:.3f} -> {after['loss']:.3f} (perplexity {perplexity(before['loss'])} -> "
+        f"{perplexity(after['loss'])}; uniform {after['uniform_loss']:.3f}, unigram {after['unigram_loss']:.3f})"
+    )
+    if gain > 0 and after["loss"] < before["loss"]:
+        return f"the model learned: {facts}, {gain:.2f} nats per token better than word frequencies alone"
+    if after["loss"] < before["loss"]:
+        return f"the model learned little: {facts}, still {-gain:.2f} nats per token worse than word frequencies alone"
+    return f"the model did NOT learn: {facts}"
+
+
+def perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.1f}" if loss < 50 else "inf"
+
+
+def plot_losses(history: RunHistory, path: Path) -> None:
+    """Training and held-out loss over tokens, with the two baselines."""
+    import matplotlib  # half a second, and only this function needs it
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    tokens_per_step = history.steps[0]["tokens"] / history.steps[0]["step"]
+    axes.plot([e["tokens"] for e in history.steps], [e["loss"] for e in history.steps], lw=1, label="training")
+    evaluations = [history.evaluations[step] for step in sorted(history.evaluations)]
+    axes.plot(
+        [e["step"] * tokens_per_step for e in evaluations], [e["loss"] for e in evaluations], "o-", ms=4, label="held-out"
+    )
+    for name, style in (("uniform_loss", ":"), ("unigram_loss", "--")):
+        axes.axhline(evaluations[-1][name], ls=style, color="gray", lw=1, label=f"{name.removesuffix('_loss')} baseline")
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
+    """The table at the end of a run."""
+    table = Table(title=f"run {config.name}", show_header=False, title_justify="left")
+    before, after = (history.evaluations[step] for step in (0, config.num_steps))
+    parallel = config.parallel
+    rate = history.tokens_per_second
+    rows = {
+        "model": f"{num_parameters(config.model):,} parameters, {config.model.num_layers} layers of "
+        f"{config.model.hidden_size}, context {config.model.seq_length}",
+        "layout": f"{parallel.num_ranks} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+        f"{parallel.data}, ZeRO-{parallel.zero}, {config.train.precision}",
+        "trained": f"{history.steps[-1]['tokens']:,} tokens in {config.num_steps} steps; last loss "
+        f"{history.steps[-1]['loss']:.4f}",
+        "held-out loss": f"{before['loss']:.4f} -> {after['loss']:.4f} (uniform {after['uniform_loss']:.4f}, unigram "
+        f"{after['unigram_loss']:.4f})",
+        "perplexity": f"{perplexity(before['loss'])} -> {perplexity(after['loss'])} (uniform "
+        f"{perplexity(after['uniform_loss'])}, unigram {perplexity(after['unigram_loss'])})",
+        "speed": f"{rate:,.0f} tokens/s, {rate * model_flops_per_token(config.model) / 1e9:,.1f} model GFLOP/s",
+        "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in history.stage_seconds.items()),
+    }
+    if history.export is not None:
+        rows["export"] = f"largest logit difference {history.export['largest_difference']:.2g}"
+    rows |= {
+        "events": str(run_dir.events_path),
+        "checkpoints": str(run_dir.checkpoints),
+        "loss picture": str(run_dir.loss_plot),
+        "Hugging Face": str(run_dir.export),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
