@@ -43,7 +43,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 def run(config_file: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
     """Do a whole run: prepare, train, evaluate, export, generate. Run it again to go on after an interruption.
 
-    Example: `broadgauge run configs/quickstart.yaml --set parallel.tensor=1 parallel.pipeline=1 --run-dir runs/one-rank`
+    Example: `broadgauge run configs/quickstart.yaml --run-dir runs/fp32 --set train.precision=fp32 seed=7`
     """
     from launcher import stages
 
@@ -131,9 +131,7 @@ def export(
 
 @app.command()
 def generate(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A run, or a Hugging Face folder.", show_default=False)
-    ],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a Hugging Face folder.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,

@@ -91,5 +91,5 @@ def generate(path: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
 
     folder = path / "export" if (path / "export").is_dir() else path
     if not (folder / "config.json").is_file():
-        raise UserError(f"{path} is neither a Hugging Face folder nor a run that has one; run `broadgauge export` first")
+        raise UserError(f"{path} is no Hugging Face folder and no run that has one; run `broadgauge export` first")
     return hf.generate(folder, prompt, max_new_tokens, seed)

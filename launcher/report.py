@@ -81,10 +81,16 @@ def plot_losses(history: RunHistory, path: Path) -> None:
     axes.plot([e["tokens"] for e in history.steps], [e["loss"] for e in history.steps], lw=1, label="training")
     evaluations = [history.evaluations[step] for step in sorted(history.evaluations)]
     axes.plot(
-        [e["step"] * tokens_per_step for e in evaluations], [e["loss"] for e in evaluations], "o-", ms=4, label="held-out"
+        [e["step"] * tokens_per_step for e in evaluations],
+        [e["loss"] for e in evaluations],
+        "o-",
+        ms=4,
+        label="held-out",
     )
     for name, style in (("uniform_loss", ":"), ("unigram_loss", "--")):
-        axes.axhline(evaluations[-1][name], ls=style, color="gray", lw=1, label=f"{name.removesuffix('_loss')} baseline")
+        axes.axhline(
+            evaluations[-1][name], ls=style, color="gray", lw=1, label=f"{name.removesuffix('_loss')} baseline"
+        )
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)

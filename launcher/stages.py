@@ -6,13 +6,13 @@ whatever moment, goes on from there.
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.pipeline import TOKENIZER_FOLDER, find_prepared, preflight, prepare
 from data_pipeline.manifest import Manifest
+from data_pipeline.pipeline import TOKENIZER_FOLDER, find_prepared, preflight, prepare
 from data_pipeline.settings import Settings
 from data_pipeline.tokenization import Tokenizer
 from launcher import report
@@ -80,7 +80,9 @@ def run(config: RunConfig, run_dir: RunDir, display: Display) -> None:
         if is_finished(config, run_dir):
             display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")
             return
-        session.log.write("run_started", resumed=run_dir.checkpoints.is_dir() and bool(store.steps(run_dir.checkpoints)))
+        session.log.write(
+            "run_started", resumed=run_dir.checkpoints.is_dir() and bool(store.steps(run_dir.checkpoints))
+        )
         started = time.monotonic()
         prepare_data(session)
         check_prompt(config, run_dir)
@@ -256,7 +258,7 @@ def export_checkpoint(
     tokenizer: Path,
     out: Path,
     logits_path: Path,
-    facts: dict[str, object],
+    facts: Mapping[str, object],
 ) -> tuple[float, int]:
     """Export, verify and put in place; returns the largest logit difference and the number of tokens compared.
 

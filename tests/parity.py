@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from reference_gpt import train as train_reference
-
 from trainer import parallel
 from trainer.config import RunConfig, from_tree
 from trainer.engine import MASTER, Engine

@@ -129,7 +129,9 @@ def _open_tokens(prefix: Path) -> np.ndarray:
             header = handle.read(len(_IDX_HEADER) + 9)
         size = bin_path.stat().st_size
     except OSError as error:
-        raise UserError(f"cannot read the data set {prefix}: {error.strerror}: {error.filename}; prepare it first") from error
+        raise UserError(
+            f"cannot read the data set {prefix}: {error.strerror}: {error.filename}; prepare it first"
+        ) from error
     if len(header) < len(_IDX_HEADER) + 9 or not header.startswith(_IDX_HEADER):
         raise UserError(f"{idx_path} is not a Megatron index; prepare the data again")
     code = struct.unpack_from("<QB", header, len(_IDX_HEADER))[1]

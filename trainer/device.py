@@ -65,7 +65,7 @@ def _redirect_cuda_to_cpu() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
     for owner in (torch.Tensor, torch.nn.Module):
-        owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+        owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

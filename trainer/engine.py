@@ -207,6 +207,7 @@ class Engine:
         if self.config.parallel.zero < 3:
             self._zero.update_lp_params()
             return
+        parameter: Any  # DeepSpeed hangs its own attributes on it
         for parameter, _, tensors in self._flat_fragments():
             parameter.ds_tensor.data[: tensors[MASTER].numel()].copy_(tensors[MASTER])
             if parameter.ds_status.name == "AVAILABLE":
@@ -216,6 +217,7 @@ class Engine:
 
     def _flat_fragments(self) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, Tensor]]]:
         """(parameter, first flat element this rank keeps of it, 1-d views of its master weights and moments)."""
+        parameter: Any  # DeepSpeed hangs its own attributes on it
         if self.config.parallel.zero == 3:
             for parameter in self._placements:
                 rank = self._zero._get_param_partition_rank(parameter)
@@ -228,7 +230,7 @@ class Engine:
         # Read the flat buffers themselves: with two parameter groups DeepSpeed links the moments of the second late.
         buffers = self._master_buffers()
         for parameter in self._placements:
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            mapping = parameter._hp_mapping
             if mapping is None:  # all of it lies on other data-parallel ranks
                 continue
             buffer, address = buffers[mapping.param_group_index], mapping.hp_fragment_address

@@ -31,29 +31,22 @@ class MicroBatch:
     """[b] 0 for a sequence that only fills up the batch, else 1; None means that all count."""
 
 
-class StageView(torch.nn.Module):
-    """What megatron-core's schedule sees as one model chunk: it calls `forward` and reads the chunk's attributes."""
+class StageView:
+    """What megatron-core's schedule sees as one model chunk: it calls it and reads the chunk's attributes."""
 
     def __init__(self, chunk: GPTModel, forward: Forward) -> None:
-        super().__init__()
-        # plain attributes: registering the chunk as a submodule would make its parameters appear twice
-        self.__dict__.update(
-            module=chunk,
-            call=forward,
-            config=chunk.config,
-            model_type=chunk.model_type,
-            vp_stage=chunk.vp_stage,
-            ddp_config=SimpleNamespace(use_megatron_fsdp=False),
-        )
+        self.module = chunk
+        self.config = chunk.config
+        self.model_type = chunk.model_type
+        self.vp_stage = chunk.vp_stage
+        self.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
+        self._forward = forward
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.call(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(*args, **kwargs)
 
     def set_input_tensor(self, tensor: Tensor) -> None:
         self.module.set_input_tensor(tensor)
-
-    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed reduces gradients; the schedule has nothing to wait for."""
 
 
 def run_schedule(

@@ -24,6 +24,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
 
+
 def main(spec: RankSpec) -> None:
     """Run the task of this rank to its end; an exception means that the rank failed."""
     os.environ.update(  # what DeepSpeed reads
@@ -80,7 +81,8 @@ def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.de
 
 def _readers(config: RunConfig, run_dir: RunDir) -> tuple[WindowReader, WindowReader]:
     data = run_dir.data_for(config)
-    return WindowReader(data / "train", config.model.seq_length), WindowReader(data / "heldout", config.model.seq_length)
+    seq_length = config.model.seq_length
+    return WindowReader(data / "train", seq_length), WindowReader(data / "heldout", seq_length)
 
 
 def _write_nothing(*_: Any, **__: Any) -> None:

@@ -60,7 +60,7 @@ class RunDir:
         """
         if not self.config_path.exists():
             if self.path.exists() and any(item.name != ".lock" for item in self.path.iterdir()):
-                raise UserError(f"{self.path} exists, is not empty and holds no config.yaml of a run; use another --run-dir")
+                raise UserError(f"{self.path} is not empty and holds no config.yaml of a run; use another --run-dir")
             return
         changed = run_config.differences(run_config.load(self.config_path), config)
         if changed:
@@ -92,5 +92,5 @@ class RunDir:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"{self.path} is in use by another broadgauge process; wait for it or stop it") from error
+                raise UserError(f"{self.path} is in use by another process; wait for it or stop it") from error
             yield

@@ -1,6 +1,7 @@
 """A fast slice of the parity table; `make parity` prints all of it."""
 
 import pytest
+
 from parity import CASES, TOLERANCES, compare
 
 # The layouts a change is most likely to break; every case of the table runs under `make parity`.

@@ -84,7 +84,7 @@ class Bench:
         self.ranks.run("train", on_poll)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def bench() -> Iterator[Bench]:
     """Warm agents; meanwhile the environment names another's Ray, which nobody must call."""
     with (
@@ -92,87 +92,81 @@ def bench() -> Iterator[Bench]:
         socket.create_server(("127.0.0.1", 0)) as foreign_ray,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setenv("RAY_ADDRESS", "127.0.0.1:{}".format(foreign_ray.getsockname()[1]))
+        patch.setenv("RAY_ADDRESS", f"127.0.0.1:{foreign_ray.getsockname()[1]}")
         run_dir = new_run(Path(folder) / "run")
         with ready_ranks(config(), run_dir, "fake_ranks:as_told") as ranks:
             yield Bench(ranks, run_dir, foreign_ray)
 
 
-def test_ranks_meet_in_a_private_file_and_talk_on_loopback(bench: Bench) -> None:
-    bench.run("succeed")
-    seen = [json.loads((bench.run_dir.path / f"rank-{rank}.json").read_text()) for rank in range(4)]
-    assert [rank["rank"] for rank in seen] == [0, 1, 2, 3]
-    (rendezvous,) = {rank["rendezvous"] for rank in seen}
-    assert rendezvous.startswith("file://")
-    session = Path(rendezvous.removeprefix("file://")).parent
-    assert session.stat().st_mode & 0o077 == 0
-    for rank in seen:
-        assert rank["run_dir"] == str(bench.run_dir.path.resolve())
-        assert rank["cwd"] == os.getcwd()
-        assert rank["env"]["GLOO_SOCKET_IFNAME"] == "lo"
-        assert from_tree(parse_yaml(rank["config_yaml"])) == config()
+class TestRoundsOnOneRay:
+    def test_ranks_meet_in_a_private_file_and_talk_on_loopback(self, bench: Bench) -> None:
+        bench.run("succeed")
+        seen = [json.loads((bench.run_dir.path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+        assert [rank["rank"] for rank in seen] == [0, 1, 2, 3]
+        (rendezvous,) = {rank["rendezvous"] for rank in seen}
+        assert rendezvous.startswith("file://")
+        session = Path(rendezvous.removeprefix("file://")).parent
+        assert session.stat().st_mode & 0o077 == 0
+        for rank in seen:
+            assert rank["run_dir"] == str(bench.run_dir.path.resolve())
+            assert rank["cwd"] == os.getcwd()
+            assert rank["env"]["GLOO_SOCKET_IFNAME"] == "lo"
+            assert from_tree(parse_yaml(rank["config_yaml"])) == config()
 
+    def test_nothing_listens_beyond_loopback(self, bench: Bench) -> None:
+        me = psutil.Process()
+        listening = {
+            connection.laddr.ip.removeprefix("::ffff:")
+            for process in [me, *me.children(recursive=True)]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert listening == {"127.0.0.1"}
 
-def test_nothing_listens_beyond_loopback(bench: Bench) -> None:
-    me = psutil.Process()
-    listening = {
-        connection.laddr.ip.removeprefix("::ffff:")
-        for process in [me, *me.children(recursive=True)]
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening == {"127.0.0.1"}
+    def test_another_ray_in_the_environment_is_left_alone(self, bench: Bench) -> None:
+        bench.foreign_ray.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has knocked
+            bench.foreign_ray.accept()
 
+    def test_the_driver_is_called_again_and_again_while_ranks_run(self, bench: Bench) -> None:
+        """The tenth call that sees all ranks up is what ends them."""
+        calls_with_ranks = 0
 
-def test_another_ray_in_the_environment_is_left_alone(bench: Bench) -> None:
-    bench.foreign_ray.setblocking(False)
-    with pytest.raises(BlockingIOError):  # nobody has knocked
-        bench.foreign_ray.accept()
+        def kill_a_rank_at_last() -> None:
+            nonlocal calls_with_ranks
+            pids = rank_pids(bench.run_dir)
+            calls_with_ranks += len(pids) == 4
+            if calls_with_ranks == 10:
+                os.kill(pids[0], signal.SIGTERM)
 
+        with pytest.raises(RankFailed, match="was killed by SIGTERM; see"):
+            bench.run("block", kill_a_rank_at_last)
+        assert calls_with_ranks >= 10
 
-def test_the_driver_is_called_again_and_again_while_ranks_run(bench: Bench) -> None:
-    """The tenth call that sees all ranks up is what ends them."""
-    calls_with_ranks = 0
+    def test_a_rank_that_raises_is_named_with_its_log(self, bench: Bench) -> None:
+        log = bench.run_dir.logs / "rank-1.log"
+        with pytest.raises(RankFailed) as failure:
+            bench.run("second_raises")
+        assert str(failure.value) == f"rank 1 raised ValueError: the batch is empty; see {log}"
+        assert (failure.value.rank, failure.value.log_path) == (1, log)
+        assert "this is the second line" in log.read_text()
 
-    def kill_a_rank_at_last() -> None:
-        nonlocal calls_with_ranks
+    def test_a_user_error_in_a_rank_is_a_user_error(self, bench: Bench) -> None:
+        with pytest.raises(UserError) as failure:
+            bench.run("second_complains")
+        assert str(failure.value) == "the corpus is too small for one batch; add text"
+
+    def test_a_killed_rank_is_named_and_takes_the_others_down_at_once(self, bench: Bench) -> None:
+        with pytest.raises(RankFailed) as failure:
+            bench.run("second_dies_and_its_peers_lose_the_connection")
+        seconds = time.time() - float((bench.run_dir.path / "acted-at").read_text())
+        assert str(failure.value).startswith("rank 1 was killed by SIGKILL")
         pids = rank_pids(bench.run_dir)
-        calls_with_ranks += len(pids) == 4
-        if calls_with_ranks == 10:
-            os.kill(pids[0], signal.SIGTERM)
+        assert len(pids) == 4 and not any(is_alive(pid) for pid in pids)
+        assert seconds < 2
 
-    with pytest.raises(RankFailed, match="was killed by SIGTERM; see"):
-        bench.run("block", kill_a_rank_at_last)
-    assert calls_with_ranks >= 10
-
-
-def test_a_rank_that_raises_is_named_with_its_log(bench: Bench) -> None:
-    log = bench.run_dir.logs / "rank-1.log"
-    with pytest.raises(RankFailed) as failure:
-        bench.run("second_raises")
-    assert str(failure.value) == f"rank 1 raised ValueError: the batch is empty; see {log}"
-    assert (failure.value.rank, failure.value.log_path) == (1, log)
-    assert "this is the second line" in log.read_text()
-
-
-def test_a_user_error_in_a_rank_is_a_user_error(bench: Bench) -> None:
-    with pytest.raises(UserError) as failure:
-        bench.run("second_complains")
-    assert str(failure.value) == "the corpus is too small for one batch; add text"
-
-
-def test_a_killed_rank_is_named_and_takes_the_others_down_at_once(bench: Bench) -> None:
-    with pytest.raises(RankFailed) as failure:
-        bench.run("second_dies_and_its_peers_lose_the_connection")
-    seconds = time.time() - float((bench.run_dir.path / "acted-at").read_text())
-    assert str(failure.value).startswith("rank 1 was killed by SIGKILL")
-    pids = rank_pids(bench.run_dir)
-    assert len(pids) == 4 and not any(is_alive(pid) for pid in pids)
-    assert seconds < 2
-
-
-def test_after_failures_the_same_agents_run_again(bench: Bench) -> None:
-    bench.run("succeed")
+    def test_after_failures_the_same_agents_run_again(self, bench: Bench) -> None:
+        bench.run("succeed")
 
 
 # --------------------------------------------------------------------------------------------- the end of the driver

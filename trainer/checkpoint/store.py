@@ -166,7 +166,9 @@ def check_architecture(manifest: Manifest, config: RunConfig, checkpoint: Path) 
     # these change how a model is trained, not what its weights mean
     changed = [field for field in changed if not field.startswith(("model.dropout:", "model.init_std:"))]
     if changed:
-        raise UserError(f"{checkpoint} is of another architecture ({'; '.join(changed)}); use the config it was made with")
+        raise UserError(
+            f"{checkpoint} is of another architecture ({'; '.join(changed)}); use the config it was made with"
+        )
 
 
 def _sync_folder(path: Path) -> None:

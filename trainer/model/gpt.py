@@ -135,4 +135,3 @@ def _mask_padded_vocabulary(chunk: GPTModel, vocab_size: int) -> None:
         return logits, bias
 
     chunk.output_layer.register_forward_hook(mask)
-

@@ -43,7 +43,9 @@ def initial_values(box: Box, model: ModelConfig, seed: int) -> Tensor:
 
 def standard_normal(seed: int, box: Box) -> Tensor:
     """Normal variates for a box of a global tensor, fp32, of shape box.shape; drawn some rows at a time."""
-    stream = int.from_bytes(hashlib.blake2b(f"{seed}:{box.key}".encode(), digest_size=8).digest(), "little", signed=True)
+    stream = int.from_bytes(
+        hashlib.blake2b(f"{seed}:{box.key}".encode(), digest_size=8).digest(), "little", signed=True
+    )
     rows = torch.zeros(1, dtype=torch.int64)  # global flat index of the first element of each row
     for axis, (start, size) in enumerate(zip(box.offset[:-1], box.shape[:-1], strict=True)):
         stride = math.prod(box.global_shape[axis + 1 :])

@@ -31,9 +31,7 @@ class NormAfterResidual(torch.nn.Module):
         super().__init__()
         self.norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
-    def forward(
-        self, training: bool, fused: bool
-    ) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
+    def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
         """megatron-core calls this first, then the result with ((x, bias), residual [s, b, h], dropout)."""
 
         def add_then_norm(x_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:

@@ -1,0 +1,49 @@
+# Everything runs in .venv, made from constraints.txt by `make install`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install quickstart test test-all lint format parity bench-train bench-startup clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+install: $(INSTALLED)  ## make .venv with the pinned dependencies
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("broadgauge needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(INSTALLED)  ## raw text to a trained, exported model, in minutes
+	$(BIN)/broadgauge run configs/quickstart.yaml
+
+test: $(INSTALLED)  ## every test but the slow drills
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)  ## the slow drills too
+	$(BIN)/python -m pytest -m ''
+
+lint: $(INSTALLED)  ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+parity: $(INSTALLED)  ## every layout against one process: the whole table
+	PYTHONPATH=tests:. $(BIN)/python -W ignore tests/parity.py
+
+bench-train: $(INSTALLED)  ## training speed beside other loops
+	$(BIN)/python -W ignore -m benchmarks.train
+
+bench-startup: $(INSTALLED)  ## time from the command to the first completed step
+	$(BIN)/python -m benchmarks.startup
+
+clean:           ## remove caches; runs and .venv stay
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
