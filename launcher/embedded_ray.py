@@ -6,12 +6,14 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import ray
 from ray._private import ray_constants
@@ -53,8 +55,7 @@ def embedded_ray(folder: Path) -> Iterator[None]:
     with this one, by the kernel's doing, when it has no chance to stop them.
     """
     assert not ray.is_initialized(), "this process is connected to another Ray"
-    sigterm = signal.getsignal(signal.SIGTERM)  # Ray replaces it
-    with _environment(), _loopback_only():
+    with _environment(), _loopback_only(), _sigterm_restored():
         try:
             with _interrupts_held():
                 ray.init(
@@ -67,12 +68,11 @@ def embedded_ray(folder: Path) -> Iterator[None]:
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(folder / "ray"),
                 )
+            _exit_on_sigterm()
             yield
         finally:
             with _interrupts_held():
                 ray.shutdown(wait_for_processes=True)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, sigterm)
 
 
 @contextmanager
@@ -115,9 +115,30 @@ def _loopback_only() -> Iterator[None]:
 
 
 @contextmanager
+def _sigterm_restored() -> Iterator[None]:
+    """Undo what `ray.init` does to the handling of SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _exit_on_sigterm() -> None:
+    """Take SIGTERM as a request to clean up and leave, where Ray would print a stack of its own."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    if _in_main_thread():
+        signal.signal(signal.SIGTERM, leave)
+
+
+@contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Deliver a Ctrl-C that arrives meanwhile at the end: a half-started Ray could not be stopped."""
-    if threading.current_thread() is not threading.main_thread():
+    if not _in_main_thread():
         yield
         return
     held: list[FrameType | None] = []
@@ -128,3 +149,8 @@ def _interrupts_held() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if held and callable(before):
             before(signal.SIGINT, held[-1])
+
+
+def _in_main_thread() -> bool:
+    """Where alone Python lets signal handlers be set."""
+    return threading.current_thread() is threading.main_thread()

@@ -80,17 +80,10 @@ def plot_losses(history: RunHistory, path: Path) -> None:
     tokens_per_step = history.steps[0]["tokens"] / history.steps[0]["step"]
     axes.plot([e["tokens"] for e in history.steps], [e["loss"] for e in history.steps], lw=1, label="training")
     evaluations = [history.evaluations[step] for step in sorted(history.evaluations)]
-    axes.plot(
-        [e["step"] * tokens_per_step for e in evaluations],
-        [e["loss"] for e in evaluations],
-        "o-",
-        ms=4,
-        label="held-out",
-    )
-    for name, style in (("uniform_loss", ":"), ("unigram_loss", "--")):
-        axes.axhline(
-            evaluations[-1][name], ls=style, color="gray", lw=1, label=f"{name.removesuffix('_loss')} baseline"
-        )
+    tokens = [event["step"] * tokens_per_step for event in evaluations]
+    axes.plot(tokens, [event["loss"] for event in evaluations], "o-", ms=4, label="held-out")
+    for name, style in (("uniform", ":"), ("unigram", "--")):
+        axes.axhline(evaluations[-1][f"{name}_loss"], ls=style, color="gray", lw=1, label=f"{name} baseline")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -103,13 +96,11 @@ def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
     """The table at the end of a run."""
     table = Table(title=f"run {config.name}", show_header=False, title_justify="left")
     before, after = (history.evaluations[step] for step in (0, config.num_steps))
-    parallel = config.parallel
     rate = history.tokens_per_second
     rows = {
         "model": f"{num_parameters(config.model):,} parameters, {config.model.num_layers} layers of "
         f"{config.model.hidden_size}, context {config.model.seq_length}",
-        "layout": f"{parallel.num_ranks} ranks: tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
-        f"{parallel.data}, ZeRO-{parallel.zero}, {config.train.precision}",
+        "layout": f"{config.parallel.num_ranks} ranks: {config.parallel.describe()}, {config.train.precision}",
         "trained": f"{history.steps[-1]['tokens']:,} tokens in {config.num_steps} steps; last loss "
         f"{history.steps[-1]['loss']:.4f}",
         "held-out loss": f"{before['loss']:.4f} -> {after['loss']:.4f} (uniform {after['uniform_loss']:.4f}, unigram "

@@ -241,7 +241,7 @@ def export(session: Session) -> None:
         facts = {
             "Trained on, tokens": config.num_steps * config.tokens_per_step,
             "Held-out loss, nats per token": history.evaluations[config.num_steps]["loss"],
-            "Layout": f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {config.parallel.data}",
+            "Layout": config.parallel.describe(),
         }
         tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER
         difference, tokens = export_checkpoint(

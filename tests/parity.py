@@ -90,7 +90,7 @@ def config_of(case: str, precision: str) -> RunConfig:
 
 
 def global_batch(config: RunConfig, step: int) -> torch.Tensor:
-    """Sequences of step `step` [global batch, s + 1]: arithmetic progressions with noise, so that there is structure."""
+    """Sequences of one step [global batch, s + 1]: arithmetic progressions with noise, so there is structure."""
     generator = torch.Generator().manual_seed(77_000 + step)
     shape = (config.train.global_batch_size, config.model.seq_length + 1)
     start = torch.randint(0, config.model.vocab_size, (shape[0], 1), generator=generator)

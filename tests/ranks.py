@@ -1,4 +1,4 @@
-"""Runs a function on N gloo ranks, forked from this process, which has imported everything: about a second for eight."""
+"""Runs a function on N gloo ranks, forked from this process, which has imported everything: a second for eight."""
 
 import os
 import pickle

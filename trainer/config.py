@@ -65,7 +65,7 @@ class ModelConfig(Section):
     ffn_hidden_size: int | None = Field(None, ge=1)
     """Width of the feed-forward layer (elements); empty means 4 x hidden_size."""
     vocab_size: int = Field(50257, ge=1)
-    """Tokens in the vocabulary, the end-of-text token included; a tokenizer trained by the run gets exactly this many."""
+    """Tokens in the vocabulary, the end-of-text token included; a tokenizer that the run trains has exactly so many."""
     seq_length: int = Field(2048, ge=2)
     """Tokens in one training sequence, and the longest context the model can read."""
     norm_placement: Literal["pre", "post"] = "pre"
@@ -143,10 +143,16 @@ class ParallelConfig(Section):
     def num_ranks(self) -> int:
         return self.tensor * self.pipeline * self.data
 
+    def describe(self) -> str:
+        interleaved = f" ({self.virtual_pipeline} chunks)" if self.virtual_pipeline > 1 else ""
+        sequence = " with sequence parallel" if self.sequence else ""
+        pipeline = f"pipeline {self.pipeline}{interleaved}"
+        return f"tensor {self.tensor}{sequence} x {pipeline} x data {self.data}, ZeRO-{self.zero}"
+
 
 class DataConfig(Section):
     sources: Strings = ("python-stdlib",)
-    """Where text comes from: `python-stdlib` (what every Python carries), or files, folders and globs of .txt and .jsonl."""
+    """Where text comes from: `python-stdlib` (what every Python carries); files, folders, globs of .txt and .jsonl."""
     text_field: str = Field("text", min_length=1)
     """Field of a .jsonl record that holds the text."""
     heldout_fraction: float = Field(0.02, gt=0.0, lt=1.0)

@@ -31,18 +31,22 @@ class MicroBatch:
     """[b] 0 for a sequence that only fills up the batch, else 1; None means that all count."""
 
 
-class StageView:
+class StageView(torch.nn.Module):
     """What megatron-core's schedule sees as one model chunk: it calls it and reads the chunk's attributes."""
 
+    module: GPTModel
+    _forward: Forward
+
     def __init__(self, chunk: GPTModel, forward: Forward) -> None:
-        self.module = chunk
+        super().__init__()
+        # not by assignment, which would register the chunk, and so its parameters, a second time
+        self.__dict__.update(module=chunk, _forward=forward)
         self.config = chunk.config
         self.model_type = chunk.model_type
         self.vp_stage = chunk.vp_stage
         self.ddp_config = SimpleNamespace(use_megatron_fsdp=False)
-        self._forward = forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self._forward(*args, **kwargs)
 
     def set_input_tensor(self, tensor: Tensor) -> None:
