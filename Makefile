@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all lint format parity bench-train bench-startup clean
+.PHONY: help install quickstart test test-all lint format docs parity bench-train bench-startup clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -34,6 +34,9 @@ lint: $(INSTALLED)  ## style, types and layers
 format: $(INSTALLED)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)     ## rewrite docs/configuration.md from the config
+	PYTHONPATH=. $(BIN)/python docs/configuration.py
 
 parity: $(INSTALLED)  ## every layout against one process: the whole table
 	PYTHONPATH=tests:. $(BIN)/python -W ignore tests/parity.py

@@ -1,13 +1,9 @@
 """A Ray of our own on this machine, for the time of a job: apart from every other Ray, and reachable from here only."""
 
-import contextlib
-import fcntl
 import os
 import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,40 +15,14 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-_PREFIX = "broadgauge-"
-_LONGEST_TEMP_DIR = 30  # characters; Ray adds about 65 for its sockets, and the kernel allows 107
 _OBJECT_STORE_BYTES = 80 * 2**20  # the least Ray accepts; nothing but commands passes through it
-
-
-@contextmanager
-def session_folder() -> Iterator[Path]:
-    """A private folder with a short path, removed at the end; those of jobs that were killed are removed first."""
-    parent = tempfile.gettempdir()
-    parent = parent if len(parent) <= _LONGEST_TEMP_DIR else "/tmp"
-    _remove_stale(Path(parent))
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    with open(folder / "lock.new", "wb") as lock:  # locked before it has its name, so that it never looks stale
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(folder / "lock.new", folder / "lock")
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_stale(parent: Path) -> None:
-    for lock_path in parent.glob(f"{_PREFIX}*/lock"):
-        with contextlib.suppress(OSError), open(lock_path, "rb") as lock:  # in use, or another user's
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock_path.parent, ignore_errors=True)
 
 
 @contextmanager
 def embedded_ray(folder: Path) -> Iterator[None]:
     """Start Ray with its files in `folder`, and stop it at the end.
 
-    The environment's RAY_* variables speak of somebody else's cluster and are hidden from it. Ray's processes end
-    with this one, by the kernel's doing, when it has no chance to stop them.
+    The environment's RAY_* variables speak of somebody else's cluster and are hidden from it.
     """
     assert not ray.is_initialized(), "this process is connected to another Ray"
     with _environment(), _loopback_only(), _sigterm_restored():

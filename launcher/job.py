@@ -15,9 +15,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher import fork_server, ownership
 from launcher.agent import Agent, Job, NodeEnd, Round
-from launcher.embedded_ray import embedded_ray, session_folder
+from launcher.embedded_ray import embedded_ray
 from launcher.forked_rank import RankEnd
 from launcher.placement import Placement, place
+from launcher.session import session
 from trainer.config import RunConfig, UserError
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
@@ -77,8 +78,8 @@ class Ranks:
     After a failure, ranks on other machines than the failed one live until `ready_ranks` ends.
     """
 
-    def __init__(self, agents: Sequence[Any], where: Placement, run_dir: RunDir, session: Path) -> None:
-        self._agents, self._where, self._run_dir, self._session = agents, where, run_dir, session
+    def __init__(self, agents: Sequence[Any], where: Placement, run_dir: RunDir, folder: Path) -> None:
+        self._agents, self._where, self._run_dir, self._folder = agents, where, run_dir, folder
         self._num_rounds = 0
 
     def run(
@@ -109,7 +110,7 @@ class Ranks:
     def _pick_rendezvous(self) -> str:
         self._num_rounds += 1
         if self._where.nodes == 1:  # a file, so that nothing listens
-            return f"file://{self._session}/rendezvous-{self._num_rounds}"
+            return f"file://{self._folder}/rendezvous-{self._num_rounds}"
         address: str = ray.get(self._agents[0].pick_rendezvous.remote())
         return address
 
@@ -153,13 +154,13 @@ def ready_ranks(config: RunConfig, run_dir: RunDir, target: str = RANK_TARGET) -
     if config.launch.nodes > 1:
         raise UserError(f"launch.nodes is {config.launch.nodes}, and a run without a cluster has 1; set it to 1")
     job = _new_job(config, run_dir, target)
-    with session_folder() as session, _owned(job):
-        socket_path = session / "fork.sock"
+    with session() as folder, _owned(job):
+        socket_path = folder / "fork.sock"
         # Before Ray, so that the imports of the ranks (4 s) overlap with Ray's start (3 s).
         server = fork_server.spawn(job.server_options(0), socket_path, job.server_env, job.cwd)
         try:
-            with embedded_ray(session), agents_on_cluster(job, socket_path) as (agents, where):
-                yield Ranks(agents, where, run_dir, session)
+            with embedded_ray(folder), agents_on_cluster(job, socket_path) as (agents, where):
+                yield Ranks(agents, where, run_dir, folder)
         finally:
             server.kill()
             server.wait()

@@ -1,0 +1,69 @@
+"""The time and place of a job on this machine: a private folder, and a reaper that ends it when the driver ends.
+
+However the driver ends: the reaper is a process of its own, sees the end of the driver by the closing of a pipe,
+kills every process that was started in the session and removes the folder. Ray's own arrangements for a killed
+driver leave two of its helpers running for a minute.
+
+The reaper runs this file as a script, apart from any package, so that it starts in milliseconds.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_MARK = "BROADGAUGE_SESSION"
+_LONGEST_TEMP_DIR = 30  # characters; Ray adds about 65 for its sockets, and the kernel allows 107
+_REAPING_SECONDS = 20.0
+
+
+@contextmanager
+def session() -> Iterator[Path]:
+    """A private folder with a short path; processes started from now on are gone, and so is the folder, at the end."""
+    parent = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="broadgauge-", dir=parent if len(parent) <= _LONGEST_TEMP_DIR else "/tmp")
+    reaper = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, folder], stdin=subprocess.PIPE, start_new_session=True
+    )
+    os.environ[_MARK] = folder
+    try:
+        yield Path(folder)
+    finally:
+        del os.environ[_MARK]
+        reaper.communicate(timeout=2 * _REAPING_SECONDS)
+
+
+def _reap(folder: str) -> None:
+    """The whole life of the reaper."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.buffer.read()  # ends when the driver closes it, or the kernel does
+    deadline = time.monotonic() + _REAPING_SECONDS
+    while (marked := _processes_of(folder)) and time.monotonic() < deadline:
+        for pid in marked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _processes_of(folder: str) -> list[int]:
+    """Processes that were started with the session's mark in their environment."""
+    mark = f"{_MARK}={folder}".encode()
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # gone by now, or another user's
+            if mark in Path("/proc", name, "environ").read_bytes().split(b"\0"):
+                found.append(int(name))
+    return found
+
+
+if __name__ == "__main__":
+    _reap(sys.argv[1])

@@ -1,0 +1,51 @@
+"""The command line is an interface: a verb or an option that goes away or changes its name breaks somebody's script."""
+
+import click
+import pytest
+import typer
+
+from launcher.cli import app, spread_settings
+
+SURFACE = {
+    "run": ["CONFIG", "--run-dir", "--set"],
+    "prepare": ["CONFIG", "--out", "--run-dir", "--set"],
+    "train": ["CONFIG", "--run-dir", "--set"],
+    "eval": ["PATH", "--data", "--set"],
+    "export": ["PATH", "--out"],
+    "generate": ["PATH", "--prompt", "--max-new-tokens", "--seed"],
+    "config show": ["CONFIG", "--set"],
+    "config schema": [],
+}
+
+
+def commands(group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        found |= commands(command, f"{prefix}{name} ") if inner else {f"{prefix}{name}": command}
+    return found
+
+
+COMMANDS = commands(typer.main.get_command(app))
+
+
+def test_verbs_and_options_are_as_published() -> None:
+    surface = {
+        name: [p.metavar if p.param_type_name == "argument" else p.opts[0] for p in command.params if p.name != "help"]
+        for name, command in COMMANDS.items()
+    }
+    assert surface == SURFACE
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_every_verb_shows_an_example(name: str) -> None:
+    assert f"broadgauge {name}" in (COMMANDS[name].help or "").partition("Example:")[2]
+
+
+def test_one_set_takes_several_values() -> None:
+    assert spread_settings(["run", "c.yaml", "--set", "a=1", "b.c=2", "--run-dir", "x=y"]) == [
+        *("run", "c.yaml", "--set", "a=1", "--set", "b.c=2"),
+        *("--run-dir", "x=y"),
+    ]
+    assert spread_settings(["run", "--set", "a=1", "c.yaml"]) == ["run", "--set", "a=1", "c.yaml"]
+    assert spread_settings(["run", "c.yaml", "--set=a=1"]) == ["run", "c.yaml", "--set=a=1"]

@@ -1,0 +1,24 @@
+"""The import contracts of pyproject.toml: which module may know which, and where third parties may appear."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_import_contracts_hold() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    outcome = subprocess.run([linter], cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout
+
+
+def test_reading_a_config_and_asking_for_help_import_nothing_heavy() -> None:
+    """The command line answers in a fraction of a second only as long as these stay out of it."""
+    code = (
+        "import sys, launcher.cli\n"
+        "heavy = {'torch', 'megatron', 'deepspeed', 'ray', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imports {sorted(heavy)}' if heavy else 0)"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
