@@ -112,9 +112,8 @@ def main() -> None:
             step(tokens)
             if round_number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - started)
-    print(
-        f"{arguments.layers} layers of {config.model.hidden_size}, {arguments.threads} threads, {arguments.rounds} rounds"
-    )
+    shape = f"{arguments.layers} layers of {config.model.hidden_size}"
+    print(f"{shape}, {arguments.threads} threads, {arguments.rounds} rounds")
     print(f"{'':17}{'tokens/s':>10}{'min':>8}{'max':>8}{'GFLOP/s':>9}{'ratio to ours':>15}")
     ours = statistics.median(seconds["broadgauge"])
     for name, times in seconds.items():

@@ -3,13 +3,11 @@
 import os
 import secrets
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 import ray
 from ray._private import ray_constants
@@ -20,12 +18,14 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # the least Ray accepts; nothing but commands 
 
 @contextmanager
 def embedded_ray(folder: Path) -> Iterator[None]:
-    """Start Ray with its files in `folder`, and stop it at the end.
+    """Start Ray with its files in `folder`, and stop it at the end; meanwhile SIGTERM is taken as Ctrl-C.
 
     The environment's RAY_* variables speak of somebody else's cluster and are hidden from it.
     """
+    assert threading.current_thread() is threading.main_thread(), "the kernel ends Ray with the thread that starts it"
     assert not ray.is_initialized(), "this process is connected to another Ray"
-    with _environment(), _loopback_only(), _sigterm_restored():
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with _environment(), _loopback_only():
         try:
             with _interrupts_held():
                 ray.init(
@@ -38,11 +38,12 @@ def embedded_ray(folder: Path) -> Iterator[None]:
                     _node_ip_address="127.0.0.1",
                     _temp_dir=str(folder / "ray"),
                 )
-            _exit_on_sigterm()
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's would print a stack
             yield
         finally:
             with _interrupts_held():
                 ray.shutdown(wait_for_processes=True)
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @contextmanager
@@ -85,42 +86,13 @@ def _loopback_only() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_restored() -> Iterator[None]:
-    """Undo what `ray.init` does to the handling of SIGTERM."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if _in_main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-def _exit_on_sigterm() -> None:
-    """Take SIGTERM as a request to clean up and leave, where Ray would print a stack of its own."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        sys.exit(128 + number)
-
-    if _in_main_thread():
-        signal.signal(signal.SIGTERM, leave)
-
-
-@contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Deliver a Ctrl-C that arrives meanwhile at the end: a half-started Ray could not be stopped."""
-    if not _in_main_thread():
-        yield
-        return
     held: list[FrameType | None] = []
-    before = signal.signal(signal.SIGINT, lambda _, frame: held.append(frame))
+    handler = signal.signal(signal.SIGINT, lambda _, frame: held.append(frame))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if held and callable(before):
-            before(signal.SIGINT, held[-1])
-
-
-def _in_main_thread() -> bool:
-    """Where alone Python lets signal handlers be set."""
-    return threading.current_thread() is threading.main_thread()
+        signal.signal(signal.SIGINT, handler)
+        if held and callable(handler):
+            handler(signal.SIGINT, held[-1])

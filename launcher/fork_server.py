@@ -53,8 +53,6 @@ class ServerOptions:
 class Ready:
     """The first thing it says: the target is imported, or cannot be."""
 
-    seconds: float
-    """How long that took."""
     problem: str | None
 
 
@@ -106,13 +104,12 @@ def serve() -> None:
     faulthandler.enable()
     if ownership.hold(options.lock, options.job_id) is None:
         return
-    started = time.monotonic()
     entry, problem = _preload(options.target)
     gc.freeze()  # a collection in a rank would write to, and so copy, every page shared with the others
     with socket.socket(fileno=listener_fd) as listener:
         accepted, _ = listener.accept()
     channel: Channel = Connection(accepted.detach())
-    channel.send(Ready(time.monotonic() - started, problem))
+    channel.send(Ready(problem))
     _obey(channel, entry, options.logs)
 
 
@@ -123,8 +120,10 @@ def _preload(target: str) -> tuple[Entry, str | None]:
         raise AssertionError(f"{target} was not imported")
 
     module, _, function = target.partition(":")
+    started = time.monotonic()
     try:
         entry = getattr(importlib.import_module(module), function)
+        print(f"imported {module} in {time.monotonic() - started:.1f} s", flush=True)
     except BaseException as error:  # an import may do anything, SystemExit included
         traceback.print_exc()
         return missing, f"importing {target} failed with {one_line(error)}"

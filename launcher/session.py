@@ -32,11 +32,13 @@ def session() -> Iterator[Path]:
     reaper = subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, folder], stdin=subprocess.PIPE, start_new_session=True
     )
-    os.environ[_MARK] = folder
+    marks = {_MARK: folder, "SPT_NOENV": "1"}  # the second has Ray's processes keep it when they change their titles
+    os.environ.update(marks)
     try:
         yield Path(folder)
     finally:
-        del os.environ[_MARK]
+        for name in marks:
+            del os.environ[name]
         reaper.communicate(timeout=2 * _REAPING_SECONDS)
 
 

@@ -268,7 +268,7 @@ def export_checkpoint(
     import torch  # seconds to import, as is transformers: not before a stage needs them
 
     from trainer.checkpoint import hf
-    from trainer.checkpoint.sharded import GlobalTensors
+    from trainer.checkpoint.global_tensors import GlobalTensors
 
     ranks.run("logits", lambda: None, checkpoint=checkpoint.resolve(), output=logits_path.resolve())
     trained = torch.load(logits_path, weights_only=True)

@@ -17,11 +17,12 @@ from reference_gpt import ReferenceGPT
 from reference_gpt import train as train_reference
 from trainer import parallel
 from trainer.config import RunConfig, from_tree
-from trainer.engine import MASTER, Engine
+from trainer.engine import Engine
 from trainer.model.init import initial_values
 from trainer.model.sharding import Box
 from trainer.pipeline import MicroBatch
 from trainer.schedule import learning_rate
+from trainer.training_state import MASTER
 
 NUM_STEPS = 10
 # Largest relative differences allowed. bf16's rounding moves tensors that start at zero (biases) by some percent.

@@ -23,6 +23,7 @@ from trainer.model.gpt import build_chunks
 from trainer.model.init import initial_values
 from trainer.model.sharding import Box, placements
 from trainer.pipeline import MicroBatch, StageView, run_schedule, sum_over_replicas
+from trainer.training_state import FIRST_MOMENT, MASTER, SECOND_MOMENT, STATE_KINDS
 
 if not torch.cuda._is_compiled() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses when it is imported
@@ -33,8 +34,6 @@ from deepspeed.utils import logger as deepspeed_logger
 # Without these DeepSpeed would compile a C++ op (a minute) and log its whole config on every rank.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed_logger.setLevel(logging.ERROR)
-
-MASTER, FIRST_MOMENT, SECOND_MOMENT = STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 
 from launcher import job, ownership
 from launcher.job import NodeFailed, RankFailed, Ranks, ready_ranks, run_ranks
+from launcher.session import session
 from trainer.config import RunConfig, UserError, from_tree, parse_yaml
 from trainer.run_dir import RunDir
 
@@ -235,8 +236,8 @@ def process_name(pid: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM)])
-def test_an_interrupted_driver_cleans_up(number: signal.Signals, code: int, tmp_path: Path, temp_root: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_driver_cleans_up(number: signal.Signals, tmp_path: Path, temp_root: Path) -> None:
     run_dir = new_run(tmp_path / "run")
     driver = start_driver(run_dir, temp_root)
     until(lambda: len(rank_pids(run_dir)) == 4)
@@ -246,7 +247,7 @@ def test_an_interrupted_driver_cleans_up(number: signal.Signals, code: int, tmp_
     else:
         driver.send_signal(number)
     _, errors = driver.communicate(timeout=PATIENCE_SECONDS)
-    assert driver.returncode == code, errors
+    assert errors.endswith(b"KeyboardInterrupt\n")
     assert not any(is_alive(pid) for pid in family)
     assert not list(temp_root.iterdir())
 
@@ -282,16 +283,17 @@ def test_ranks_of_two_machines_meet_at_the_first(tmp_path: Path) -> None:
     run_dir = new_run(tmp_path / "run", nodes=2)
     new_job = job._new_job(config(nodes=2), run_dir, "fake_ranks:meet_at_rendezvous")
     ownership.claim(new_job.lock, new_job.id, PATIENCE_SECONDS)
-    cluster = Cluster()
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, include_dashboard=False)
-        ray.init(cluster.address, log_to_driver=False, configure_logging=False)
-        with job.agents_on_cluster(new_job) as (agents, where):
-            Ranks(agents, where, run_dir, tmp_path).run("train", do_nothing)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with session() as folder:
+        cluster = Cluster()
+        try:
+            for _ in range(2):
+                cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1", temp_dir=str(folder))
+            ray.init(cluster.address, log_to_driver=False, configure_logging=False)
+            with job.agents_on_cluster(new_job) as (agents, where):
+                Ranks(agents, where, run_dir, folder).run("train", do_nothing)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
     seen = [json.loads((run_dir.path / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert [rank["local_rank"] for rank in seen] == [0, 1, 0, 1]
     assert len({rank["rendezvous"] for rank in seen}) == 1

@@ -5,7 +5,7 @@ the blocks that this rank owns in its own layout. Stored are the fp32 master wei
 `<kind>/<global name>`; the weights that forward uses are derived from them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from trainer.checkpoint import store
-from trainer.engine import MASTER, Engine, Fragment
+from trainer.engine import Engine, Fragment
 from trainer.model.sharding import Shape, placements
+from trainer.training_state import MASTER
 
 
 def save(engine: Engine, checkpoints: Path, step: int, consumed_samples: int) -> store.Manifest:
@@ -73,31 +73,6 @@ def load_weights(chunks: Iterable[GPTModel], checkpoint: Path) -> None:
         for box in placement.boxes
     )
     dcp.load(dict(_blocks(fragments)), storage_reader=FileSystemReader(checkpoint), planner=_LoadPlanner())
-
-
-class GlobalTensors(Mapping[str, Tensor]):
-    """Read access to a checkpoint's whole tensors, one at a time, with no process group: `tensors[name]`, fp32."""
-
-    def __init__(self, checkpoint: Path, kind: str = MASTER) -> None:
-        self._reader = FileSystemReader(checkpoint)
-        self._kind = kind
-        entries = self._reader.read_metadata().state_dict_metadata
-        self._shapes: dict[str, Shape] = {
-            name.removeprefix(f"{kind}/"): tuple(entry.size)
-            for name, entry in entries.items()
-            if name.startswith(f"{kind}/") and isinstance(entry, TensorStorageMetadata)
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty(self._shapes[name])
-        dcp.load({f"{self._kind}/{name}": tensor}, storage_reader=self._reader, no_dist=True)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 class _Blocks:
