@@ -14,6 +14,8 @@ from trainer import config as run_config
 from trainer.config import RunConfig, UserError
 from trainer.run_dir import RunDir
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="broadgauge",
     help="Train GPT-scale language models: raw text to a trained, evaluated, exported model.",
@@ -169,21 +171,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = spread_settings([argument for argument in arguments if argument != "--debug"])
     try:
-        app(arguments, standalone_mode=True)
+        app(arguments)
+    except SystemExit as end:  # how the parser ends, also on Ctrl-C
+        if end.code == _INTERRUPTED:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
     except UserError as error:
         if debug:
             raise
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _complain(f"error: {error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        Console(stderr=True).print(f"failed: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _complain(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
         sys.exit(1)
+
+
+def _complain(line: str) -> None:
+    Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def spread_settings(arguments: Sequence[str]) -> list[str]:

@@ -144,15 +144,28 @@ def _end_of(ref: Any) -> NodeEnd:
 # ---------------------------------------------------------------------------------------------- starting and ending
 
 
+def check_embedded(config: RunConfig) -> None:
+    """Refuse a run that wants more than this machine.
+
+    Raises:
+        UserError: it does.
+    """
+    if config.launch.nodes > 1:
+        raise UserError(f"launch.nodes is {config.launch.nodes}, and a run without a cluster has 1; set it to 1")
+
+
 @contextmanager
 def ready_ranks(config: RunConfig, run_dir: RunDir, target: str = RANK_TARGET) -> Iterator[Ranks]:
     """Agents on this machine, in a Ray of their own; they, their ranks and Ray are gone when this ends.
 
+    Args:
+        run_dir: has been created.
+        target: what ranks run, `module:function`.
+
     Raises:
         UserError: the machine is too small for the run, or processes of a killed job refuse to end.
     """
-    if config.launch.nodes > 1:
-        raise UserError(f"launch.nodes is {config.launch.nodes}, and a run without a cluster has 1; set it to 1")
+    check_embedded(config)
     job = _new_job(config, run_dir, target)
     with session() as folder, _owned(job):
         socket_path = folder / "fork.sock"

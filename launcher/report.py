@@ -18,7 +18,7 @@ class RunHistory:
     """The events of a run, sorted by what they say."""
 
     steps: list[Event]
-    evaluations: dict[int, Event]
+    evaluations: list[Event]
     """By step; the last one where a step was evaluated again."""
     stage_seconds: dict[str, float]
     """Summed over interruptions."""
@@ -28,13 +28,14 @@ class RunHistory:
     @classmethod
     def read(cls, path: Path) -> "RunHistory":
         events = read_events(path)
+        evaluated = {event["step"]: event for event in events if event["kind"] == "evaluated"}
         stage_seconds: dict[str, float] = {}
         for event in events:
             if event["kind"] == "stage_finished":
                 stage_seconds[event["stage"]] = stage_seconds.get(event["stage"], 0.0) + event["seconds"]
         return cls(
             steps=surviving_steps(events),
-            evaluations={event["step"]: event for event in events if event["kind"] == "evaluated"},
+            evaluations=sorted(evaluated.values(), key=lambda event: event["step"]),
             stage_seconds=stage_seconds,
             export=_last(events, "export_verified"),
             sample=_last(events, "generated"),
@@ -79,11 +80,10 @@ def plot_losses(history: RunHistory, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     tokens_per_step = history.steps[0]["tokens"] / history.steps[0]["step"]
     axes.plot([e["tokens"] for e in history.steps], [e["loss"] for e in history.steps], lw=1, label="training")
-    evaluations = [history.evaluations[step] for step in sorted(history.evaluations)]
-    tokens = [event["step"] * tokens_per_step for event in evaluations]
-    axes.plot(tokens, [event["loss"] for event in evaluations], "o-", ms=4, label="held-out")
+    tokens = [event["step"] * tokens_per_step for event in history.evaluations]
+    axes.plot(tokens, [event["loss"] for event in history.evaluations], "o-", ms=4, label="held-out")
     for name, style in (("uniform", ":"), ("unigram", "--")):
-        axes.axhline(evaluations[-1][f"{name}_loss"], ls=style, color="gray", lw=1, label=f"{name} baseline")
+        axes.axhline(history.evaluations[-1][f"{name}_loss"], ls=style, color="gray", lw=1, label=f"{name} baseline")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -95,7 +95,7 @@ def plot_losses(history: RunHistory, path: Path) -> None:
 def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
     """The table at the end of a run."""
     table = Table(title=f"run {config.name}", show_header=False, title_justify="left")
-    before, after = (history.evaluations[step] for step in (0, config.num_steps))
+    before, after = history.evaluations[0], history.evaluations[-1]
     rate = history.tokens_per_second
     rows = {
         "model": f"{num_parameters(config.model):,} parameters, {config.model.num_layers} layers of "

@@ -17,7 +17,7 @@ from data_pipeline.settings import Settings
 from data_pipeline.tokenization import Tokenizer
 from launcher import report
 from launcher.display import Display, StageBar
-from launcher.job import Ranks, ready_ranks
+from launcher.job import Ranks, check_embedded, ready_ranks
 from trainer.checkpoint import store
 from trainer.config import RunConfig, UserError
 from trainer.events import EventLog, EventReader, read_events
@@ -112,6 +112,7 @@ def check(config: RunConfig, run_dir: RunDir) -> None:
     """
     from trainer.checkpoint import hf
 
+    check_embedded(config)
     run_dir.check(config)
     hf.check_exportable(config)
     if config.data.prepared:
@@ -229,7 +230,7 @@ def train(session: Session) -> None:
         session.ranks().run("train", show_progress)
         history = report.RunHistory.read(run_dir.events_path)
         report.plot_losses(history, run_dir.loss_plot)
-        bar.result = report.verdict(history.evaluations[0], history.evaluations[config.num_steps])
+        bar.result = report.verdict(history.evaluations[0], history.evaluations[-1])
 
 
 def export(session: Session) -> None:
@@ -240,7 +241,7 @@ def export(session: Session) -> None:
         history = report.RunHistory.read(run_dir.events_path)
         facts = {
             "Trained on, tokens": config.num_steps * config.tokens_per_step,
-            "Held-out loss, nats per token": history.evaluations[config.num_steps]["loss"],
+            "Held-out loss, nats per token": history.evaluations[-1]["loss"],
             "Layout": config.parallel.describe(),
         }
         tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER

@@ -8,6 +8,8 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,7 +26,7 @@ class UserError(ValueError):
 
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMBT]?)")
-_SCALE = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_EXPONENT = {"": 0, "k": 3, "K": 3, "M": 6, "B": 9, "T": 12}
 
 
 def _parse_count(value: Any) -> Any:
@@ -32,8 +34,8 @@ def _parse_count(value: Any) -> Any:
     match = _COUNT.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         return value
-    count = float(match[1]) * _SCALE[match[2]]
-    return int(count) if count.is_integer() else value
+    count = Decimal(match[1]).scaleb(_EXPONENT[match[2]])  # exact: as a float, 4.1M would be no whole number
+    return int(count) if count == int(count) else value
 
 
 Tokens = Annotated[int, BeforeValidator(_parse_count), Field(ge=0)]
@@ -51,7 +53,12 @@ class Section(BaseModel):
     """Base of every section: immutable, keyword-only, no unknown keys, no silent conversion of types."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
     )
 
 
@@ -270,7 +277,8 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
         ("the padded vocabulary", model.padded_vocab_size),
     ):
         if value % tensor:
-            yield f"{field} {value} is not divisible by parallel.tensor {tensor}; use {_divisors(value, tensor)}"
+            near = _divisors(value, tensor)
+            yield f"{field} {value} is not divisible by parallel.tensor {tensor}; use {near} for parallel.tensor"
 
 
 def _layout_problems(config: RunConfig) -> Iterator[str]:
@@ -297,12 +305,14 @@ def _layout_problems(config: RunConfig) -> Iterator[str]:
             "parallel.zero 2 under pipelines needs untied embeddings (their gradients are reduced too early); "
             "use zero 1, or model.tied_embeddings false"
         )
-    ranks = parallel.num_ranks
-    per_node = launch.ranks_per_node or ranks // launch.nodes
-    if launch.nodes * per_node != ranks:
+    ranks, per_node = parallel.num_ranks, launch.ranks_per_node
+    counted = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data} = {ranks} ranks"
+    if per_node is None and ranks % launch.nodes:
+        near = _divisors(ranks, launch.nodes)
+        yield f"{counted}, which launch.nodes {launch.nodes} does not divide; use {near} nodes"
+    elif per_node is not None and launch.nodes * per_node != ranks:
         yield (
-            f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data} = {ranks} ranks, "
-            f"but launch.nodes {launch.nodes} x ranks_per_node {per_node} = {launch.nodes * per_node}; "
+            f"{counted}, but launch.nodes {launch.nodes} x ranks_per_node {per_node} = {launch.nodes * per_node}; "
             f"change one so that they are equal"
         )
 
@@ -344,9 +354,14 @@ class _Loader(yaml.SafeLoader):
     """YAML with 1.2's floats: 1e-4 is a number, not a string."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def parse_yaml(text: str) -> Any:
@@ -365,7 +380,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         tree = parse_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the second for a date like 2020-13-45
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
@@ -388,7 +403,7 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     """Validate a nested mapping (with its preset filled in); errors name the nearest known key."""
     preset = tree.get("preset")
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise UserError(f"preset: unknown preset {preset!r}{_suggest(str(preset), PRESETS)}")
         tree = _merge(PRESETS[preset](), tree)
     try:
@@ -399,13 +414,24 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML, every value written out; `from_tree(parse_yaml(...))` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """The fields in which two configs differ, as `a.b: old -> new`."""
+@dataclass(frozen=True)
+class Difference:
+    """A field in which two configs differ."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} -> {self.new}"
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[Difference]:
     a, b = _flatten(old.model_dump(mode="json")), _flatten(new.model_dump(mode="json"))
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in a | b if a.get(key) != b.get(key)]
+    return [Difference(key, a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)]
 
 
 def json_schema() -> dict[str, Any]:
@@ -426,7 +452,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r} must have the form section.key=value")
     try:
         value = parse_yaml(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML") from error
     for depth, key in enumerate(keys[:-1]):
         if tree.get(key) is None:
@@ -473,7 +499,7 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
 
 
 def _suggest(wrong: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.5)
-    if not near:  # the right name in the wrong section
-        near = [key for key in known if key.rpartition(".")[2] == wrong.rpartition(".")[2]][:1]
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(list(known)[:12])}"
+    near = [key for key in known if key.rpartition(".")[2] == wrong.rpartition(".")[2]][:1]  # in the wrong section
+    near = near or difflib.get_close_matches(wrong, [key for key in known if not wrong.startswith(f"{key}.")], 1, 0.5)
+    siblings = [key for key in known if key.rpartition(".")[0] == wrong.rpartition(".")[0]]
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(siblings)}"

@@ -10,6 +10,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ import torch
 from trainer.config import RunConfig, UserError
 from trainer.pipeline import MicroBatch
 
-_IDX_HEADER = b"MMIDIDX\x00\x00"
+_IDX_MAGIC = b"MMIDIDX\x00\x00"
+_IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, number of sequences, of document boundaries
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _FEISTEL_ROUNDS = 6
 
@@ -126,18 +128,31 @@ def _open_tokens(prefix: Path) -> np.ndarray:
     idx_path, bin_path = (prefix.with_name(prefix.name + suffix) for suffix in (".idx", ".bin"))
     try:
         with open(idx_path, "rb") as handle:
-            header = handle.read(len(_IDX_HEADER) + 9)
+            magic, _, code, num_sequences, _ = _IDX_HEADER.unpack(handle.read(_IDX_HEADER.size))
+            if magic != _IDX_MAGIC:
+                raise UserError(f"{idx_path} is not a Megatron index; prepare the data again")
+            if code not in _DTYPES:
+                raise UserError(f"{idx_path} states the unknown token type {code}; prepare the data again")
+            dtype = np.dtype(_DTYPES[code])
+            stated = _bytes_stated(handle, num_sequences, dtype.itemsize)
         size = bin_path.stat().st_size
     except OSError as error:
         raise UserError(
             f"cannot read the data set {prefix}: {error.strerror}: {error.filename}; prepare it first"
         ) from error
-    if len(header) < len(_IDX_HEADER) + 9 or not header.startswith(_IDX_HEADER):
-        raise UserError(f"{idx_path} is not a Megatron index; prepare the data again")
-    code = struct.unpack_from("<QB", header, len(_IDX_HEADER))[1]
-    if code not in _DTYPES:
-        raise UserError(f"{idx_path} states the unknown token type {code}; prepare the data again")
-    dtype = np.dtype(_DTYPES[code])
-    if size == 0 or size % dtype.itemsize:
-        raise UserError(f"{bin_path} has {size} bytes, not a positive number of {dtype} tokens; prepare the data again")
+    except struct.error as error:
+        raise UserError(f"{idx_path} is not a Megatron index, or cut off; prepare the data again") from error
+    if size == 0 or size != stated:
+        raise UserError(f"{bin_path} has {size} bytes and {idx_path} states {stated}; prepare the data again")
     return np.memmap(bin_path, dtype=dtype, mode="r")
+
+
+def _bytes_stated(idx: BinaryIO, num_sequences: int, token_bytes: int) -> int:
+    """Where the last sequence ends. The index holds all lengths (int32 tokens), then all offsets (int64 bytes)."""
+    if num_sequences == 0:
+        return 0
+    idx.seek(_IDX_HEADER.size + 4 * (num_sequences - 1))
+    (length,) = struct.unpack("<i", idx.read(4))
+    idx.seek(_IDX_HEADER.size + 4 * num_sequences + 8 * (num_sequences - 1))
+    (offset,) = struct.unpack("<q", idx.read(8))
+    return offset + length * token_bytes

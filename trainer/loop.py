@@ -32,8 +32,8 @@ def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Reco
     def evaluate(step: int) -> None:
         record("evaluated", step=step, **asdict(evaluation.run(engine.evaluate)))
 
-    step = restore(engine, config, run_dir, record)
-    if step == 0:
+    step, is_own = restore(engine, config, run_dir, record)
+    if not is_own:
         evaluate(step)
     while step < config.num_steps:
         started = time.perf_counter()
@@ -57,25 +57,28 @@ def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Reco
     evaluate(step)
 
 
-def restore(engine: Engine, config: RunConfig, run_dir: RunDir, record: Record) -> int:
+def restore(engine: Engine, config: RunConfig, run_dir: RunDir, record: Record) -> tuple[int, bool]:
     """Load the newest valid checkpoint of this run, else `checkpoint.resume_from`, else start from the seed.
 
-    Returns the number of steps that the state has done.
+    Returns the number of steps that the state has done, and whether it is from a checkpoint of this run.
     """
-    found: list[Path | None] = [None]
+    found: list[Path | None] = [None, None]
     if dist.get_rank() == 0:  # one rank decides, so that all load the same
         found[0] = store.newest_valid(run_dir.checkpoints)
         if found[0] is None and config.checkpoint.resume_from:
-            found[0] = store.find(Path(config.checkpoint.resume_from))
+            other = store.find(Path(config.checkpoint.resume_from))
+            store.verify(other)  # as `newest_valid` has done for one of our own
+            found[1] = other
     dist.broadcast_object_list(found, src=0)
-    checkpoint = found[0]
+    own, given = found
+    checkpoint = own or given
     if checkpoint is None:
         engine.reset_state()
         step = 0
     else:
         step = sharded.load(engine, checkpoint).step
     record("training_started", step=step, checkpoint=str(checkpoint) if checkpoint else None)
-    return step
+    return step, own is not None
 
 
 def save(engine: Engine, config: RunConfig, run_dir: RunDir, step: int, record: Record) -> None:
@@ -83,7 +86,7 @@ def save(engine: Engine, config: RunConfig, run_dir: RunDir, step: int, record: 
     started = time.perf_counter()
     manifest = sharded.save(engine, run_dir.checkpoints, step, step * config.train.global_batch_size)
     if dist.get_rank() == 0:
-        store.prune(run_dir.checkpoints, config.checkpoint.keep_last)
+        store.prune(run_dir.checkpoints, step, config.checkpoint.keep_last)
     record(
         "checkpoint_saved",
         step=step,

@@ -65,7 +65,7 @@ class RunDir:
         changed = run_config.differences(run_config.load(self.config_path), config)
         if changed:
             raise UserError(
-                f"{self.path} holds a run with another config ({'; '.join(changed[:4])}"
+                f"{self.path} holds a run with another config ({'; '.join(map(str, changed[:4]))}"
                 f"{'; ...' if len(changed) > 4 else ''}); use the same settings, or another --run-dir"
             )
 

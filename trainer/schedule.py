@@ -12,7 +12,7 @@ def learning_rate(config: RunConfig, tokens: int) -> float:
     is done, so that the first step already moves.
     """
     optimizer = config.optimizer
-    decay_tokens = optimizer.decay_tokens or config.train.total_tokens
+    decay_tokens = config.train.total_tokens if optimizer.decay_tokens is None else optimizer.decay_tokens
     if tokens < optimizer.warmup_tokens:
         return optimizer.lr * tokens / optimizer.warmup_tokens
     if tokens >= decay_tokens:

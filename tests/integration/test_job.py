@@ -18,6 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from launcher import job, ownership
+from launcher.embedded_ray import isolated
 from launcher.job import NodeFailed, RankFailed, Ranks, ready_ranks, run_ranks
 from launcher.session import session
 from trainer.config import RunConfig, UserError, from_tree, parse_yaml
@@ -213,8 +214,8 @@ def test_kill_9_of_the_driver_leaves_nothing_and_the_next_job_starts_at_once(tmp
     run_ranks(config(), run_dir, "train", do_nothing, target="fake_ranks:find_predecessors_dead")
 
     assert driver.wait() == -signal.SIGKILL
-    until(lambda: not list(temp_root.iterdir()))
-    assert not any(is_alive(pid) for pid in family)
+    until(lambda: not any(is_alive(pid) for pid in family))
+    assert not list(temp_root.iterdir())
 
 
 def test_kill_9_of_the_driver_while_ray_starts_leaves_nothing(tmp_path: Path, temp_root: Path) -> None:
@@ -224,8 +225,8 @@ def test_kill_9_of_the_driver_while_ray_starts_leaves_nothing(tmp_path: Path, te
     family = descendants(driver.pid)
     driver.kill()
     driver.wait()
-    until(lambda: not list(temp_root.iterdir()))
-    assert not any(is_alive(pid) for pid in family)
+    until(lambda: not any(is_alive(pid) for pid in family))
+    assert not list(temp_root.iterdir())
     ownership.wait_until_free(run_dir.path / ".ranks.lock", PATIENCE_SECONDS)
 
 
@@ -247,7 +248,7 @@ def test_an_interrupted_driver_cleans_up(number: signal.Signals, tmp_path: Path,
     else:
         driver.send_signal(number)
     _, errors = driver.communicate(timeout=PATIENCE_SECONDS)
-    assert errors.endswith(b"KeyboardInterrupt\n")
+    assert b"KeyboardInterrupt" in errors
     assert not any(is_alive(pid) for pid in family)
     assert not list(temp_root.iterdir())
 
@@ -283,11 +284,12 @@ def test_ranks_of_two_machines_meet_at_the_first(tmp_path: Path) -> None:
     run_dir = new_run(tmp_path / "run", nodes=2)
     new_job = job._new_job(config(nodes=2), run_dir, "fake_ranks:meet_at_rendezvous")
     ownership.claim(new_job.lock, new_job.id, PATIENCE_SECONDS)
-    with session() as folder:
+    with session() as folder, isolated():
+        os.environ["RAY_TMPDIR"] = str(folder)  # `isolated` removes it at its end
         cluster = Cluster()
         try:
             for _ in range(2):
-                cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1", temp_dir=str(folder))
+                cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1")
             ray.init(cluster.address, log_to_driver=False, configure_logging=False)
             with job.agents_on_cluster(new_job) as (agents, where):
                 Ranks(agents, where, run_dir, folder).run("train", do_nothing)

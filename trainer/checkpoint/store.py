@@ -20,6 +20,7 @@ from trainer.config import RunConfig, UserError, differences, from_tree
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_DIGEST = "manifest_xxh3_128"  # of everything else in the manifest, which no other file vouches for
 _NAME = re.compile(r"step-(\d{8})")
 _log = logging.getLogger(__name__)
 
@@ -69,8 +70,9 @@ def fingerprint(path: Path, *, durable: bool = False) -> list[Any]:
 def commit(temporary: Path, manifest: Manifest) -> Path:
     """Write the manifest and give the folder its name. From here on the checkpoint exists."""
     path = temporary / _MANIFEST
+    tree = asdict(manifest)
     with open(path, "wb") as handle:
-        handle.write(orjson.dumps(asdict(manifest), option=orjson.OPT_INDENT_2))
+        handle.write(orjson.dumps({**tree, _DIGEST: _digest(tree)}, option=orjson.OPT_INDENT_2))
         handle.flush()
         os.fsync(handle.fileno())
     _sync_folder(temporary)
@@ -90,14 +92,18 @@ def steps(checkpoints: Path) -> list[int]:
 
 def read_manifest(checkpoint: Path) -> Manifest:
     """Raises:
-    UserError: there is none, or it cannot be understood.
+    UserError: there is none, it cannot be understood, or it is not as it was written.
     """
     try:
-        manifest = Manifest(**orjson.loads((checkpoint / _MANIFEST).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        tree = orjson.loads((checkpoint / _MANIFEST).read_bytes())
+        digest = tree.pop(_DIGEST, None)
+        manifest = Manifest(**tree)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{checkpoint} is not a checkpoint: no readable {_MANIFEST}") from error
     if manifest.format != FORMAT:
         raise UserError(f"{checkpoint} has format {manifest.format}, this version reads {FORMAT}")
+    if digest != _digest(tree):
+        raise UserError(f"{checkpoint} is damaged: {_MANIFEST} does not have the hash that it states")
     return manifest
 
 
@@ -108,6 +114,8 @@ def verify(checkpoint: Path) -> Manifest:
         UserError: names the first file that is missing or differs.
     """
     manifest = read_manifest(checkpoint)
+    if not manifest.files:
+        raise UserError(f"{checkpoint} is damaged: its manifest lists no files")
     for name, expected in manifest.files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -130,16 +138,19 @@ def newest_valid(checkpoints: Path) -> Path | None:
     return None
 
 
-def prune(checkpoints: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` checkpoints."""
-    for step in steps(checkpoints)[:-keep_last]:
+def prune(checkpoints: Path, newest: int, keep_last: int) -> None:
+    """Remove all but the last `keep_last` checkpoints up to step `newest`, which was just written.
+
+    Those after it are damaged, or it would not have been written again: they must not take the place of sound ones.
+    """
+    for leftover in checkpoints.glob("step-*.removed"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for step in [step for step in steps(checkpoints) if step <= newest][:-keep_last]:
         doomed = checkpoints / folder_name(step)
         # out of sight first: a folder that is half removed must not look like a checkpoint
         hidden = doomed.with_name(f"{doomed.name}.removed")
         os.rename(doomed, hidden)
         shutil.rmtree(hidden)
-    for leftover in checkpoints.glob("step-*.removed"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def find(path: Path) -> Path:
@@ -162,13 +173,17 @@ def check_architecture(manifest: Manifest, config: RunConfig, checkpoint: Path) 
     UserError: names the model fields in which the checkpoint differs from the config.
     """
     theirs = from_tree(manifest.config | {"preset": None})
-    changed = differences(config.model_copy(update={"model": theirs.model}), config)
-    # these change how a model is trained, not what its weights mean
-    changed = [field for field in changed if not field.startswith(("model.dropout:", "model.init_std:"))]
+    changed = [
+        f"{each.key} is {each.old} in the checkpoint and {each.new} in the config"
+        for each in differences(config.model_copy(update={"model": theirs.model}), config)
+        if each.key not in ("model.dropout", "model.init_std")  # these shape the training, not what the weights mean
+    ]
     if changed:
-        raise UserError(
-            f"{checkpoint} is of another architecture ({'; '.join(changed)}); use the config it was made with"
-        )
+        raise UserError(f"{checkpoint} is of another architecture ({'; '.join(changed)}); use its own config")
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(tree))
 
 
 def _sync_folder(path: Path) -> None:

@@ -1,0 +1,119 @@
+"""What a user can get wrong is refused in one line, with exit code 2, before any process starts or file appears."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher import stages
+from launcher.cli import main
+from small_run import broadgauge, write_config
+from trainer.checkpoint import store
+from trainer.config import load
+from trainer.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the command in this process; returns its one line."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert end.value.code == 2, captured.err
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+SETTINGS = {
+    "unknown key": (["train.total_token=1"], ["train.total_token;", "did you mean train.total_tokens?"]),
+    "wrong type": (["model.num_layers=two"], ["model.num_layers", "integer", "'two'"]),
+    "ranks": (["launch.ranks_per_node=3"], ["tensor 2 x pipeline 2 x data 1 = 4", "ranks_per_node 3 = 3"]),
+    "heads": (["model.num_heads=1"], ["model.num_heads 1", "parallel.tensor 2", "use 1"]),
+    "layers": (["model.num_layers=3"], ["num_layers 3", "pipeline 2", "use 2 or 4"]),
+    "vocabulary": (
+        ["parallel.tensor=3", "model.num_heads=3", "model.hidden_size=66", "model.vocab_size=256"],
+        ["vocabulary 256", "tensor 3"],
+    ),
+    "batch": (["train.global_batch_size=18"], ["global_batch_size 18", "micro_batch_size 4", "use 16 or 20"]),
+    "missing corpus": (["data.sources=nowhere.jsonl"], ["nowhere.jsonl"]),
+    "small corpus": (["train.global_batch_size=4000"], ["tokens", "one batch"]),
+    "prompt": ([f"generate.prompt={'the model ' * 40}"], ["generate.prompt has", "seq_length 32", "shorten it"]),
+    "resume_from": (["checkpoint.resume_from=nowhere"], ["nowhere is no checkpoint"]),
+    "prepared": (["data.prepared=nowhere"], ["nowhere holds no prepared data"]),
+    "nodes": (["launch.nodes=2"], ["launch.nodes"]),
+}
+BEFORE_ANYTHING_IS_WRITTEN = set(SETTINGS) - {"small corpus", "prompt"}  # these need the text to be tokenized first
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings(case: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings, fragments = SETTINGS[case]
+    line = refused(capsys, "run", config_file, "--run-dir", tmp_path / "run", "--set", *settings)
+    for fragment in fragments:
+        assert fragment in line
+    if case in BEFORE_ANYTHING_IS_WRITTEN:
+        assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "\n\n", "not json\n", '{"other": "field"}\n', b"\xff\xfe\x00".decode("latin-1")]
+)
+def test_corpus_without_usable_text(
+    content: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(content, encoding="latin-1")
+    line = refused(capsys, "run", config_file, "--run-dir", tmp_path / "run", "--set", f"data.sources={corpus}")
+    assert str(corpus) in line or "text" in line
+    assert not list((tmp_path / "run").glob("data/*.bin"))
+
+
+def test_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No such file" in refused(capsys, "run", tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    assert "not valid YAML" in refused(capsys, "run", tmp_path / "broken.yaml")
+
+
+def test_run_folder_of_another_config(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunDir(tmp_path / "run").create(load(config_file))
+    line = refused(capsys, "run", config_file, "--run-dir", tmp_path / "run", "--set", "optimizer.lr=0.5")
+    assert "optimizer.lr: 0.01 -> 0.5" in line and "another --run-dir" in line
+    assert stages.is_finished(load(config_file), RunDir(tmp_path / "run")) is False
+
+
+def test_folder_that_is_no_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "holds no config.yaml" in refused(capsys, "run", config_file, "--run-dir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_checkpoint_of_another_architecture(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = load(config_file, ["model.hidden_size=32"])
+    folder = store.begin(tmp_path, 5)
+    checkpoint = store.commit(folder, store.Manifest(5, 80, other.model_dump(mode="json")))
+    line = refused(
+        capsys, "run", config_file, "--run-dir", tmp_path / "run", "--set", f"checkpoint.resume_from={checkpoint}"
+    )
+    assert "another architecture" in line and "model.hidden_size is 32 in the checkpoint and 64 in the config" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_verbs_refuse_paths_that_hold_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is no checkpoint" in refused(capsys, "eval", tmp_path)
+    assert "is no checkpoint" in refused(capsys, "export", tmp_path, "--out", tmp_path / "hf")
+    assert "no Hugging Face folder" in refused(capsys, "generate", tmp_path, "--prompt", "the")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_debug_shows_the_traceback(config_file: Path) -> None:
+    quiet = broadgauge("run", config_file, "--set", "model.num_layers=0")
+    loud = broadgauge("--debug", "run", config_file, "--set", "model.num_layers=0")
+    assert quiet.returncode == 2 and "Traceback" not in quiet.stderr
+    assert loud.returncode != 0 and "Traceback" in loud.stderr and "UserError" in loud.stderr

@@ -1,0 +1,222 @@
+"""The whole run, as a user starts it: raw text to a Hugging Face folder, interrupted anywhere, in any layout."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+
+from small_run import BROADGAUGE, NUM_STEPS, broadgauge, write_config
+from trainer.events import Event, EventReader, read_events, surviving_steps
+
+PATIENCE_SECONDS = 90
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def finished(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that nobody disturbed, and what it printed."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    outcome = broadgauge("run", config_file, "--run-dir", run_dir)
+    assert outcome.returncode == 0, outcome.stderr
+    return run_dir, outcome.stdout
+
+
+def events_of(run_dir: Path) -> list[Event]:
+    return read_events(run_dir / "events.jsonl")
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [event["loss"] for event in surviving_steps(events_of(run_dir))]
+
+
+def final_evaluation(run_dir: Path) -> Event:
+    last = [event for event in events_of(run_dir) if event["kind"] == "evaluated"][-1]
+    return {key: value for key, value in last.items() if key != "time"}
+
+
+def weights_digest(export: Path) -> str:
+    return hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
+
+
+class TestUndisturbed:
+    def test_leaves_what_it_promises(self, finished: tuple[Path, str]) -> None:
+        run_dir, _ = finished
+        for name in ("config.yaml", "events.jsonl", "loss.png", "export/model.safetensors", "export/README.md"):
+            assert (run_dir / name).stat().st_size > 0, name
+        assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000016", "step-00000024"]
+        assert {path.name for path in (run_dir / "logs").glob("rank-*.log")} == {f"rank-{n}.log" for n in range(4)}
+        assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_says_one_line_a_stage_and_the_verdict(self, finished: tuple[Path, str]) -> None:
+        _, printed = finished
+        for stage in ("prepare", "train", "export", "generate"):
+            assert sum(line.startswith(stage) for line in printed.splitlines()) == 1
+        assert "the model learned: held-out loss" in printed
+        for fact in ("tokens/s", "perplexity", "model GFLOP/s", "time", "unigram", "uniform"):
+            assert fact in printed
+        assert "Warning" not in printed
+
+    def test_learns(self, finished: tuple[Path, str]) -> None:
+        evaluations = [event for event in events_of(finished[0]) if event["kind"] == "evaluated"]
+        assert [event["step"] for event in evaluations] == [0, NUM_STEPS]
+        before, after = evaluations
+        assert before["loss"] == pytest.approx(before["uniform_loss"], abs=0.2)  # knows nothing yet
+        assert after["loss"] < after["unigram_loss"] < after["uniform_loss"]
+
+    def test_records_every_step_once(self, finished: tuple[Path, str]) -> None:
+        steps = [event for event in events_of(finished[0]) if event["kind"] == "step"]
+        assert [event["step"] for event in steps] == list(range(1, NUM_STEPS + 1))
+        assert all(event["grad_norm"] > 0 and event["seconds"] > 0 for event in steps)
+
+    def test_does_nothing_when_run_again(self, finished: tuple[Path, str], config_file: Path) -> None:
+        run_dir, _ = finished
+        before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+        again = broadgauge("run", config_file, "--run-dir", run_dir)
+        assert again.returncode == 0 and "has finished already" in again.stdout
+        after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
+        assert {path.name for path in after if after[path] != before.get(path)} <= {".lock"}
+
+    def test_export_opens_without_our_code(self, finished: tuple[Path, str]) -> None:
+        """In a process that cannot import the project, from another folder."""
+        code = (
+            "import sys, transformers\n"
+            "sys.modules.update(trainer=None, launcher=None, data_pipeline=None)\n"
+            "make = transformers.pipeline('text-generation', model=sys.argv[1])\n"
+            "out = make('the model', max_length=16, num_return_sequences=2, no_repeat_ngram_size=2, pad_token_id=0)\n"
+            "assert len(out) == 2 and all(o['generated_text'].startswith('the model') for o in out), out\n"
+        )
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+        command = [sys.executable, "-c", code, str(finished[0] / "export")]
+        outcome = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
+        assert outcome.returncode == 0, outcome.stderr
+
+    def test_export_states_its_verification(self, finished: tuple[Path, str]) -> None:
+        run_dir, _ = finished
+        verified = next(event for event in events_of(run_dir) if event["kind"] == "export_verified")
+        assert verified["largest_difference"] <= 1e-4
+        assert f"{verified['largest_difference']:.3g}" in (run_dir / "export" / "README.md").read_text()
+
+
+class TestOtherVerbs:
+    def test_eval_gives_the_run_s_own_figure_in_another_layout(self, finished: tuple[Path, str]) -> None:
+        run_dir, _ = finished
+        one_rank = ("--set", "parallel.tensor=1", "parallel.pipeline=1")
+        outcome = broadgauge("eval", run_dir, *one_rank)
+        assert outcome.returncode == 0, outcome.stderr
+        result = orjson.loads(outcome.stdout)
+        recorded = final_evaluation(run_dir)
+        assert result["step"] == NUM_STEPS and result["tokens"] == recorded["tokens"]
+        assert result["unigram_loss"] == recorded["unigram_loss"]
+        assert result["loss"] == pytest.approx(recorded["loss"], abs=5e-3)  # bf16
+
+    def test_export_of_an_earlier_checkpoint(self, finished: tuple[Path, str], tmp_path: Path) -> None:
+        run_dir, _ = finished
+        outcome = broadgauge("export", run_dir / "checkpoints" / "step-00000016", "--out", tmp_path / "hf")
+        assert outcome.returncode == 0, outcome.stderr
+        assert (tmp_path / "hf" / "model.safetensors").exists()
+        assert weights_digest(tmp_path / "hf") != weights_digest(run_dir / "export")
+
+    def test_generate(self, finished: tuple[Path, str]) -> None:
+        outcome = broadgauge("generate", finished[0], "--prompt", "the model", "--max-new-tokens", 4)
+        assert outcome.returncode == 0, outcome.stderr
+        assert outcome.stdout.startswith("the model")
+
+    def test_prepare_then_train_elsewhere_and_resume_from_it(
+        self, finished: tuple[Path, str], config_file: Path, tmp_path: Path
+    ) -> None:
+        """`prepare --out`, then `train` on it on one rank from the other run's checkpoint: nothing is left to do."""
+        prepared = broadgauge("prepare", config_file, "--out", tmp_path / "data")
+        assert prepared.returncode == 0, prepared.stderr
+        for name in ("train.bin", "train.idx", "heldout.bin", "tokenizer/tokenizer.json"):
+            assert (tmp_path / "data" / name).read_bytes() == (finished[0] / "data" / name).read_bytes()
+        settings = (f"data.prepared={tmp_path / 'data'}", "parallel.tensor=1", "parallel.pipeline=1")
+        continued = ("checkpoint.resume_from=" + str(finished[0] / "checkpoints" / "step-00000016"),)
+        trained = broadgauge("train", config_file, "--run-dir", tmp_path / "run", "--set", *settings, *continued)
+        assert trained.returncode == 0, trained.stderr
+        steps = [event for event in events_of(tmp_path / "run") if event["kind"] == "step"]
+        assert [event["step"] for event in steps] == list(range(17, NUM_STEPS + 1))
+        assert [event["loss"] for event in steps] == pytest.approx(losses(finished[0])[16:], abs=5e-3)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 5e-3), ("fp32", 1e-5)])
+def test_one_rank_gives_the_losses_of_four(
+    config_file: Path, finished: tuple[Path, str], tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    common = (f"train.precision={precision}", f"data.prepared={finished[0] / 'data'}", "evaluation.max_sequences=4")
+    layouts = {"four": (), "one": ("parallel.tensor=1", "parallel.pipeline=1")}
+    for name, layout in layouts.items():
+        outcome = broadgauge("train", config_file, "--run-dir", tmp_path / name, "--set", *common, *layout)
+        assert outcome.returncode == 0, outcome.stderr
+    assert len(losses(tmp_path / "one")) == NUM_STEPS
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "four"), abs=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------- interruptions
+
+
+def run_and_kill(config_file: Path, run_dir: Path, kind: str, at: int = 1, **fields: object) -> None:
+    """Start the run and SIGKILL its process as soon as it has recorded `at` events of this kind with these fields."""
+    reader = EventReader(run_dir / "events.jsonl")
+    reader.skip_to_end()
+    process = subprocess.Popen(
+        [BROADGAUGE, "run", str(config_file), "--run-dir", str(run_dir)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    seen = 0
+    while seen < at:
+        assert process.poll() is None, f"the run ended before {at} x {kind} {fields}"
+        assert time.monotonic() < deadline
+        new = list(reader.new_events())
+        seen += sum(event["kind"] == kind and fields.items() <= event.items() for event in new)
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_at_every_stage_ends_as_if_undisturbed(
+    config_file: Path, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run_and_kill(config_file, run_dir, "stage_started", stage="prepare")
+    run_and_kill(config_file, run_dir, "training_started")
+    run_and_kill(config_file, run_dir, "step", at=2)  # before the first checkpoint
+    run_and_kill(config_file, run_dir, "checkpoint_saved")
+    run_and_kill(config_file, run_dir, "step", at=3)  # between two checkpoints
+    run_and_kill(config_file, run_dir, "checkpoint_saved", step=NUM_STEPS)  # before the evaluation after training
+    run_and_kill(config_file, run_dir, "stage_started", stage="export")
+    run_and_kill(config_file, run_dir, "stage_started", stage="generate")
+    outcome = broadgauge("run", config_file, "--run-dir", run_dir)
+    assert outcome.returncode == 0, outcome.stderr
+    undisturbed, _ = finished
+    assert final_evaluation(run_dir) == final_evaluation(undisturbed)
+    assert losses(run_dir) == losses(undisturbed)
+    assert weights_digest(run_dir / "export") == weights_digest(undisturbed / "export")
+
+
+def test_ctrl_c_ends_cleanly_and_the_run_goes_on(config_file: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [BROADGAUGE, "run", str(config_file), "--run-dir", str(run_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    reader = EventReader(run_dir / "events.jsonl")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not any(event["kind"] == "step" for event in reader.new_events()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 130
+    assert complaint.strip() == "interrupted; run the same command again to go on"
+    assert broadgauge("run", config_file, "--run-dir", run_dir).returncode == 0
+    assert final_evaluation(run_dir) == final_evaluation(finished[0])
