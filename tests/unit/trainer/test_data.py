@@ -258,7 +258,7 @@ def test_damaged_data_set(tmp_path: Path) -> None:
         "has 28 bytes and": (idx, bin_[:-4]),
         "has 31 bytes and": (idx, bin_[:-1]),
         "has 36 bytes and": (idx, bin_ + bin_[:4]),
-        "states 16; prepare": (edited(idx, 17, b"\x08"), bin_),  # uint16 in place of int32
+        "states 22; prepare": (edited(idx, 17, b"\x08"), bin_),  # uint16 in place of int32
         "has 0 bytes and": (idx, b""),
     }
     for message, (damaged_idx, damaged_bin) in damages.items():

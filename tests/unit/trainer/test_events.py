@@ -1,0 +1,165 @@
+"""The record of a run survives what runs meet: several writers, a reader in the middle, and death in mid-line."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.events import EventLog, EventReader, read_events, surviving_steps
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "events.jsonl"
+
+
+def fields(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in event.items() if key != "time"} for event in events]
+
+
+def test_events_read_back_in_order_with_their_times(path: Path) -> None:
+    log = EventLog(path)
+    log.write("step", step=1, loss=np.float32(0.5), tokens=np.int64(3))
+    log.write("failed", error="line one\nline two\r\u2028 \x85 \x0b end")
+    log.close()
+    events = read_events(path)
+    assert fields(events) == [
+        {"kind": "step", "step": 1, "loss": 0.5, "tokens": 3},
+        {"kind": "failed", "error": "line one\nline two\r\u2028 \x85 \x0b end"},
+    ]
+    assert abs(events[0]["time"] - path.stat().st_mtime) < 60 and events[0]["time"] <= events[1]["time"]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+def test_absent_and_empty_files_hold_no_events(path: Path) -> None:
+    reader = EventReader(path)
+    reader.skip_to_end()
+    assert list(reader.new_events()) == read_events(path) == []
+    EventLog(path).close()
+    assert path.read_bytes() == b"" and read_events(path) == []
+
+
+def test_opening_again_appends(path: Path) -> None:
+    for number in range(3):
+        log = EventLog(path)
+        log.write("step", step=number)
+        log.close()
+    assert [event["step"] for event in read_events(path)] == [0, 1, 2]
+
+
+@given(cut=st.integers(0, 200))
+def test_a_line_torn_anywhere_costs_only_itself(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    path = tmp_path_factory.mktemp("torn") / "events.jsonl"
+    log = EventLog(path)
+    log.write("step", step=1)
+    whole_bytes = path.stat().st_size
+    log.write("failed", error="é" * 30)
+    log.close()
+    os.truncate(path, min(path.stat().st_size, whole_bytes + cut))
+    second_survives = path.read_bytes().endswith(b"\n") and path.stat().st_size > whole_bytes
+    assert [event["kind"] for event in read_events(path)] == ["step", *["failed"] * second_survives]
+
+    log = EventLog(path)
+    log.write("step", step=2)
+    log.close()
+    kinds = [event["kind"] for event in read_events(path)]
+    # a line that lacks nothing but its end is a whole event once the next writer ends it
+    assert kinds in (["step", "step"], ["step", "failed", "step"])
+    assert read_events(path)[-1]["step"] == 2 and path.read_bytes().endswith(b"\n")
+
+
+@pytest.mark.parametrize(
+    "line", [b"3", b"null", b'"kind"', b"[1]", b"{}", b'{"a": 1}', b"\xff\xfe", b"", b"{'kind': 1}"]
+)
+def test_lines_that_are_no_events_are_passed_over(path: Path, line: bytes) -> None:
+    path.write_bytes(b'{"kind": "a"}\n' + line + b'\n{"kind": "b"}\n')
+    assert [event["kind"] for event in read_events(path)] == ["a", "b"]
+
+
+def test_a_reader_sees_each_event_once_and_only_whole(path: Path) -> None:
+    log, reader = EventLog(path), EventReader(path)
+    seen: list[Any] = []
+    for number in range(5):
+        log.write("step", step=number, text="x" * number)
+        seen += [event["step"] for event in reader.new_events()]
+        assert seen == list(range(number + 1))
+    line = orjson.dumps({"kind": "step", "step": 5}) + b"\n"
+    for byte in line:
+        assert list(reader.new_events()) == []
+        with open(path, "ab") as handle:
+            handle.write(bytes([byte]))
+    assert [event["step"] for event in reader.new_events()] == [5]
+    assert list(reader.new_events()) == []
+    late = EventReader(path)
+    late.skip_to_end()
+    log.write("step", step=6)
+    assert [event["step"] for event in late.new_events()] == [6]
+
+
+def test_several_processes_never_mix_their_lines(path: Path) -> None:
+    writers, each = 4, 300
+    start_read, start_write = os.pipe()
+    pids = [os.fork() or _write_many(path, writer, each, start_read, start_write) for writer in range(writers)]
+    os.close(start_read)
+    os.close(start_write)  # the last writing end closes once all have been forked: now they start together
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * writers
+    events = read_events(path)
+    assert path.read_bytes().count(b"\n") == len(events) == writers * each
+    for writer in range(writers):
+        mine = [event for event in events if event["writer"] == writer]
+        assert [event["number"] for event in mine] == list(range(each))
+        assert all(event["text"] == f"{writer}" * (13 * event["number"]) for event in mine)
+
+
+def _write_many(path: Path, writer: int, count: int, start_read: int, start_write: int) -> int:
+    status = 1
+    try:
+        os.close(start_write)
+        os.read(start_read, 1)  # returns when the parent and all writers have closed the other end
+        log = EventLog(path)
+        for number in range(count):
+            log.write("step", writer=writer, number=number, text=f"{writer}" * (13 * number))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------- surviving steps
+
+
+def step(number: int, life: int = 0) -> dict[str, Any]:
+    return {"kind": "step", "step": number, "life": life}
+
+
+def started(at: int) -> dict[str, Any]:
+    return {"kind": "training_started", "step": at}
+
+
+def test_steps_of_an_undisturbed_run() -> None:
+    events = [started(0), {"kind": "evaluated", "step": 0}, step(1), step(2), {"kind": "failed"}]
+    assert surviving_steps(events) == [step(1), step(2)]
+    assert surviving_steps([]) == surviving_steps([started(0)]) == []
+
+
+def test_a_restart_voids_what_came_after_its_checkpoint() -> None:
+    events = [started(0), *map(step, range(1, 8)), started(4), step(5, 1), step(6, 1)]
+    assert surviving_steps(events) == [*map(step, range(1, 5)), step(5, 1), step(6, 1)]
+
+
+def test_a_restart_from_the_seed_voids_everything() -> None:
+    assert surviving_steps([started(0), step(1), step(2), started(0)]) == []
+
+
+def test_many_restarts_keep_the_history_of_the_final_weights() -> None:
+    events = [
+        *(started(0), *map(step, range(1, 11))),
+        *(started(8), step(9, 1)),  # dies before the next checkpoint
+        *(started(8), step(9, 2), step(10, 2), step(11, 2)),
+        *(started(4), step(5, 3)),  # the newest checkpoint turned out damaged
+    ]
+    assert surviving_steps(events) == [*map(step, range(1, 5)), step(5, 3)]

@@ -1,0 +1,340 @@
+"""What is a checkpoint and what is not, after crashes, damage and mistakes."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from trainer.checkpoint import store
+from trainer.config import RunConfig, UserError, from_tree
+
+FILES = {"__0_0.distcp": bytes(range(256)) * 40, "__1_0.distcp": b"short", ".metadata": b"\x00" * 33, "empty": b""}
+
+
+def write_into(folder: Path, step: int, config: RunConfig | None = None) -> store.Manifest:
+    """The files of a checkpoint, and the manifest to commit them with."""
+    for name, content in FILES.items():
+        (folder / name).write_bytes(content + str(step).encode() * bool(content))
+    files = {name: store.fingerprint(folder / name, durable=True) for name in FILES}
+    return store.Manifest(step, step * 16, (config or RunConfig()).model_dump(mode="json"), files)
+
+
+def make(checkpoints: Path, *steps: int, config: RunConfig | None = None) -> Path:
+    """Commit a checkpoint of each step; returns the last."""
+    for step in steps:
+        temporary = store.begin(checkpoints, step)
+        last = store.commit(temporary, write_into(temporary, step, config))
+    return last
+
+
+def edited(content: bytes, position: int, value: int) -> bytes:
+    return content[:position] + bytes([value]) + content[position + 1 :]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def refusal(check: Callable[[Path], Any], path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        check(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- commit
+
+
+def test_a_checkpoint_exists_from_commit_on_and_not_before(tmp_path: Path) -> None:
+    temporary = store.begin(tmp_path / "checkpoints", 7)
+    manifest = write_into(temporary, 7)
+    assert store.steps(temporary.parent) == [] and store.newest_valid(temporary.parent) is None
+    final = store.commit(temporary, manifest)
+    assert names(tmp_path / "checkpoints") == ["step-00000007"] and final.name == store.folder_name(7)
+    assert store.steps(tmp_path / "checkpoints") == [7]
+    assert store.verify(final) == store.read_manifest(final) == manifest
+    assert manifest.num_bytes == sum((final / name).stat().st_size for name in FILES)
+    assert from_tree(store.read_manifest(final).config) == RunConfig()
+
+
+def test_begin_clears_what_a_crash_left(tmp_path: Path) -> None:
+    (store.begin(tmp_path, 7) / "leftover").write_text("half a tensor")
+    assert names(store.begin(tmp_path, 7)) == []
+
+
+def test_commit_replaces_a_folder_that_was_found_damaged(tmp_path: Path) -> None:
+    old = make(tmp_path, 7)
+    (old / "__0_0.distcp").write_bytes(b"rot")
+    (old / "stray").write_bytes(b"")
+    assert store.verify(make(tmp_path, 7)).step == 7
+    assert names(tmp_path) == ["step-00000007"] and "stray" not in names(old)
+
+
+@pytest.mark.parametrize("syscall", ["fsync", "rename"])
+def test_death_at_any_point_of_a_commit_leaves_a_whole_checkpoint_or_none(tmp_path: Path, syscall: str) -> None:
+    """A process is killed at its n-th fsync or rename, for every n, and another looks at what it left."""
+    make(tmp_path, 3)
+    outcomes = []
+    for fatal in range(20):
+        pid = os.fork()
+        if pid == 0:
+            _commit_and_die(tmp_path, syscall, fatal)
+        status = os.waitpid(pid, 0)[1]
+        found = store.steps(tmp_path)
+        for step in found:
+            store.verify(tmp_path / store.folder_name(step))
+        outcomes.append((os.waitstatus_to_exitcode(status), found))
+        shutil.rmtree(tmp_path / store.folder_name(7), ignore_errors=True)
+        if status == 0:
+            break
+    deaths = [found for status, found in outcomes if status == 9]
+    assert deaths[0] == [3] and outcomes[-1] == (0, [3, 7])
+    assert len(deaths) >= (len(FILES) + 3 if syscall == "fsync" else 1)  # data, manifest, its folder and the parent
+
+
+def _commit_and_die(checkpoints: Path, syscall: str, fatal: int) -> None:
+    """Commit step 7; die just before the `fatal`-th call of `syscall`."""
+    real, calls = getattr(os, syscall), 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        if calls == fatal:
+            os._exit(9)
+        calls += 1
+        return real(*args)
+
+    try:
+        setattr(os, syscall, counted)
+        make(checkpoints, 7)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+# -------------------------------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.parametrize("name", [name for name, content in FILES.items() if content])
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("bit", [0, 7])
+def test_verify_finds_one_flipped_bit(tmp_path: Path, name: str, place: float, bit: int) -> None:
+    checkpoint = make(tmp_path, 7)
+    content = (checkpoint / name).read_bytes()
+    position = int(place * len(content))
+    (checkpoint / name).write_bytes(edited(content, position, content[position] ^ (1 << bit)))
+    assert f"is damaged: {name} does not have the size and hash" in refusal(store.verify, checkpoint)
+
+
+def test_verify_finds_a_flipped_bit_anywhere_in_the_manifest(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 7)
+    path = checkpoint / "manifest.json"
+    content = path.read_bytes()
+    for position in range(len(content)):
+        path.write_bytes(edited(content, position, content[position] ^ 1))
+        refusal(store.verify, checkpoint)
+    path.write_bytes(content.replace(b'"step": 7', b'"step": 8'))
+    assert "manifest.json does not have the hash that it states" in refusal(store.verify, checkpoint)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_verify_finds_a_missing_a_truncated_and_a_longer_file(tmp_path: Path, name: str) -> None:
+    checkpoint = make(tmp_path, 7)
+    path = checkpoint / name
+    content = path.read_bytes()
+    path.unlink()
+    assert f"is damaged: {name} is missing" in refusal(store.verify, checkpoint)
+    path.mkdir()
+    assert f"is damaged: {name} is missing" in refusal(store.verify, checkpoint)
+    path.rmdir()
+    for damaged in ([content[:-1]] if content else []) + [content + b"\0"]:
+        path.write_bytes(damaged)
+        assert f"is damaged: {name} does not have the size" in refusal(store.verify, checkpoint)
+    path.write_bytes(content)
+    store.verify(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"null", b"3", b"{", b"\xff", b'{"step": 7}', b'{"unknown": 1}', b'"step"']
+)
+def test_a_manifest_that_says_nothing_useful_makes_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    checkpoint = make(tmp_path, 7)
+    (checkpoint / "manifest.json").write_bytes(content)
+    for check in (store.verify, store.read_manifest):
+        assert "is not a checkpoint: no readable manifest.json" in refusal(check, checkpoint)
+    assert store.newest_valid(tmp_path) is None
+
+
+def test_a_manifest_without_files_vouches_for_nothing(tmp_path: Path) -> None:
+    temporary = store.begin(tmp_path, 7)
+    checkpoint = store.commit(temporary, store.Manifest(7, 112, RunConfig().model_dump(mode="json")))
+    assert "is damaged: its manifest lists no files" in refusal(store.verify, checkpoint)
+    assert store.newest_valid(tmp_path) is None
+
+
+def test_another_format_is_refused_by_number(tmp_path: Path) -> None:
+    temporary = store.begin(tmp_path, 7)
+    config = RunConfig().model_dump(mode="json")
+    checkpoint = store.commit(temporary, store.Manifest(7, 112, config, {}, format=store.FORMAT + 1))
+    message = refusal(store.read_manifest, checkpoint)
+    assert f"has format {store.FORMAT + 1}, this version reads {store.FORMAT}" in message
+
+
+def test_the_manifest_is_plain_json_for_other_readers(tmp_path: Path) -> None:
+    tree = orjson.loads((make(tmp_path, 7) / "manifest.json").read_bytes())
+    assert (tree["step"], tree["consumed_samples"], tree["format"]) == (7, 112, 1)
+    assert tree["config"]["model"]["num_layers"] == 12 and set(tree["files"]) == set(FILES)
+
+
+# --------------------------------------------------------------------------------------------------------- newest_valid
+
+
+def test_newest_valid_falls_back_past_damage_with_a_warning_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, 2, 10, 9, 100)
+    assert store.newest_valid(tmp_path) == tmp_path / "step-00000100" and not caplog.records
+    (tmp_path / "step-00000100" / "__1_0.distcp").unlink()
+    (tmp_path / "step-00000010" / "manifest.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert store.newest_valid(tmp_path) == tmp_path / "step-00000009"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "step-00000100 is damaged: __1_0.distcp is missing; trying the one before" in first
+    assert "step-00000010 is not a checkpoint" in second
+    for step in (2, 9):
+        (tmp_path / store.folder_name(step) / ".metadata").write_bytes(b"")
+    assert store.newest_valid(tmp_path) is None
+
+
+def test_other_things_in_the_folder_are_no_checkpoints(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    for name in ("step-00000006.tmp", "step-00000007.removed", "step-8", "step-000000009", "xstep-00000010", "best"):
+        shutil.copytree(tmp_path / "step-00000005", tmp_path / name)
+    (tmp_path / "step-00000011").write_text("a file")
+    assert store.newest_valid(tmp_path) == tmp_path / "step-00000005"
+    assert store.newest_valid(tmp_path / "absent") is None and store.steps(tmp_path / "absent") == []
+
+
+# -------------------------------------------------------------------------------------------------------------- prune
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "kept"), [(1, [40]), (2, [30, 40]), (4, [10, 20, 30, 40]), (9, [10, 20, 30, 40])]
+)
+def test_prune_keeps_the_newest(tmp_path: Path, keep_last: int, kept: list[int]) -> None:
+    make(tmp_path, 10, 20, 30, 40)
+    store.prune(tmp_path, 40, keep_last)
+    assert names(tmp_path) == [store.folder_name(step) for step in kept]
+    for step in kept:
+        store.verify(tmp_path / store.folder_name(step))
+
+
+def test_prune_does_not_count_damaged_checkpoints_of_a_life_given_up(tmp_path: Path) -> None:
+    """10 is sound, 20 and 30 were damaged, so the run went back to 10 and has now written 20 again."""
+    make(tmp_path, 10, 20, 30)
+    (tmp_path / "step-00000030" / "__0_0.distcp").write_bytes(b"rot")
+    store.prune(tmp_path, newest=20, keep_last=1)
+    assert store.newest_valid(tmp_path) == tmp_path / "step-00000020"
+    assert 10 not in store.steps(tmp_path)
+
+
+def test_prune_interrupted_anywhere_never_leaves_half_a_checkpoint_looking_whole(tmp_path: Path) -> None:
+    """Die before the n-th file is removed, for every n."""
+    for fatal in range(20):
+        shutil.rmtree(tmp_path)
+        make(tmp_path, 10, 20, 30)
+        pid = os.fork()
+        if pid == 0:
+            _prune_and_die(tmp_path, fatal)
+        died = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        for step in store.steps(tmp_path):
+            store.verify(tmp_path / store.folder_name(step))
+        assert store.steps(tmp_path)[-1] == 30
+        make(tmp_path, 10)  # as a run would that fell back that far and came by again
+        store.prune(tmp_path, 30, 1)
+        assert names(tmp_path) == ["step-00000030"]
+        if not died:
+            break
+    assert fatal == 2 * (len(FILES) + 1 + 1)  # each of two folders: its files, its manifest, itself
+
+
+def _prune_and_die(checkpoints: Path, fatal: int) -> None:
+    calls = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            if calls == fatal:
+                os._exit(9)
+            calls += 1
+            return real(*args, **kwargs)
+
+        return call
+
+    try:
+        os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)  # type: ignore[assignment]
+        store.prune(checkpoints, 30, 1)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- find
+
+
+def test_find_takes_a_checkpoint_a_run_or_a_checkpoints_folder(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    make(checkpoints, 3, 7)
+    assert store.find(checkpoints / "step-00000003") == checkpoints / "step-00000003"
+    assert store.find(checkpoints) == store.find(tmp_path / "run") == checkpoints / "step-00000007"
+    (tmp_path / "latest").symlink_to(checkpoints / "step-00000003")
+    assert store.find(tmp_path / "latest") == tmp_path / "latest"
+    (checkpoints / "step-00000007" / ".metadata").unlink()
+    assert store.find(tmp_path / "run") == checkpoints / "step-00000003"
+
+
+def test_find_says_what_to_give_when_there_is_nothing(tmp_path: Path) -> None:
+    make(tmp_path / "a", 3).rename(tmp_path / "a" / "step-00000003.tmp")
+    (tmp_path / "file").write_text("")
+    for path in (
+        tmp_path,
+        tmp_path / "a",
+        tmp_path / "a" / "step-00000003.tmp",
+        tmp_path / "absent",
+        tmp_path / "file",
+    ):
+        message = refusal(store.find, path)
+        assert message.startswith(f"{path} is no checkpoint and holds none; give a folder like runs/NAME/checkpoints/")
+
+
+# ------------------------------------------------------------------------------------------------------- architecture
+
+
+def test_another_architecture_is_refused_naming_the_fields(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 7, config=from_tree({"preset": "gpt2_small"}))
+    manifest = store.read_manifest(checkpoint)
+    mine = from_tree({"preset": "gpt2_small", "model": {"num_layers": 6, "tied_embeddings": False}})
+    with pytest.raises(UserError) as caught:
+        store.check_architecture(manifest, mine, checkpoint)
+    message = str(caught.value)
+    assert "model.num_layers is 12 in the checkpoint and 6 in the config" in message
+    assert "model.tied_embeddings is True in the checkpoint and False in the config" in message
+    assert message.startswith(f"{checkpoint} is of another architecture") and "hidden_size" not in message
+
+
+def test_what_does_not_change_the_weights_is_no_other_architecture(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 7, config=from_tree({"preset": "gpt2_small"}))
+    changes: dict[str, Any] = {
+        "model": {"dropout": 0.3, "init_std": 0.1},
+        "parallel": {"tensor": 4, "pipeline": 3, "sequence": True},
+        "train": {"precision": "fp32", "global_batch_size": 8},
+        "seed": 9,
+    }
+    for preset in ("gpt2_small", None):
+        model = from_tree({"preset": "gpt2_small"}).model.model_dump() | changes["model"]
+        config = from_tree({**changes, "preset": preset, "model": model})
+        store.check_architecture(store.read_manifest(checkpoint), config, checkpoint)
