@@ -21,7 +21,7 @@ class RunHistory:
     evaluations: list[Event]
     """By step; the last one where a step was evaluated again."""
     stage_seconds: dict[str, float]
-    """Summed over interruptions."""
+    """Including what was done before an interruption."""
     export: Event | None
     sample: Event | None
 
@@ -29,14 +29,10 @@ class RunHistory:
     def read(cls, path: Path) -> "RunHistory":
         events = read_events(path)
         evaluated = {event["step"]: event for event in events if event["kind"] == "evaluated"}
-        stage_seconds: dict[str, float] = {}
-        for event in events:
-            if event["kind"] == "stage_finished":
-                stage_seconds[event["stage"]] = stage_seconds.get(event["stage"], 0.0) + event["seconds"]
         return cls(
             steps=surviving_steps(events),
             evaluations=sorted(evaluated.values(), key=lambda event: event["step"]),
-            stage_seconds=stage_seconds,
+            stage_seconds=_stage_seconds(events),
             export=_last(events, "export_verified"),
             sample=_last(events, "generated"),
         )
@@ -46,6 +42,21 @@ class RunHistory:
         """Of the median step, so that start-up and disturbances do not count."""
         seconds = median(event["seconds"] for event in self.steps)
         return (self.steps[-1]["tokens"] / self.steps[-1]["step"]) / seconds
+
+
+def _stage_seconds(events: list[Event]) -> dict[str, float]:
+    """Time spent in each stage; one that was cut off counts up to the last thing it recorded."""
+    seconds: dict[str, float] = {}
+    stage, started, latest = "", 0.0, 0.0
+    for event in events:
+        if stage and event["kind"] in ("stage_started", "stage_finished"):
+            end = event["time"] if event["kind"] == "stage_finished" else latest
+            seconds[stage] = seconds.get(stage, 0.0) + end - started
+            stage = ""
+        if event["kind"] == "stage_started":
+            stage, started = event["stage"], event["time"]
+        latest = event["time"]
+    return seconds
 
 
 def _last(events: list[Event], kind: str) -> Event | None:
@@ -76,6 +87,7 @@ def plot_losses(history: RunHistory, path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     tokens_per_step = history.steps[0]["tokens"] / history.steps[0]["step"]
@@ -85,6 +97,7 @@ def plot_losses(history: RunHistory, path: Path) -> None:
     for name, style in (("uniform", ":"), ("unigram", "--")):
         axes.axhline(history.evaluations[-1][f"{name}_loss"], ls=style, color="gray", lw=1, label=f"{name} baseline")
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -137,6 +137,15 @@ def is_finished(config: RunConfig, run_dir: RunDir) -> bool:
     return any(event["kind"] == "run_finished" for event in read_events(run_dir.events_path))
 
 
+def is_trained(config: RunConfig, run_dir: RunDir) -> bool:
+    """Whether the last checkpoint is there, whole, and evaluated."""
+    evaluated = any(
+        event["kind"] == "evaluated" and event["step"] == config.num_steps for event in read_events(run_dir.events_path)
+    )
+    newest = store.newest_valid(run_dir.checkpoints) if evaluated and run_dir.loss_plot.exists() else None
+    return newest is not None and newest.name == store.folder_name(config.num_steps)
+
+
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
@@ -213,6 +222,9 @@ def check_prompt(config: RunConfig, run_dir: RunDir) -> None:
 def train(session: Session) -> None:
     """Train to the end of the run from its newest checkpoint, with a held-out evaluation before and after."""
     config, run_dir = session.config, session.run_dir
+    if is_trained(config, run_dir):
+        session.display.line(f"train     trained already, to step {config.num_steps}")
+        return
     with session.stage("train") as bar:
         events = EventReader(run_dir.events_path)
         events.skip_to_end()

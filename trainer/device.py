@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.utils._device
 
 DeviceKind = Literal["cpu", "cuda"]
 
@@ -66,6 +67,8 @@ def _redirect_cuda_to_cpu() -> None:
     cuda.manual_seed = torch.manual_seed
     for owner in (torch.Tensor, torch.nn.Module):
         owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    # torch caches which functions `with torch.device(...)` acts on when first asked: let that be before we wrap them
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -41,6 +42,11 @@ def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Reco
         lr = learning_rate(config, (step + 1) * config.tokens_per_step)
         stats = engine.train_step(batch, lr, step)
         step += 1
+        if not (math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)):
+            raise FloatingPointError(
+                f"step {step} has loss {stats.loss} and gradient norm {stats.grad_norm}: training diverged; the last "
+                "checkpoint is from before, continue it with a lower optimizer.lr or a longer optimizer.warmup_tokens"
+            )
         record(
             "step",
             step=step,

@@ -62,7 +62,7 @@ class TestUndisturbed:
         for stage in ("prepare", "train", "export", "generate"):
             assert sum(line.startswith(stage) for line in printed.splitlines()) == 1
         assert "the model learned: held-out loss" in printed
-        for fact in ("tokens/s", "perplexity", "model GFLOP/s", "time", "unigram", "uniform"):
+        for fact in ("prepare 0 s", "tokens/s", "perplexity", "model GFLOP/s", "time", "unigram", "uniform"):
             assert fact in printed
         assert "Warning" not in printed
 

@@ -49,7 +49,8 @@ class FrozenModel:
         hooks = [chunk.output_layer.register_forward_hook(keep) for chunk in self.chunks if chunk.post_process]
         # the schedule moves activations between stages; the loss it computes beside the logits is not used
         padded = torch.nn.functional.pad(tokens, (0, 1))
-        run_schedule(self.stages, self.config.model, [MicroBatch(padded)], forward_only=True)
+        copies = parallel.pipeline_size() if len(self.stages) > 1 else 1  # interleaving wants whole rounds
+        run_schedule(self.stages, self.config.model, [MicroBatch(padded)] * copies, forward_only=True)
         for hook in hooks:
             hook.remove()
         if not found:

@@ -1,0 +1,216 @@
+"""The held-out loss, logits and baselines in every layout, against a plain model and plain Python."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from data_pipeline.shards import ShardWriter, token_dtype
+from ranks import run_on_ranks
+from reference_gpt import ReferenceGPT
+from trainer.checkpoint import sharded
+from trainer.config import RunConfig, UserError, from_tree
+from trainer.data import WindowReader
+from trainer.engine import Engine
+from trainer.evaluate.frozen import FrozenModel
+from trainer.evaluate.heldout import HeldoutEvaluation, HeldoutResult, unigram_loss
+from trainer.training_state import MASTER
+
+SEQ, VOCAB, NUM_WINDOWS = 16, 90, 13
+# 90 tokens pad to 128 rows: with TP4 the last rank holds padding alone. 13 windows fill no whole number of batches.
+MODEL = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "vocab_size": VOCAB, "seq_length": SEQ}
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "TP2": {"tensor": 2},
+    "TP4": {"tensor": 4},
+    "TP2 SP": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+    "PP2 interleaved": {"pipeline": 2, "virtual_pipeline": 2},
+    "DP2 ZeRO-1": {"data": 2},
+    "DP2 ZeRO-3": {"data": 2, "zero": 3},
+    "TP2 x PP2": {"tensor": 2, "pipeline": 2},
+    "PP2 x DP2 interleaved": {"pipeline": 2, "data": 2, "virtual_pipeline": 2},
+}
+
+
+def config_of(layout: str, precision: str = "fp32", max_sequences: int | None = None) -> RunConfig:
+    return from_tree(
+        {
+            "model": MODEL,
+            "train": {"global_batch_size": 8, "micro_batch_size": 2, "precision": precision},
+            "parallel": LAYOUTS[layout],
+            "evaluation": {"max_sequences": max_sequences},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train and heldout in one folder; token frequencies fall off, and differ between the two."""
+    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(3)
+    for name, num_tokens, power in (("train", 2000, 2.0), ("heldout", NUM_WINDOWS * SEQ + 1 + 9, 1.5)):
+        tokens = (VOCAB * draw.random(num_tokens - 1) ** power).astype(token_dtype(VOCAB))
+        with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
+            writer.add([tokens])
+            writer.finish()
+            writer.commit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference() -> ReferenceGPT:
+    """Random values everywhere, in the rows that only pad the vocabulary too."""
+    model = ReferenceGPT(**MODEL, ffn_hidden_size=128, padded_vocab_size=128)  # type: ignore[arg-type]
+    model.randomize(seed=4)
+    with torch.no_grad():
+        model.embedding.word_embeddings.weight[VOCAB:] *= 30  # would rule every sum that took them in
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(reference: ReferenceGPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference's weights as a checkpoint."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    whole = reference.global_tensors()
+
+    def write(config: RunConfig, device: torch.device) -> None:
+        engine = Engine(config, device)
+        engine.prepare_state(1)
+        for fragment in engine.fragments():
+            place = tuple(slice(o, o + n) for o, n in zip(fragment.box.offset, fragment.box.shape, strict=True))
+            fragment.tensors[MASTER].copy_(whole[fragment.box.key][place])
+        engine.refresh_weights()
+        sharded.save(engine, folder, 1, 8)
+
+    run_on_ranks(config_of("one rank"), write)
+    return folder / "step-00000001"
+
+
+@torch.no_grad()
+def plain_loss(model: ReferenceGPT, tokens: np.ndarray, num_windows: int) -> float:
+    """Mean nats per token over the first windows, one at a time, summed in double precision."""
+    total = 0.0
+    for start in range(0, num_windows * SEQ, SEQ):
+        window = torch.from_numpy(tokens[start : start + SEQ + 1].astype(np.int64))
+        logits = model(window[None, :-1])[0].double()
+        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    return total / (num_windows * SEQ)
+
+
+def plain_unigram_loss(train: list[int], labels: list[int], vocab_size: int) -> float:
+    counts = Counter(train)
+    total = len(train) + vocab_size
+    return -math.fsum(math.log((counts[token] + 1) / total) for token in labels) / len(labels)
+
+
+def evaluate_all_ways(checkpoint: Path, data: Path, tokens: Tensor) -> Callable[[RunConfig, torch.device], Any]:
+    """Each rank's (result through the engine, result through the frozen model, logits or None)."""
+
+    def rank(config: RunConfig, device: torch.device) -> Any:
+        readers = [WindowReader(data / name, SEQ) for name in ("train", "heldout")]
+        evaluation = HeldoutEvaluation(*readers, config, device)
+        engine = Engine(config, device)
+        sharded.load(engine, checkpoint)
+        frozen = FrozenModel(config, checkpoint, device)
+        logits = frozen.logits(tokens)
+        return evaluation.run(engine.evaluate), evaluation.run(frozen.evaluate), logits
+
+    return rank
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_evaluates_as_the_plain_model_does(
+    layout: str, checkpoint: Path, data: Path, reference: ReferenceGPT
+) -> None:
+    tokens = torch.randint(0, VOCAB, (3, SEQ), generator=torch.Generator().manual_seed(1))
+    results = run_on_ranks(config_of(layout), evaluate_all_ways(checkpoint, data, tokens))
+    heldout = WindowReader(data / "heldout", SEQ).tokens
+    expected = plain_loss(reference, heldout, NUM_WINDOWS)
+    for by_engine, by_frozen, _ in results:
+        assert by_engine.tokens == by_frozen.tokens == NUM_WINDOWS * SEQ
+        assert by_engine.loss == pytest.approx(expected, rel=1e-6)
+        assert by_frozen.loss == pytest.approx(expected, rel=1e-6)
+    assert len({(by_engine, by_frozen) for by_engine, by_frozen, _ in results}) == 1, "ranks disagree"
+
+    with torch.no_grad():
+        expected_logits = reference(tokens)
+    found = [logits for _, _, logits in results if logits is not None]
+    assert len(found) == len(results) // LAYOUTS[layout].get("pipeline", 1)  # the ranks of the last stage
+    for logits in found:
+        assert logits.dtype == torch.float32 and logits.shape == (3, SEQ, VOCAB)
+        torch.testing.assert_close(logits, expected_logits, rtol=0, atol=2e-6)
+
+
+def test_bf16_evaluates_close_to_fp32(checkpoint: Path, data: Path, reference: ReferenceGPT) -> None:
+    tokens = torch.zeros(1, SEQ, dtype=torch.long)
+    ((by_engine, by_frozen, logits), *_) = run_on_ranks(
+        config_of("TP2", "bf16"), evaluate_all_ways(checkpoint, data, tokens)
+    )
+    expected = plain_loss(reference, WindowReader(data / "heldout", SEQ).tokens, NUM_WINDOWS)
+    assert by_engine == by_frozen  # the same bf16 weights, derived from the same masters
+    assert by_engine.loss == pytest.approx(expected, rel=1e-3) and by_engine.loss != expected
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("max_sequences", [1, 5, 1000])
+def test_evaluation_of_some_sequences(
+    max_sequences: int, checkpoint: Path, data: Path, reference: ReferenceGPT
+) -> None:
+    tokens = torch.zeros(1, SEQ, dtype=torch.long)
+    config = config_of("DP2 ZeRO-1", max_sequences=max_sequences)
+    ((result, _, _), *_) = run_on_ranks(config, evaluate_all_ways(checkpoint, data, tokens))
+    train, heldout = (WindowReader(data / name, SEQ).tokens for name in ("train", "heldout"))
+    count = min(max_sequences, NUM_WINDOWS)
+    labels = heldout[1 : count * SEQ + 1].tolist()
+    assert result.tokens == len(labels) == count * SEQ
+    assert result.loss == pytest.approx(plain_loss(reference, heldout, count), rel=1e-6)
+    assert result.uniform_loss == math.log(VOCAB)
+    assert result.unigram_loss == pytest.approx(plain_unigram_loss(train.tolist(), labels, VOCAB), rel=1e-12)
+    assert result.perplexity == math.exp(result.loss)
+
+
+def test_another_architecture_is_refused_before_anything_is_read(checkpoint: Path) -> None:
+    def rank(config: RunConfig, device: torch.device) -> str:
+        try:
+            FrozenModel(config, checkpoint, device)
+        except UserError as error:
+            return str(error)
+        return "loaded"
+
+    config = from_tree({"model": MODEL | {"num_layers": 2}, "train": {"global_batch_size": 8}})
+    (message,) = run_on_ranks(config, rank)
+    assert "model.num_layers is 4 in the checkpoint and 2 in the config" in message
+
+
+# ----------------------------------------------------------------------------------------------------------- baselines
+
+
+@given(
+    train=st.lists(st.integers(0, 19), min_size=1, max_size=200),
+    labels=st.lists(st.integers(0, 19), min_size=1, max_size=50),
+)
+def test_unigram_loss_equals_plain_python(train: list[int], labels: list[int]) -> None:
+    found = unigram_loss(np.array(train, np.uint16), np.array(labels, np.uint16), 20)
+    assert found == pytest.approx(plain_unigram_loss(train, labels, 20), rel=1e-12)
+
+
+def test_unigram_loss_of_known_cases() -> None:
+    even = np.tile(np.arange(8), 1000)
+    assert unigram_loss(even, even, 8) == pytest.approx(math.log(8), rel=1e-12)
+    assert unigram_loss(np.zeros(0, np.int32), even, 8) == pytest.approx(math.log(8), rel=1e-12)
+    # seen 3 times and never: (3 + 1) / 5 and (0 + 1) / 5
+    assert unigram_loss(np.array([0, 0, 0]), np.array([0, 1]), 2) == pytest.approx(-math.log(0.8 * 0.2) / 2, rel=1e-12)
+
+
+def test_perplexity() -> None:
+    assert HeldoutResult(math.log(7), 1, 1.0, 1.0).perplexity == pytest.approx(7)
