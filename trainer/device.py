@@ -5,6 +5,7 @@ those requests to the CPU, once per process and before any model is built. On CU
 """
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -77,6 +78,8 @@ def _redirect_cuda_to_cpu() -> None:
     stateful: Any = megatron_random
     stateful._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     stateful._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    # it warns at every draw that the CPU's generator has moved, which here is the one to move
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -38,8 +38,16 @@ def seed_dropout(seed: int, step: int) -> None:
     share the default stream (residual dropout acts on replicated activations) and differ in the model-parallel one.
     """
     place = mcore.get_pipeline_model_parallel_rank() + mcore.get_pipeline_model_parallel_world_size() * data_rank()
-    # 2718 and 1 + tp_rank are added to this by megatron-core; the stride keeps neighbouring steps and places apart
-    model_parallel_cuda_manual_seed((seed * 1_000_003 + step * 4_099 + place * 8_191) % 2**31)
+    model_parallel_cuda_manual_seed(dropout_seed(seed, step, place))
+
+
+def dropout_seed(seed: int, step: int, place: int) -> int:
+    """The default stream's seed; megatron-core adds 2718 + tp_rank to it for the model-parallel stream.
+
+    31 bits, since torch's CPU generator reads no more than 32. The strides keep all those sums apart: places lie
+    further from each other than any sum reaches, and steps are spread by the golden ratio.
+    """
+    return (seed * 1_000_003 + step * 1_327_217_885 + place * 8_191) % 2**31
 
 
 def data_rank() -> int:

@@ -34,6 +34,7 @@ class CausalAttention(torch.nn.Module):
         assert attention_type == "self"
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.stream_is_own = config.sequence_parallel  # megatron-core then runs whole layers in the stream we want
 
     def forward(
         self,
@@ -49,8 +50,9 @@ class CausalAttention(torch.nn.Module):
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         dropout = self.dropout if self.training else 0.0
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        # heads differ between tensor-parallel ranks, so dropout draws from the stream that differs too
-        with get_cuda_rng_tracker().fork() if dropout > 0 else nullcontext():
+        # Heads differ between tensor-parallel ranks, so dropout draws from the stream that differs too. To enter that
+        # stream twice would lose its place when activations are recomputed.
+        with get_cuda_rng_tracker().fork() if dropout > 0 and not self.stream_is_own else nullcontext():
             context = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, dropout_p=dropout, scale=self.softmax_scale
             )

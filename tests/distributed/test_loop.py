@@ -1,0 +1,241 @@
+"""The training loop on real shards: what it records, what it keeps, and that no interruption shows in its result."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from data_pipeline.shards import ShardWriter
+from ranks import run_on_ranks
+from trainer import loop
+from trainer.checkpoint import store
+from trainer.config import RunConfig, UserError, from_tree
+from trainer.events import Event, EventLog, read_events, surviving_steps
+from trainer.run_dir import RunDir
+from trainer.schedule import learning_rate
+
+SEQ, VOCAB, NUM_STEPS, GLOBAL_BATCH = 16, 90, 7, 8
+TOKENS_PER_STEP = SEQ * GLOBAL_BATCH
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "TP2 x PP2": {"tensor": 2, "pipeline": 2},
+    "DP2 ZeRO-2": {"data": 2, "zero": 2},
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    run_dir: RunDir
+    config: RunConfig
+    events: list[Event]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data of walks through the vocabulary: easy to learn, and 40 windows only, so that epochs end."""
+    folder, draw = tmp_path_factory.mktemp("prepared"), np.random.default_rng(3)
+    for name, num_windows in (("train", 40), ("heldout", 9)):
+        tokens = np.cumsum(draw.choice([1, 1, 1, 2], num_windows * SEQ)) % (VOCAB - 1)
+        with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
+            writer.add([tokens.astype(np.uint16)])
+            writer.finish()
+            writer.commit()
+    return folder
+
+
+def config_of(layout: str, data: Path, precision: str = "fp32", **checkpoint: Any) -> RunConfig:
+    return from_tree(
+        {
+            "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": VOCAB, "seq_length": SEQ},
+            "train": {
+                "total_tokens": NUM_STEPS * TOKENS_PER_STEP - 5,  # rounded up to whole steps
+                "global_batch_size": GLOBAL_BATCH,
+                "micro_batch_size": 2,
+                "precision": precision,
+            },
+            "optimizer": {"lr": 1e-2, "warmup_tokens": 2 * TOKENS_PER_STEP, "eps": 1e-5},
+            "parallel": LAYOUTS[layout],
+            "data": {"prepared": str(data)},
+            "evaluation": {"every_steps": 2},
+            "checkpoint": {"every_steps": 3, "keep_last": 2, **checkpoint},
+        }
+    )
+
+
+def train(config: RunConfig, run_dir: RunDir) -> list[Event]:
+    """Run the loop on the config's ranks; returns the events of this life."""
+    run_dir.create(config)
+    before = len(read_events(run_dir.events_path))
+
+    def rank(config: RunConfig, device: torch.device) -> None:
+        log = EventLog(run_dir.events_path) if dist.get_rank() == 0 else None
+        loop.train(config, run_dir, device, log.write if log else lambda *_, **__: None)
+
+    run_on_ranks(config, rank)
+    return read_events(run_dir.events_path)[before:]
+
+
+@pytest.fixture(scope="module")
+def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
+    """A fresh run of a layout, each trained once."""
+    done: dict[tuple[str, str], Trained] = {}
+
+    def run(layout: str, precision: str = "fp32") -> Trained:
+        if (layout, precision) not in done:
+            config, run_dir = config_of(layout, data, precision), RunDir(tmp_path_factory.mktemp("run") / "run")
+            done[layout, precision] = Trained(run_dir, config, train(config, run_dir))
+        return done[layout, precision]
+
+    return run
+
+
+def of_kind(events: list[Event], kind: str) -> list[Event]:
+    return [event for event in events if event["kind"] == kind]
+
+
+def facts(events: list[Event]) -> list[Event]:
+    """Events without their times."""
+    return [{key: value for key, value in event.items() if key not in ("time", "seconds")} for event in events]
+
+
+# ------------------------------------------------------------------------------------------------------- what it records
+
+
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2 ZeRO-2"])
+def test_a_run_records_what_happened_in_order(layout: str, runs: Callable[..., Trained]) -> None:
+    run = runs(layout)
+    expected: list[tuple[str, int]] = [("training_started", 0), ("evaluated", 0)]
+    for step in range(1, NUM_STEPS + 1):
+        expected.append(("step", step))
+        expected += [("checkpoint_saved", step)] * (step in (3, 6, 7)) + [("evaluated", step)] * (step in (2, 4, 6, 7))
+    assert [(event["kind"], event["step"]) for event in run.events] == expected
+    assert run.events[0]["checkpoint"] is None
+    for event in of_kind(run.events, "step"):
+        assert event["tokens"] == event["step"] * TOKENS_PER_STEP
+        assert event["lr"] == learning_rate(run.config, event["tokens"])
+        assert event["seconds"] > 0 and event["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2 ZeRO-2"])
+def test_the_model_learns(layout: str, runs: Callable[..., Trained]) -> None:
+    evaluations = of_kind(runs(layout).events, "evaluated")
+    first, last = evaluations[0], evaluations[-1]
+    assert first["loss"] == pytest.approx(math.log(VOCAB), abs=0.1) and last["loss"] < first["loss"] - 0.5
+    assert {event["tokens"] for event in evaluations} == {9 * SEQ}
+    assert {event["uniform_loss"] for event in evaluations} == {math.log(VOCAB)}
+
+
+def test_layouts_see_the_same_samples(runs: Callable[..., Trained]) -> None:
+    """Losses of every step and evaluation agree, so each step had the same global batch."""
+    mine, theirs = (
+        [event["loss"] for event in runs(layout).events if "loss" in event] for layout in ("TP2 x PP2", "DP2 ZeRO-2")
+    )
+    assert mine == pytest.approx(theirs, rel=2e-6) and len(set(mine)) == len(mine)
+
+
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2 ZeRO-2"])
+def test_the_newest_checkpoints_are_kept(layout: str, runs: Callable[..., Trained]) -> None:
+    run = runs(layout)
+    assert sorted(item.name for item in run.run_dir.checkpoints.iterdir()) == ["step-00000006", "step-00000007"]
+    for event in of_kind(run.events, "checkpoint_saved")[1:]:
+        manifest = store.verify(Path(event["path"]))
+        assert (manifest.step, manifest.consumed_samples) == (event["step"], event["step"] * GLOBAL_BATCH)
+        files = [path for path in Path(event["path"]).iterdir() if path.name != "manifest.json"]
+        assert event["bytes"] == sum(path.stat().st_size for path in files)
+
+
+# -------------------------------------------------------------------------------------------------------- interruptions
+
+
+def lose_the_newest(checkpoints: Path) -> None:
+    (checkpoints / "step-00000007" / "manifest.json").rename(checkpoints / "lost")
+    (checkpoints / "step-00000007").rename(checkpoints / "step-00000007.tmp")
+
+
+def damage_the_newest(checkpoints: Path) -> None:
+    largest = max((checkpoints / "step-00000007").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision", "harm"),
+    [
+        ("TP2 x PP2", "fp32", lose_the_newest),
+        ("DP2 ZeRO-2", "fp32", damage_the_newest),
+        ("TP2 x PP2", "bf16", damage_the_newest),
+    ],
+)
+def test_a_lost_checkpoint_does_not_show_in_the_result(
+    layout: str, precision: str, harm: Callable[[Path], None], runs: Callable[..., Trained]
+) -> None:
+    run = runs(layout, precision)
+    harm(run.run_dir.checkpoints)
+    again = train(run.config, run.run_dir)
+    assert [(event["kind"], event["step"]) for event in again] == [
+        ("training_started", 6),
+        ("step", 7),
+        ("checkpoint_saved", 7),
+        ("evaluated", 7),
+    ]
+    assert again[0]["checkpoint"] == str(run.run_dir.checkpoints / "step-00000006")
+    assert facts(again)[1:] == facts(run.events)[-3:]  # bit for bit
+    history = surviving_steps(read_events(run.run_dir.events_path))
+    assert facts(history) == facts(of_kind(run.events, "step"))
+    assert store.newest_valid(run.run_dir.checkpoints) == run.run_dir.checkpoints / "step-00000007"
+
+
+def test_a_finished_run_only_evaluates(data: Path, tmp_path: Path) -> None:
+    config, run_dir = config_of("one rank", data), RunDir(tmp_path / "run")
+    first = train(config, run_dir)
+    again = train(config, run_dir)
+    assert facts(again)[1:] == facts(first)[-1:]
+    assert (again[0]["kind"], again[0]["step"]) == ("training_started", NUM_STEPS)
+
+
+# ---------------------------------------------------------------------------------------------------------- resume_from
+
+
+def test_another_run_continues_in_another_layout(data: Path, tmp_path: Path, runs: Callable[..., Trained]) -> None:
+    source = runs("TP2 x PP2")
+    given = source.run_dir.checkpoints / "step-00000006"
+    events = train(config_of("one rank", data, resume_from=str(given)), RunDir(tmp_path / "other"))
+    assert [(event["kind"], event["step"]) for event in events] == [
+        ("training_started", 6),
+        ("evaluated", 6),  # the other run's result is this one's beginning
+        ("step", 7),
+        ("checkpoint_saved", 7),
+        ("evaluated", 7),
+    ]
+    assert events[0]["checkpoint"] == str(given)
+    for event in events:
+        if "loss" in event:
+            (theirs,) = (e for e in of_kind(source.events, event["kind"]) if e["step"] == event["step"])
+            assert event["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
+    assert sorted(item.name for item in given.parent.iterdir() if item.name.startswith("step-"))[0] == given.name
+
+
+def test_a_damaged_checkpoint_of_another_run_is_refused(
+    data: Path, tmp_path: Path, runs: Callable[..., Trained]
+) -> None:
+    source = runs("DP2 ZeRO-2").run_dir.checkpoints / "step-00000006"
+    given = tmp_path / source.name
+    given.mkdir()
+    for path in source.iterdir():
+        (given / path.name).write_bytes(path.read_bytes() + b"\0" * (path.suffix == ".distcp"))
+    config, run_dir = config_of("one rank", data, resume_from=str(given)), RunDir(tmp_path / "other")
+    run_dir.create(config)
+
+    def rank(config: RunConfig, device: torch.device) -> None:
+        with pytest.raises(UserError, match="is damaged: .* does not have the size and hash"):
+            loop.train(config, run_dir, device, lambda *_, **__: None)
+
+    run_on_ranks(config, rank)
