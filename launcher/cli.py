@@ -2,6 +2,7 @@
 
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,9 @@ app.add_typer(config_app, name="config")
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
 RunDirOption = Annotated[
     Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> if not given.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="DIR", help="Prepared data; the run's own if not given.")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -67,18 +71,25 @@ def prepare(
     Example: `broadgauge prepare configs/quickstart.yaml --out data/stdlib`
     """
     from data_pipeline import pipeline
-    from launcher import stages
+    from launcher import checks, stages
 
     config = run_config.load(config_file, settings or ())
     display = _display()
     if out is None:
-        stages.check_sources(config, _run_dir(config, run_dir))
-        with stages.open_session(config, _run_dir(config, run_dir), display) as session:
-            stages.prepare_data(session)
+        where = _run_dir(config, run_dir)
+        where.check(config)
+        checks.check_sources(config, where)
+        with stages.claim(config, where, display) as claimed:
+            stages.prepare_data(claimed)
         return
     with display.stage("prepare") as bar:
         manifest = pipeline.prepare(
-            config.data, vocab_size=config.model.vocab_size, seq_length=config.model.seq_length, out=out, progress=bar
+            config.data,
+            vocab_size=config.model.vocab_size,
+            seq_length=config.model.seq_length,
+            out=out,
+            min_train_tokens=config.tokens_per_step + 1,
+            progress=bar,
         )
         bar.result = stages.describe_data(manifest)
 
@@ -89,22 +100,19 @@ def train(config_file: ConfigFile, run_dir: RunDirOption = None, settings: SetOp
 
     Example: `broadgauge train configs/quickstart.yaml --set data.prepared=data/stdlib`
     """
-    from launcher import stages
+    from launcher import checks, stages
 
     config = run_config.load(config_file, settings or ())
     where = _run_dir(config, run_dir)
-    where.check(config)
-    stages.check_prepared(config, where)
-    with stages.open_session(config, where, _display()) as session:
-        stages.train(session)
+    checks.check_train(config, where)
+    with stages.claim(config, where, _display()) as claimed:
+        stages.train(claimed)
 
 
 @app.command("eval")
 def evaluate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
-    data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Prepared data to evaluate on; the run's own if not given.")
-    ] = None,
+    data: DataOption = None,
     settings: SetOption = None,
 ) -> None:
     """Held-out loss and perplexity of a checkpoint, beside the uniform and unigram baselines, as JSON.
@@ -120,6 +128,8 @@ def evaluate(
 def export(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Hugging Face folder to write.", show_default=False)],
+    data: DataOption = None,
+    settings: SetOption = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder and check its logits against the trained model's.
 
@@ -127,7 +137,7 @@ def export(
     """
     from launcher import inspection
 
-    difference, tokens = inspection.export(path, out)
+    difference, tokens = inspection.export(path, out, data, settings or ())
     print(f"{out}: logits within {difference:.2g} of the trained model's over {tokens} tokens")
 
 
@@ -177,18 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("interrupted; run the same command again to go on", file=sys.stderr)
         raise
     except UserError as error:
-        if debug:
-            raise
-        _complain(f"error: {error}")
+        _complain(f"error: {error}", debug)
         sys.exit(2)
     except Exception as error:
-        if debug:
-            raise
-        _complain(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
+        _complain(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", debug)
         sys.exit(1)
 
 
-def _complain(line: str) -> None:
+def _complain(line: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
     Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ They work beside a run, never in its folder, so they may be used while it trains
 """
 
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from typing import Any
 
 import orjson
 
+from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER
 from launcher import stages
-from launcher.job import ready_ranks
+from launcher.job import check_embedded, ready_ranks
 from trainer import config as run_config
 from trainer.checkpoint import store
 from trainer.config import RunConfig, UserError
@@ -45,17 +47,20 @@ def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
     prepared = data or (Path(recorded) if recorded else run_dir.data)
     config = run_config.override(tree, [*settings, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"])
     store.check_architecture(manifest, config, checkpoint)
-    stages.check_prepared(config, run_dir)
+    check_embedded(config)
+    data_manifest = Manifest.load(prepared)
+    data_manifest.verify(prepared)
+    store.check_tokenizer(manifest, {"tokenizer": data_manifest.tokenizer_fingerprint}, checkpoint)
     return Found(checkpoint.resolve(), manifest, config)
 
 
 @contextmanager
 def scratch_run() -> Iterator[RunDir]:
-    """A run folder for ranks that only read."""
-    with tempfile.TemporaryDirectory(prefix="broadgauge-") as folder:
-        run_dir = RunDir(Path(folder))
-        run_dir.logs.mkdir()
-        yield run_dir
+    """A run folder for ranks that only read; it stays when they fail, for their logs."""
+    run_dir = RunDir(Path(tempfile.mkdtemp(prefix="broadgauge-")))
+    run_dir.logs.mkdir()
+    yield run_dir
+    shutil.rmtree(run_dir.path)
 
 
 def evaluate(path: Path, data: Path | None, settings: Sequence[str]) -> dict[str, Any]:
@@ -73,13 +78,13 @@ def evaluate(path: Path, data: Path | None, settings: Sequence[str]) -> dict[str
     }
 
 
-def export(path: Path, out: Path) -> tuple[float, int]:
+def export(path: Path, out: Path, data: Path | None, settings: Sequence[str]) -> tuple[float, int]:
     """Returns the largest logit difference and the number of tokens compared."""
     from trainer.checkpoint import hf
 
-    found = find(path, None, ())
-    hf.check_exportable(found.config)
+    found = find(path, data, settings)
     tokenizer = Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
+    hf.check_export(found.config, tokenizer, out)
     facts = {"Trained on, tokens": found.manifest.step * found.config.tokens_per_step, "Step": found.manifest.step}
     with scratch_run() as run_dir, ready_ranks(found.config, run_dir) as ranks:
         logits = run_dir.path / "logits.pt"

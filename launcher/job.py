@@ -152,6 +152,14 @@ def check_embedded(config: RunConfig) -> None:
     """
     if config.launch.nodes > 1:
         raise UserError(f"launch.nodes is {config.launch.nodes}, and a run without a cluster has 1; set it to 1")
+    if config.launch.device == "cuda":
+        from trainer.device import num_gpus  # imports torch, which only those who have asked for GPUs wait for
+
+        if num_gpus() < config.parallel.num_ranks:
+            raise UserError(
+                f"launch.device is cuda and needs one GPU a rank, {config.parallel.num_ranks} in all; this machine has "
+                f"{num_gpus()}; change the layout, or set launch.device to cpu"
+            )
 
 
 @contextmanager

@@ -23,7 +23,6 @@ class RunHistory:
     stage_seconds: dict[str, float]
     """Including what was done before an interruption."""
     export: Event | None
-    sample: Event | None
 
     @classmethod
     def read(cls, path: Path) -> "RunHistory":
@@ -34,7 +33,6 @@ class RunHistory:
             evaluations=sorted(evaluated.values(), key=lambda event: event["step"]),
             stage_seconds=_stage_seconds(events),
             export=_last(events, "export_verified"),
-            sample=_last(events, "generated"),
         )
 
     @property
@@ -49,7 +47,7 @@ def _stage_seconds(events: list[Event]) -> dict[str, float]:
     seconds: dict[str, float] = {}
     stage, started, latest = "", 0.0, 0.0
     for event in events:
-        if stage and event["kind"] in ("stage_started", "stage_finished"):
+        if stage and event["kind"] in ("run_started", "stage_started", "stage_finished"):
             end = event["time"] if event["kind"] == "stage_finished" else latest
             seconds[stage] = seconds.get(stage, 0.0) + end - started
             stage = ""
@@ -127,6 +125,8 @@ def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
         rows["export"] = f"largest logit difference {history.export['largest_difference']:.2g}"
     rows |= {
         "events": str(run_dir.events_path),
+        "data": str(run_dir.data_for(config)),
+        "logs": str(run_dir.logs),
         "checkpoints": str(run_dir.checkpoints),
         "loss picture": str(run_dir.loss_plot),
         "Hugging Face": str(run_dir.export),

@@ -12,20 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.manifest import Manifest
-from data_pipeline.pipeline import TOKENIZER_FOLDER, find_prepared, preflight, prepare
-from data_pipeline.settings import Settings
-from data_pipeline.tokenization import Tokenizer
-from launcher import report
+from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
+from launcher import checks, report
 from launcher.display import Display, StageBar
-from launcher.job import Ranks, check_embedded, ready_ranks
+from launcher.job import Ranks, ready_ranks
 from trainer.checkpoint import store
-from trainer.config import RunConfig, UserError
+from trainer.config import RunConfig
 from trainer.events import EventLog, EventReader, read_events
 from trainer.run_dir import RunDir
 
 
 @dataclass
-class Session:
+class ClaimedRun:
     """One command at work on one run."""
 
     config: RunConfig
@@ -52,8 +50,8 @@ class Session:
 
 
 @contextmanager
-def open_session(config: RunConfig, run_dir: RunDir, display: Display) -> Iterator[Session]:
-    """Claim the run's folder for this process; what the session started is stopped when it ends.
+def claim(config: RunConfig, run_dir: RunDir, display: Display) -> Iterator[ClaimedRun]:
+    """Claim the run's folder for this process; what it started is stopped when it ends.
 
     Raises:
         UserError: the folder belongs to another run, or another process works in it.
@@ -64,7 +62,7 @@ def open_session(config: RunConfig, run_dir: RunDir, display: Display) -> Iterat
         log = EventLog(run_dir.events_path)
         resources.callback(log.close)
         try:
-            yield Session(config, run_dir, display, log, resources)
+            yield ClaimedRun(config, run_dir, display, log, resources)
         except Exception as error:
             log.write("failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -75,60 +73,20 @@ def open_session(config: RunConfig, run_dir: RunDir, display: Display) -> Iterat
 
 def run(config: RunConfig, run_dir: RunDir, display: Display) -> None:
     """Raw text to a trained, evaluated, exported, sampled model."""
-    check(config, run_dir)
-    with open_session(config, run_dir, display) as session:
+    checks.check_run(config, run_dir)
+    with claim(config, run_dir, display) as claimed:
         if is_finished(config, run_dir):
             display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")
             return
-        session.log.write(
-            "run_started", resumed=run_dir.checkpoints.is_dir() and bool(store.steps(run_dir.checkpoints))
-        )
+        claimed.log.write("run_started", resumed=bool(store.steps(run_dir.checkpoints)))
         started = time.monotonic()
-        prepare_data(session)
-        check_prompt(config, run_dir)
-        train(session)
-        export(session)
-        generate_sample(session)
-        session.log.write("run_finished", seconds=round(time.monotonic() - started, 3))
+        prepare_data(claimed)
+        checks.check_prompt(config, run_dir)
+        train(claimed)
+        export(claimed)
+        generate_sample(claimed)
+        claimed.log.write("run_finished", seconds=round(time.monotonic() - started, 3))
         display.console.print(report.summary(config, run_dir, report.RunHistory.read(run_dir.events_path)))
-
-
-def check_sources(config: RunConfig, run_dir: RunDir) -> None:
-    """Refuse sources or a data folder that cannot be used, unless the data is there already.
-
-    Raises:
-        UserError: says what and how to mend it.
-    """
-    run_dir.check(config)
-    if find_prepared(settings_of(config), run_dir.data) is None:
-        preflight(settings_of(config), run_dir.data)
-
-
-def check(config: RunConfig, run_dir: RunDir) -> None:
-    """Refuse what can be seen to fail before anything is written or started.
-
-    Raises:
-        UserError: says what and how to mend it.
-    """
-    from trainer.checkpoint import hf
-
-    check_embedded(config)
-    run_dir.check(config)
-    hf.check_exportable(config)
-    if config.data.prepared:
-        check_prepared(config, run_dir)
-    else:
-        check_sources(config, run_dir)
-    check_resume_from(config)
-
-
-def check_resume_from(config: RunConfig) -> None:
-    """Raises:
-    UserError: `checkpoint.resume_from` is no checkpoint, or one of another architecture.
-    """
-    if config.checkpoint.resume_from:
-        checkpoint = store.find(Path(config.checkpoint.resume_from))
-        store.check_architecture(store.read_manifest(checkpoint), config, checkpoint)
 
 
 def is_finished(config: RunConfig, run_dir: RunDir) -> bool:
@@ -149,17 +107,13 @@ def is_trained(config: RunConfig, run_dir: RunDir) -> bool:
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
-def settings_of(config: RunConfig) -> Settings:
-    return Settings.of(config.data, config.model.vocab_size, config.model.seq_length)
-
-
-def prepare_data(session: Session) -> None:
+def prepare_data(claimed: ClaimedRun) -> None:
     """Text -> tokenizer and shards, unless the run uses a folder that was prepared before."""
-    config, run_dir = session.config, session.run_dir
+    config, run_dir = claimed.config, claimed.run_dir
     if config.data.prepared:
-        check_prepared(config, run_dir)
+        checks.check_prepared(config, run_dir)
         return
-    with session.stage("prepare") as bar:
+    with claimed.stage("prepare") as bar:
         manifest = prepare(
             config.data,
             vocab_size=config.model.vocab_size,
@@ -169,7 +123,9 @@ def prepare_data(session: Session) -> None:
             progress=bar,
         )
         bar.result = describe_data(manifest)
-    session.log.write(
+    for note in manifest.notes:
+        claimed.display.line(f"  note: {note}")
+    claimed.log.write(
         "data_prepared",
         documents={name: split.documents for name, split in manifest.splits.items()},
         tokens={name: split.tokens for name, split in manifest.splits.items()},
@@ -189,43 +145,13 @@ def describe_data(manifest: Manifest) -> str:
     )
 
 
-def check_prepared(config: RunConfig, run_dir: RunDir) -> Manifest:
-    """The manifest of the data that the run trains on.
-
-    Raises:
-        UserError: there is none, its files are damaged, or its tokenizer does not fit the model.
-    """
-    folder = run_dir.data_for(config)
-    manifest = Manifest.load(folder)
-    manifest.verify(folder)
-    if manifest.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{folder} was tokenized with {manifest.vocab_size} tokens and model.vocab_size is "
-            f"{config.model.vocab_size}; set it to {manifest.vocab_size}, or prepare the data again"
-        )
-    return manifest
-
-
-def check_prompt(config: RunConfig, run_dir: RunDir) -> None:
-    """Raises:
-    UserError: the run's prompt leaves no room in the context, which would only be seen after training.
-    """
-    tokenizer = Tokenizer.load(run_dir.data_for(config) / TOKENIZER_FOLDER)
-    length = len(tokenizer.encode_batch([config.generate.prompt])[0])
-    if length + 1 > config.model.seq_length:
-        raise UserError(
-            f"generate.prompt has {length} tokens, and with 1 new token it must fit model.seq_length "
-            f"{config.model.seq_length}; shorten it"
-        )
-
-
-def train(session: Session) -> None:
+def train(claimed: ClaimedRun) -> None:
     """Train to the end of the run from its newest checkpoint, with a held-out evaluation before and after."""
-    config, run_dir = session.config, session.run_dir
+    config, run_dir = claimed.config, claimed.run_dir
     if is_trained(config, run_dir):
-        session.display.line(f"train     trained already, to step {config.num_steps}")
+        claimed.display.line(f"train     trained already, to step {config.num_steps}")
         return
-    with session.stage("train") as bar:
+    with claimed.stage("train") as bar:
         events = EventReader(run_dir.events_path)
         events.skip_to_end()
 
@@ -237,18 +163,20 @@ def train(session: Session) -> None:
                     bar.update(doing, event["step"], config.num_steps, "steps")
                 elif event["kind"] == "evaluated":
                     bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], config.num_steps, "steps")
+                elif event["kind"] == "checkpoint_rejected":
+                    claimed.display.line(f"  warning: {event['reason']}")
 
         bar.update("train: starting ranks", 0, config.num_steps, "steps")
-        session.ranks().run("train", show_progress)
+        claimed.ranks().run("train", show_progress)
         history = report.RunHistory.read(run_dir.events_path)
         report.plot_losses(history, run_dir.loss_plot)
         bar.result = report.verdict(history.evaluations[0], history.evaluations[-1])
 
 
-def export(session: Session) -> None:
+def export(claimed: ClaimedRun) -> None:
     """The final checkpoint as a Hugging Face folder, checked against the trained model before it appears."""
-    config, run_dir = session.config, session.run_dir
-    with session.stage("export") as bar:
+    config, run_dir = claimed.config, claimed.run_dir
+    with claimed.stage("export") as bar:
         checkpoint = run_dir.checkpoints / store.folder_name(config.num_steps)
         history = report.RunHistory.read(run_dir.events_path)
         facts = {
@@ -258,9 +186,9 @@ def export(session: Session) -> None:
         }
         tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER
         difference, tokens = export_checkpoint(
-            config, session.ranks(), checkpoint, tokenizer, run_dir.export, run_dir.path / ".logits.pt", facts
+            config, claimed.ranks(), checkpoint, tokenizer, run_dir.export, run_dir.path / ".logits.pt", facts
         )
-        session.log.write("export_verified", largest_difference=difference, tokens=tokens)
+        claimed.log.write("export_verified", largest_difference=difference, tokens=tokens)
         bar.result = f"{run_dir.export}: logits within {difference:.2g} of the trained model's over {tokens} tokens"
 
 
@@ -297,13 +225,13 @@ def export_checkpoint(
     return difference, trained["tokens"].numel()
 
 
-def generate_sample(session: Session) -> None:
+def generate_sample(claimed: ClaimedRun) -> None:
     """Continue the run's prompt with the exported model."""
     from trainer.checkpoint import hf
 
-    config, run_dir = session.config, session.run_dir
-    with session.stage("generate") as bar:
+    config, run_dir = claimed.config, claimed.run_dir
+    with claimed.stage("generate") as bar:
         prompt = config.generate.prompt
         text = hf.generate(run_dir.export, prompt, config.generate.max_new_tokens, config.seed)
-        session.log.write("generated", prompt=prompt, text=text)
+        claimed.log.write("generated", prompt=prompt, text=text)
         bar.result = f"{prompt}|{text}".replace("\n", "\\n")

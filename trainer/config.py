@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from trainer.presets import PRESETS
 
+NORM_EPS = 1e-5  # of every layer norm, in the released models of all three papers
 VOCAB_MULTIPLE = 128  # the padded vocabulary is a multiple of this, whatever the layout, so that layouts agree
 
 
@@ -83,10 +84,6 @@ class ModelConfig(Section):
     """Probability of dropping an element of an embedding, a residual branch or an attention weight."""
     init_std: float = Field(0.02, gt=0.0)
     """Standard deviation of the initial weights; residual projections get this over sqrt(2 x num_layers)."""
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
 
     @property
     def ffn_size(self) -> int:
@@ -333,6 +330,13 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
         )
     if train.total_tokens < 1:
         yield "train.total_tokens must be at least 1"
+    end = config.optimizer.decay_tokens or train.total_tokens
+    for name, tokens in (("train.total_tokens", train.total_tokens), ("optimizer.decay_tokens", end)):
+        if 0 < tokens <= config.optimizer.warmup_tokens:
+            yield (
+                f"optimizer.warmup_tokens {config.optimizer.warmup_tokens} is not below {name} {tokens}: the learning "
+                f"rate would never reach its peak; lower it, to {tokens // 20} perhaps"
+            )
 
 
 def _nearest_multiples(value: int, divisor: int) -> str:

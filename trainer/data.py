@@ -9,19 +9,29 @@ number of data-parallel ranks sees the same samples in the same global order.
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import orjson
 import torch
 
 from trainer.config import RunConfig, UserError
-from trainer.pipeline import MicroBatch
 
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
 _IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, token type, number of sequences, of document boundaries
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _FEISTEL_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one forward pass. `tokens` [b, s + 1]: inputs are all but the last, labels all but the first."""
+
+    tokens: torch.Tensor
+    weight: torch.Tensor | None = None
+    """[b] 0 for a sequence that only fills up the batch, else 1; None means that all count."""
 
 
 class WindowReader:
@@ -75,6 +85,17 @@ class TrainingData:
         return [MicroBatch(part) for part in tokens.split(micro)]
 
 
+def heldout_windows(reader: WindowReader, config: RunConfig) -> np.ndarray:
+    """The held-out windows to evaluate on: all, or `evaluation.max_sequences` drawn from all over the data.
+
+    The draw depends on the data alone, so every run on it is measured by the same text.
+    """
+    wanted = config.evaluation.max_sequences or reader.num_windows
+    if wanted >= reader.num_windows:
+        return np.arange(reader.num_windows)
+    return np.sort(permute(np.arange(wanted), reader.num_windows, "heldout"))
+
+
 def heldout_micro_batches(
     reader: WindowReader, config: RunConfig, data_rank: int, device: torch.device
 ) -> list[MicroBatch]:
@@ -82,16 +103,32 @@ def heldout_micro_batches(
 
     The last batches are filled up with copies of weight 0, so that every layout computes the same sum.
     """
+    windows = heldout_windows(reader, config)
     micro, replicas, stages = config.train.micro_batch_size, config.parallel.data, config.parallel.pipeline
-    count = min(reader.num_windows, config.evaluation.max_sequences or reader.num_windows)
-    padded = -(-count // (micro * replicas * stages)) * micro * replicas * stages  # interleaving wants whole rounds
+    round_size = micro * replicas * stages  # the interleaved schedule wants whole rounds
+    padded = -(-len(windows) // round_size) * round_size
     numbers = np.arange(padded).reshape(-1, replicas, micro)[:, data_rank]
     return [
         MicroBatch(
-            reader.windows(np.minimum(row, count - 1)).to(device), torch.from_numpy(row < count).float().to(device)
+            reader.windows(windows[np.minimum(row, len(windows) - 1)]).to(device),
+            torch.from_numpy(row < len(windows)).float().to(device),
         )
         for row in numbers
     ]
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """What a prepared folder's manifest says of its tokenizer and of its training tokens (xxh3-128); {} without one.
+
+    A checkpoint keeps them, because weights mean nothing under another tokenizer, nor a position in other data.
+    """
+    try:
+        manifest = orjson.loads((folder / "manifest.json").read_bytes())
+        return {"tokenizer": manifest["tokenizer_fingerprint"], "train": manifest["files"]["train.bin"]["xxh3_128"]}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'manifest.json'} is not a manifest of prepared data; prepare it again") from error
 
 
 def permute(indices: np.ndarray, size: int, key: str) -> np.ndarray:

@@ -41,6 +41,11 @@ def resolve(wanted: Literal["auto", "cpu", "cuda"]) -> DeviceKind:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def num_gpus() -> int:
+    """GPUs of this machine; makes no CUDA context, like `resolve`."""
+    return torch.cuda.device_count() if resolve("auto") == "cuda" else 0
+
+
 def activate(kind: DeviceKind, local_rank: int = 0) -> torch.device:
     """Make `kind` the device of this process and return it."""
     if kind == "cuda":

@@ -19,10 +19,11 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from trainer import parallel
 from trainer.config import RunConfig
+from trainer.data import MicroBatch
 from trainer.model.gpt import build_chunks
 from trainer.model.init import initial_values
 from trainer.model.sharding import Box, placements
-from trainer.pipeline import MicroBatch, StageView, run_schedule, sum_over_replicas
+from trainer.pipeline import StageView, run_schedule, sum_over_replicas
 from trainer.training_state import FIRST_MOMENT, MASTER, SECOND_MOMENT, STATE_KINDS
 
 if not torch.cuda._is_compiled() or os.environ.get("CUDA_VISIBLE_DEVICES") == "":

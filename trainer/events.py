@@ -8,9 +8,9 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     run_started         resumed (bool)
     stage_started       stage
     stage_finished      stage, seconds, result (one line for a person)
-    data_prepared       documents, train_tokens, heldout_tokens, vocab_size
-    ranks_started       ranks, layout
-    training_started    step, checkpoint (path, or null for a fresh start): the steps after it, if any, are void
+    data_prepared       documents, tokens (each by split), vocab_size, dropped, repaired (counts by reason)
+    training_started    step, checkpoint (path, or null for a fresh start), threads_per_rank; steps after it are void
+    checkpoint_rejected reason: a damaged checkpoint was passed over
     step                step (1-based), tokens (seen so far), loss, grad_norm, lr, seconds
     evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss
     checkpoint_saved    step, path, bytes, seconds

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from trainer import parallel
 from trainer.checkpoint import sharded, store
-from trainer.config import RunConfig
-from trainer.data import TrainingData, WindowReader
+from trainer.config import RunConfig, UserError
+from trainer.data import TrainingData, WindowReader, fingerprints
 from trainer.engine import Engine
 from trainer.evaluate.heldout import HeldoutEvaluation
 from trainer.run_dir import RunDir
@@ -56,10 +56,11 @@ def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Reco
             lr=lr,
             seconds=round(time.perf_counter() - started, 6),
         )
-        if step % config.checkpoint.every_steps == 0 or step == config.num_steps:
-            save(engine, config, run_dir, step, record)
+        # before saving: a run that is killed in between comes back to before both, and loses neither
         if config.evaluation.every_steps and step % config.evaluation.every_steps == 0 and step < config.num_steps:
             evaluate(step)
+        if step % config.checkpoint.every_steps == 0 or step == config.num_steps:
+            save(engine, config, run_dir, step, record)
     evaluate(step)
 
 
@@ -70,11 +71,7 @@ def restore(engine: Engine, config: RunConfig, run_dir: RunDir, record: Record) 
     """
     found: list[Path | None] = [None, None]
     if dist.get_rank() == 0:  # one rank decides, so that all load the same
-        found[0] = store.newest_valid(run_dir.checkpoints)
-        if found[0] is None and config.checkpoint.resume_from:
-            other = store.find(Path(config.checkpoint.resume_from))
-            store.verify(other)  # as `newest_valid` has done for one of our own
-            found[1] = other
+        found = list(find_checkpoint(config, run_dir, record))
     dist.broadcast_object_list(found, src=0)
     own, given = found
     checkpoint = own or given
@@ -83,14 +80,47 @@ def restore(engine: Engine, config: RunConfig, run_dir: RunDir, record: Record) 
         step = 0
     else:
         step = sharded.load(engine, checkpoint).step
-    record("training_started", step=step, checkpoint=str(checkpoint) if checkpoint else None)
+    record(
+        "training_started",
+        step=step,
+        checkpoint=str(checkpoint) if checkpoint else None,
+        threads_per_rank=torch.get_num_threads(),
+    )
     return step, own is not None
+
+
+def find_checkpoint(config: RunConfig, run_dir: RunDir, record: Record) -> tuple[Path | None, Path | None]:
+    """The newest valid checkpoint of this run, or else, second, the one that it starts from.
+
+    Raises:
+        UserError: the run's data is not what it trained on, or it cannot start from the given checkpoint.
+    """
+    data = fingerprints(run_dir.data_for(config))
+    own = store.newest_valid(run_dir.checkpoints, lambda reason: record("checkpoint_rejected", reason=reason))
+    if own is not None:
+        trained_on = store.read_manifest(own).data
+        if trained_on != data:
+            raise UserError(f"{run_dir.data_for(config)} has changed since {own} was written; bring the old data back")
+        return own, None
+    if not config.checkpoint.resume_from:
+        return None, None
+    given = store.find(Path(config.checkpoint.resume_from))
+    manifest = store.verify(given)
+    store.check_continues(manifest, config, given)
+    store.check_tokenizer(manifest, data, given)
+    return None, given
 
 
 def save(engine: Engine, config: RunConfig, run_dir: RunDir, step: int, record: Record) -> None:
     """Write a checkpoint and remove those that are no longer kept."""
     started = time.perf_counter()
-    manifest = sharded.save(engine, run_dir.checkpoints, step, step * config.train.global_batch_size)
+    manifest = sharded.save(
+        engine,
+        run_dir.checkpoints,
+        step,
+        consumed_samples=step * config.train.global_batch_size,
+        data=fingerprints(run_dir.data_for(config)),
+    )
     if dist.get_rank() == 0:
         store.prune(run_dir.checkpoints, step, config.checkpoint.keep_last)
     record(

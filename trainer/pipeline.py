@@ -6,7 +6,6 @@ Shapes: b micro-batch, s sequence.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,17 +17,9 @@ from torch import Tensor
 
 from trainer import parallel
 from trainer.config import ModelConfig
+from trainer.data import MicroBatch
 
 Forward = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Sequences of one forward pass. `tokens` [b, s + 1]: inputs are all but the last, labels all but the first."""
-
-    tokens: Tensor
-    weight: Tensor | None = None
-    """[b] 0 for a sequence that only fills up the batch, else 1; None means that all count."""
 
 
 class StageView(torch.nn.Module):

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from trainer import config as run_config
 from trainer.config import RunConfig, UserError
+from trainer.events import read_events
+
+_BEFORE_CONFIG = {".lock", "config.yaml.tmp"}  # what a run that was killed at once leaves
 
 
 @dataclass(frozen=True)
@@ -55,25 +58,34 @@ class RunDir:
     def check(self, config: RunConfig) -> None:
         """Refuse a folder that belongs to a run with another config, or that is no run's.
 
+        A run that has not begun to train may still change its config: nothing of the old one would be mixed in.
+
         Raises:
             UserError: names the fields that differ.
         """
         if not self.config_path.exists():
-            if self.path.exists() and any(item.name != ".lock" for item in self.path.iterdir()):
+            if self.path.exists() and any(item.name not in _BEFORE_CONFIG for item in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and holds no config.yaml of a run; use another --run-dir")
             return
         changed = run_config.differences(run_config.load(self.config_path), config)
-        if changed:
+        if changed and self.has_trained():
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(map(str, changed[:4]))}"
                 f"{'; ...' if len(changed) > 4 else ''}); use the same settings, or another --run-dir"
             )
 
+    def has_trained(self) -> bool:
+        return any(event["kind"] == "training_started" for event in read_events(self.events_path))
+
     def create(self, config: RunConfig) -> None:
-        """Make the folder and write the resolved config, unless an equal one is there."""
+        """Make the folder and write the resolved config, unless an equal one is there.
+
+        Raises:
+            UserError: see `check`.
+        """
         self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config_path.exists():
+        if not self.config_path.exists() or run_config.load(self.config_path) != config:
             temporary = self.config_path.with_suffix(".yaml.tmp")
             temporary.write_text(run_config.dump(config), encoding="utf-8")
             os.replace(temporary, self.config_path)

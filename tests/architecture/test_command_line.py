@@ -11,7 +11,7 @@ SURFACE = {
     "prepare": ["CONFIG", "--out", "--run-dir", "--set"],
     "train": ["CONFIG", "--run-dir", "--set"],
     "eval": ["PATH", "--data", "--set"],
-    "export": ["PATH", "--out"],
+    "export": ["PATH", "--out", "--data", "--set"],
     "generate": ["PATH", "--prompt", "--max-new-tokens", "--seed"],
     "config show": ["CONFIG", "--set"],
     "config schema": [],

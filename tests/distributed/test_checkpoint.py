@@ -18,10 +18,10 @@ from trainer import parallel
 from trainer.checkpoint import sharded, store
 from trainer.checkpoint.global_tensors import GlobalTensors
 from trainer.config import RunConfig, UserError, from_tree
+from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.model.gpt import build_chunks
 from trainer.model.sharding import placements
-from trainer.pipeline import MicroBatch
 from trainer.training_state import MASTER, STATE_KINDS
 
 SAVED_AT, LAST_STEP = 2, 5

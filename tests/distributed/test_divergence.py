@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import run_on_ranks
 
 from data_pipeline.shards import ShardWriter
+from ranks import run_on_ranks
 from trainer import loop
 from trainer.config import RunConfig, from_tree
 from trainer.run_dir import RunDir

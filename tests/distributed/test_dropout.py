@@ -16,12 +16,12 @@ from ranks import run_on_ranks
 from trainer import parallel
 from trainer.checkpoint import sharded, store
 from trainer.config import RunConfig, from_tree
+from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.model.attention import CausalAttention
 from trainer.model.gpt import transformer_config
 from trainer.model.sharding import Box
 from trainer.parallel import dropout_seed
-from trainer.pipeline import MicroBatch
 
 NUM_STEPS = 4
 CHECKPOINT_AT = 2

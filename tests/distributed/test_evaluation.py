@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint import sharded
 from trainer.config import RunConfig, UserError, from_tree
-from trainer.data import WindowReader
+from trainer.data import WindowReader, heldout_windows
 from trainer.engine import Engine
 from trainer.evaluate.frozen import FrozenModel
-from trainer.evaluate.heldout import HeldoutEvaluation, HeldoutResult, unigram_loss
+from trainer.evaluate.heldout import HeldoutEvaluation, unigram_loss
 from trainer.training_state import MASTER
 
 SEQ, VOCAB, NUM_WINDOWS = 16, 90, 13
@@ -97,14 +97,14 @@ def checkpoint(reference: ReferenceGPT, tmp_path_factory: pytest.TempPathFactory
 
 
 @torch.no_grad()
-def plain_loss(model: ReferenceGPT, tokens: np.ndarray, num_windows: int) -> float:
-    """Mean nats per token over the first windows, one at a time, summed in double precision."""
+def plain_loss(model: ReferenceGPT, tokens: np.ndarray, windows: Sequence[int]) -> float:
+    """Mean nats per token over some windows, one at a time, summed in double precision."""
     total = 0.0
-    for start in range(0, num_windows * SEQ, SEQ):
-        window = torch.from_numpy(tokens[start : start + SEQ + 1].astype(np.int64))
+    for number in windows:
+        window = torch.from_numpy(tokens[number * SEQ : (number + 1) * SEQ + 1].astype(np.int64))
         logits = model(window[None, :-1])[0].double()
         total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    return total / (num_windows * SEQ)
+    return total / (len(windows) * SEQ)
 
 
 def plain_unigram_loss(train: list[int], labels: list[int], vocab_size: int) -> float:
@@ -135,7 +135,7 @@ def test_every_layout_evaluates_as_the_plain_model_does(
     tokens = torch.randint(0, VOCAB, (3, SEQ), generator=torch.Generator().manual_seed(1))
     results = run_on_ranks(config_of(layout), evaluate_all_ways(checkpoint, data, tokens))
     heldout = WindowReader(data / "heldout", SEQ).tokens
-    expected = plain_loss(reference, heldout, NUM_WINDOWS)
+    expected = plain_loss(reference, heldout, range(NUM_WINDOWS))
     for by_engine, by_frozen, _ in results:
         assert by_engine.tokens == by_frozen.tokens == NUM_WINDOWS * SEQ
         assert by_engine.loss == pytest.approx(expected, rel=1e-6)
@@ -156,7 +156,7 @@ def test_bf16_evaluates_close_to_fp32(checkpoint: Path, data: Path, reference: R
     ((by_engine, by_frozen, logits), *_) = run_on_ranks(
         config_of("TP2", "bf16"), evaluate_all_ways(checkpoint, data, tokens)
     )
-    expected = plain_loss(reference, WindowReader(data / "heldout", SEQ).tokens, NUM_WINDOWS)
+    expected = plain_loss(reference, WindowReader(data / "heldout", SEQ).tokens, range(NUM_WINDOWS))
     assert by_engine == by_frozen  # the same bf16 weights, derived from the same masters
     assert by_engine.loss == pytest.approx(expected, rel=1e-3) and by_engine.loss != expected
     assert logits.dtype == torch.float32
@@ -170,13 +170,12 @@ def test_evaluation_of_some_sequences(
     config = config_of("DP2 ZeRO-1", max_sequences=max_sequences)
     ((result, _, _), *_) = run_on_ranks(config, evaluate_all_ways(checkpoint, data, tokens))
     train, heldout = (WindowReader(data / name, SEQ).tokens for name in ("train", "heldout"))
-    count = min(max_sequences, NUM_WINDOWS)
-    labels = heldout[1 : count * SEQ + 1].tolist()
-    assert result.tokens == len(labels) == count * SEQ
-    assert result.loss == pytest.approx(plain_loss(reference, heldout, count), rel=1e-6)
+    windows = heldout_windows(WindowReader(data / "heldout", SEQ), config).tolist()
+    labels = [token for number in windows for token in heldout[number * SEQ + 1 : number * SEQ + SEQ + 1].tolist()]
+    assert result.tokens == len(labels) == min(max_sequences, NUM_WINDOWS) * SEQ
+    assert result.loss == pytest.approx(plain_loss(reference, heldout, windows), rel=1e-6)
     assert result.uniform_loss == math.log(VOCAB)
     assert result.unigram_loss == pytest.approx(plain_unigram_loss(train.tolist(), labels, VOCAB), rel=1e-12)
-    assert result.perplexity == math.exp(result.loss)
 
 
 def test_another_architecture_is_refused_before_anything_is_read(checkpoint: Path) -> None:
@@ -210,7 +209,3 @@ def test_unigram_loss_of_known_cases() -> None:
     assert unigram_loss(np.zeros(0, np.int32), even, 8) == pytest.approx(math.log(8), rel=1e-12)
     # seen 3 times and never: (3 + 1) / 5 and (0 + 1) / 5
     assert unigram_loss(np.array([0, 0, 0]), np.array([0, 1]), 2) == pytest.approx(-math.log(0.8 * 0.2) / 2, rel=1e-12)
-
-
-def test_perplexity() -> None:
-    assert HeldoutResult(math.log(7), 1, 1.0, 1.0).perplexity == pytest.approx(7)

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher import stages
+from launcher import checks
 from launcher.cli import main
-from small_run import broadgauge, write_config
+from small_run import NUM_STEPS, broadgauge, write_config
 from trainer.checkpoint import store
 from trainer.config import load
+from trainer.events import EventLog
 from trainer.run_dir import RunDir
 
 
@@ -80,10 +81,24 @@ def test_no_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_run_folder_of_another_config(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    RunDir(tmp_path / "run").create(load(config_file))
-    line = refused(capsys, "run", config_file, "--run-dir", tmp_path / "run", "--set", "optimizer.lr=0.5")
-    assert "optimizer.lr: 0.01 -> 0.5" in line and "another --run-dir" in line
-    assert stages.is_finished(load(config_file), RunDir(tmp_path / "run")) is False
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create(load(config_file))
+    EventLog(run_dir.events_path).write("training_started", step=0, checkpoint=None)
+    line = refused(capsys, "run", config_file, "--run-dir", run_dir.path, "--set", "optimizer.lr=0.5")
+    assert "optimizer.lr: 0.004 -> 0.5" in line and "another --run-dir" in line
+    assert load(run_dir.config_path) == load(config_file)
+
+
+def test_a_refused_run_can_be_mended_in_the_same_folder(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before training starts, nothing ties the folder to a config."""
+    long_prompt = f"generate.prompt={'the model ' * 40}"
+    assert "shorten it" in refused(capsys, "run", config_file, "--run-dir", tmp_path / "run", "--set", long_prompt)
+    mended = load(config_file)
+    checks.check_run(mended, RunDir(tmp_path / "run"))
+    RunDir(tmp_path / "run").create(mended)
+    assert load(tmp_path / "run" / "config.yaml") == mended
 
 
 def test_folder_that_is_no_run(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,16 +107,24 @@ def test_folder_that_is_no_run(config_file: Path, tmp_path: Path, capsys: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_checkpoint_of_another_architecture(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+CHECKPOINTS = {
+    "architecture": (["model.hidden_size=32"], 5, 80, "model.hidden_size is 32 in the checkpoint and 64 in the config"),
+    "batch": (["train.global_batch_size=8"], 5, 40, "train.global_batch_size 16"),
+    "nothing left": ([], NUM_STEPS, 16 * NUM_STEPS, f"step {NUM_STEPS} and the run ends at step {NUM_STEPS}"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoint_that_the_run_cannot_go_on_from(
+    case: str, config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = load(config_file, ["model.hidden_size=32"])
-    folder = store.begin(tmp_path, 5)
-    checkpoint = store.commit(folder, store.Manifest(5, 80, other.model_dump(mode="json")))
-    line = refused(
-        capsys, "run", config_file, "--run-dir", tmp_path / "run", "--set", f"checkpoint.resume_from={checkpoint}"
-    )
-    assert "another architecture" in line and "model.hidden_size is 32 in the checkpoint and 64 in the config" in line
+    settings, step, consumed_samples, fragment = CHECKPOINTS[case]
+    folder = store.begin(tmp_path, step)
+    other = load(config_file, settings).model_dump(mode="json")
+    checkpoint = store.commit(folder, store.Manifest(step, consumed_samples, other))
+    resume = f"checkpoint.resume_from={checkpoint}"
+    line = refused(capsys, "run", config_file, "--run-dir", tmp_path / "run", "--set", resume)
+    assert fragment in line
     assert not (tmp_path / "run").exists()
 
 
@@ -116,4 +139,4 @@ def test_debug_shows_the_traceback(config_file: Path) -> None:
     quiet = broadgauge("run", config_file, "--set", "model.num_layers=0")
     loud = broadgauge("--debug", "run", config_file, "--set", "model.num_layers=0")
     assert quiet.returncode == 2 and "Traceback" not in quiet.stderr
-    assert loud.returncode != 0 and "Traceback" in loud.stderr and "UserError" in loud.stderr
+    assert loud.returncode == 2 and "Traceback" in loud.stderr and "UserError" in loud.stderr

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from trainer.checkpoint.gpt2_weights import MAX_SHARD_BYTES, write_weights
-from trainer.config import ModelConfig, RunConfig, UserError
+from trainer.config import NORM_EPS, ModelConfig, RunConfig, UserError
 from trainer.plan import num_parameters
 
 TOLERANCE = 1e-4
@@ -55,6 +55,17 @@ def check_exportable(config: RunConfig) -> None:
         )
 
 
+def check_export(config: RunConfig, tokenizer_folder: Path, out: Path) -> int:
+    """All that `export_model` needs but the weights; returns the id of the tokenizer's end-of-text token.
+
+    Raises:
+        UserError: the model cannot be exported, the tokenizer does not fit it, or `out` holds something else.
+    """
+    check_exportable(config)
+    _check_replaceable(out)
+    return _end_of_text_id(tokenizer_folder, config.model)
+
+
 def export_model(
     weights: Mapping[str, Tensor],
     config: RunConfig,
@@ -73,9 +84,7 @@ def export_model(
     Raises:
         UserError: the model cannot be exported, the tokenizer does not fit it, or `out` holds something else.
     """
-    check_exportable(config)
-    _check_replaceable(out)
-    end_of_text = _end_of_text_id(tokenizer_folder, config.model)
+    end_of_text = check_export(config, tokenizer_folder, out)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -137,7 +146,7 @@ def _write_configs(folder: Path, model: ModelConfig, end_of_text: int) -> None:
         n_head=model.num_heads,
         n_inner=model.ffn_size,
         activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
+        layer_norm_epsilon=NORM_EPS,
         initializer_range=model.init_std,
         embd_pdrop=model.dropout,
         resid_pdrop=model.dropout,

@@ -5,7 +5,7 @@ the blocks that this rank owns in its own layout. Stored are the fp32 master wei
 `<kind>/<global name>`; the weights that forward uses are derived from them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from trainer.model.sharding import Shape, placements
 from trainer.training_state import MASTER
 
 
-def save(engine: Engine, checkpoints: Path, step: int, consumed_samples: int) -> store.Manifest:
+def save(
+    engine: Engine, checkpoints: Path, step: int, consumed_samples: int, data: Mapping[str, str] | None = None
+) -> store.Manifest:
     """Write and commit the checkpoint of `step`. Collective; on return it exists for every rank."""
     temporary = checkpoints / f"{store.folder_name(step)}.tmp"
     if dist.get_rank() == 0:
@@ -43,7 +45,7 @@ def save(engine: Engine, checkpoints: Path, step: int, consumed_samples: int) ->
     described: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(described, {path.name: store.fingerprint(path, durable=True) for path in mine})
     files = {name: facts for part in described for name, facts in part.items()}
-    manifest = store.Manifest(step, consumed_samples, engine.config.model_dump(mode="json"), files)
+    manifest = store.Manifest(step, consumed_samples, engine.config.model_dump(mode="json"), files, dict(data or {}))
     if dist.get_rank() == 0:
         store.commit(temporary, manifest)
     dist.barrier()

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Manifest:
     """The resolved config of the run that wrote it."""
     files: dict[str, list[Any]] = field(default_factory=dict)
     """Name -> [bytes, xxh3-128 in hex]."""
+    data: dict[str, str] = field(default_factory=dict)
+    """`trainer.data.fingerprints` of what the run trained on."""
     format: int = FORMAT
 
     @property
@@ -125,14 +128,14 @@ def verify(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def newest_valid(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that verifies; damaged ones are passed over with a warning that says why."""
+def newest_valid(checkpoints: Path, rejected: Callable[[str], None] = _log.warning) -> Path | None:
+    """The newest checkpoint that verifies; `rejected` hears why a newer one was passed over."""
     for step in reversed(steps(checkpoints)):
         checkpoint = checkpoints / folder_name(step)
         try:
             verify(checkpoint)
         except UserError as error:
-            _log.warning("%s; trying the one before", error)
+            rejected(f"{error}; trying the one before")
             continue
         return checkpoint
     return None
@@ -180,6 +183,38 @@ def check_architecture(manifest: Manifest, config: RunConfig, checkpoint: Path) 
     ]
     if changed:
         raise UserError(f"{checkpoint} is of another architecture ({'; '.join(changed)}); use its own config")
+
+
+def check_continues(manifest: Manifest, config: RunConfig, checkpoint: Path) -> None:
+    """Whether a run can go on from a checkpoint and mean the same by its steps.
+
+    Raises:
+        UserError: says what differs.
+    """
+    check_architecture(manifest, config, checkpoint)
+    batch = config.train.global_batch_size
+    if manifest.consumed_samples != manifest.step * batch:
+        raise UserError(
+            f"{checkpoint} has consumed {manifest.consumed_samples} sequences in {manifest.step} steps, and with "
+            f"train.global_batch_size {batch} they would be {manifest.step * batch}; use its own batch size"
+        )
+    if manifest.step >= config.num_steps:
+        raise UserError(
+            f"{checkpoint} is of step {manifest.step} and the run ends at step {config.num_steps}; raise "
+            f"train.total_tokens above {manifest.step * config.tokens_per_step}"
+        )
+
+
+def check_tokenizer(manifest: Manifest, data: Mapping[str, str], checkpoint: Path) -> None:
+    """Raises:
+    UserError: the data was tokenized otherwise than what the checkpoint was trained on.
+    """
+    theirs, ours = manifest.data.get("tokenizer"), data.get("tokenizer")
+    if theirs != ours:
+        raise UserError(
+            f"{checkpoint} was trained with another tokenizer (xxh3-128 {theirs}, the data's is {ours}); use data that "
+            "was prepared with the same one"
+        )
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 from trainer import parallel
 from trainer.checkpoint import sharded, store
 from trainer.config import RunConfig
+from trainer.data import MicroBatch
 from trainer.model.gpt import build_chunks
-from trainer.pipeline import MicroBatch, StageView, run_schedule, sum_over_replicas
+from trainer.pipeline import StageView, run_schedule, sum_over_replicas
 
 
 class FrozenModel:

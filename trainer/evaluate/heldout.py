@@ -9,8 +9,7 @@ import torch
 
 from trainer import parallel
 from trainer.config import RunConfig
-from trainer.data import WindowReader, heldout_micro_batches
-from trainer.pipeline import MicroBatch
+from trainer.data import MicroBatch, WindowReader, heldout_micro_batches, heldout_windows
 
 Evaluate = Callable[[Sequence[MicroBatch]], tuple[float, int]]
 """Sum of token losses (nats) and number of tokens over all replicas."""
@@ -27,10 +26,6 @@ class HeldoutResult:
     unigram_loss: float
     """The loss of predicting every token by its frequency in the training data."""
 
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
-
 
 class HeldoutEvaluation:
     """The held-out evaluation of one run; baselines are computed once."""
@@ -39,9 +34,8 @@ class HeldoutEvaluation:
         self.config = config
         self.device = device
         self.heldout = heldout
-        self.num_windows = min(heldout.num_windows, config.evaluation.max_sequences or heldout.num_windows)
         self.uniform_loss = math.log(config.model.vocab_size)
-        labels = heldout.tokens[1 : self.num_windows * heldout.seq_length + 1]
+        labels = heldout.windows(heldout_windows(heldout, config))[:, 1:].flatten().numpy()
         self.unigram_loss = unigram_loss(train.tokens, labels, config.model.vocab_size)
 
     def run(self, evaluate: Evaluate) -> HeldoutResult:

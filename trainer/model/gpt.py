@@ -19,11 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from trainer import parallel
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import NORM_EPS, ModelConfig, RunConfig
 from trainer.model.attention import CausalAttention
 from trainer.model.norm import Norm, NormAfterResidual
-
-NORM_EPS = 1e-5  # all three papers' released models
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -12,21 +12,12 @@ import torch
 from torch import Tensor
 
 from trainer.config import ModelConfig
-from trainer.model.sharding import Box, Placement
+from trainer.model.sharding import Box
 
 _RESIDUAL_PROJECTIONS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _ELEMENTS_AT_ONCE = 1 << 22  # bounds the scratch memory of a draw
 # splitmix64's constants (Steele, Lea, Flood 2014) as signed integers, which is what torch multiplies
 _GOLDEN, _MIX_1, _MIX_2 = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-@torch.no_grad()
-def initialize_weights(placements: dict[torch.nn.Parameter, Placement], model: ModelConfig, seed: int) -> None:
-    """Fill every parameter of this rank."""
-    for parameter, placement in placements.items():
-        flat = parameter.data.view(-1)
-        for box in placement.boxes:
-            flat[box.flat_slice].copy_(initial_values(box, model, seed).view(-1))
 
 
 def initial_values(box: Box, model: ModelConfig, seed: int) -> Tensor:

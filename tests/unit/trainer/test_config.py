@@ -169,10 +169,10 @@ def test_counts(text: str, count: int) -> None:
     assert config.train.total_tokens == count and type(config.train.total_tokens) is int
 
 
-@given(st.decimals(min_value=0, max_value=10**6, places=3), st.sampled_from("kMBT"))
+@given(st.decimals(min_value="0.001", max_value=10**6, places=3), st.sampled_from("kMBT"))
 def test_a_count_is_its_decimal_value_exactly(number: Decimal, unit: str) -> None:
     exact = number * 10 ** {"k": 3, "M": 6, "B": 9, "T": 12}[unit]
-    assert from_tree({"optimizer": {"warmup_tokens": f"{number}{unit}"}}).optimizer.warmup_tokens == exact
+    assert from_tree({"train": {"total_tokens": f"{number}{unit}"}}).train.total_tokens == exact
 
 
 # ------------------------------------------------------------------------------------------------- files and overrides
@@ -333,7 +333,7 @@ def test_derived_values() -> None:
             "launch": {"nodes": 2},
         }
     )
-    assert (config.model.padded_vocab_size, config.model.ffn_size, config.model.head_size) == (384, 192, 8)
+    assert (config.model.padded_vocab_size, config.model.ffn_size) == (384, 192)
     assert (config.tokens_per_step, config.num_steps, config.num_microbatches) == (120, 1, 2)
     assert (config.parallel.num_ranks, config.ranks_per_node) == (12, 6)
     assert override({}, ["train.total_tokens=1048576"]).num_steps == 2  # exactly two steps of 256 x 2048
@@ -429,6 +429,18 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
         ["tensor 1 x pipeline 1 x data 4 = 4 ranks", "launch.nodes 2 x ranks_per_node 3 = 6", "so that they are equal"],
         "launch.ranks_per_node",
         [2],
+    ),
+    "warm-up and the run": (
+        ["train.total_tokens=2000", "optimizer.warmup_tokens=2k"],
+        ["optimizer.warmup_tokens 2000", "train.total_tokens 2000", "lower it, to 100 perhaps"],
+        "optimizer.warmup_tokens",
+        [100, 1999],
+    ),
+    "warm-up and the decay": (
+        ["optimizer.decay_tokens=2000", "optimizer.warmup_tokens=3k"],
+        ["optimizer.warmup_tokens 3000", "optimizer.decay_tokens 2000", "lower it, to 100 perhaps"],
+        "optimizer.warmup_tokens",
+        [100, 1999],
     ),
     "batch": (
         ["train.global_batch_size=30", "train.micro_batch_size=4", "parallel.data=2"],

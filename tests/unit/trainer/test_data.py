@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.shards import ShardWriter, token_dtype
 from trainer.config import RunConfig, UserError, from_tree
-from trainer.data import TrainingData, WindowReader, heldout_micro_batches, permute
-from trainer.pipeline import MicroBatch
+from trainer.data import MicroBatch, TrainingData, WindowReader, heldout_micro_batches, heldout_windows, permute
 
 CPU = torch.device("cpu")
 SEQ = 5
@@ -201,7 +200,20 @@ def test_heldout_batches_cover_each_window_once(
     numbers = torch.tensor(window_numbers(batches))
     assert weights.dtype == torch.float32 and set(weights.tolist()) <= {0.0, 1.0}
     assert {batch.tokens.shape[0] for batch in batches} == {micro}
-    assert numbers[weights == 1].sort().values.tolist() == list(range(expected))
+    assert numbers[weights == 1].sort().values.tolist() == heldout_windows(counting, config).tolist()
+
+
+def test_heldout_windows_are_all_or_a_draw_from_all_over(counting: WindowReader) -> None:
+    def windows(max_sequences: int | None, **changes: int) -> list[int]:
+        return heldout_windows(counting, config_of(evaluation={"max_sequences": max_sequences}, **changes)).tolist()
+
+    assert windows(None) == windows(37) == windows(1000) == list(range(37))
+    for count in (1, 6, 20, 36):
+        drawn = windows(count)
+        assert len(set(drawn)) == count and drawn == sorted(drawn) and set(drawn) <= set(range(37))
+        assert drawn == windows(count, seed=99, global_batch=16, micro=2, data=2)  # the data alone decide
+        assert set(drawn) < set(windows(count + 1))  # more sequences only add to the measure
+    assert min(windows(20)) < 12 and max(windows(20)) > 24
 
 
 # -------------------------------------------------------------------------------------------------------------- files

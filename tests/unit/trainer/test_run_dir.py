@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import RunConfig, UserError, from_tree, load
+from trainer.events import EventLog
 from trainer.run_dir import RunDir
 
 
@@ -43,8 +44,28 @@ def test_create_again_with_the_same_config_leaves_everything(run_dir: RunDir) ->
     assert run_dir.config_path.stat().st_mtime_ns == written and (run_dir.checkpoints / "x").exists()
 
 
-def test_another_config_is_refused_and_the_fields_are_named(run_dir: RunDir) -> None:
+def begin_training(run_dir: RunDir, config: RunConfig) -> None:
+    run_dir.create(config)
+    EventLog(run_dir.events_path).write("training_started", step=0, checkpoint=None)
+
+
+def test_a_run_that_has_not_trained_may_change_its_config(run_dir: RunDir) -> None:
     run_dir.create(config_of())
+    EventLog(run_dir.events_path).write("failed", error="the prompt is too long")
+    run_dir.create(config_of(seed=7))
+    assert load(run_dir.config_path) == config_of(seed=7)
+
+
+def test_leftovers_of_a_run_killed_at_once_are_no_obstacle(run_dir: RunDir) -> None:
+    run_dir.path.mkdir(parents=True)
+    for name in (".lock", "config.yaml.tmp"):
+        (run_dir.path / name).write_text("torn")
+    run_dir.create(config_of())
+    assert load(run_dir.config_path) == config_of()
+
+
+def test_another_config_is_refused_and_the_fields_are_named(run_dir: RunDir) -> None:
+    begin_training(run_dir, config_of())
     for refuse in (run_dir.check, run_dir.create):
         with pytest.raises(UserError) as caught:
             refuse(config_of(seed=7, optimizer={"lr": 0.5}))
@@ -55,7 +76,7 @@ def test_another_config_is_refused_and_the_fields_are_named(run_dir: RunDir) -> 
 
 
 def test_four_differences_are_enough_to_name(run_dir: RunDir) -> None:
-    run_dir.create(config_of())
+    begin_training(run_dir, config_of())
     changes = {"num_layers": 2, "hidden_size": 48, "num_heads": 2, "vocab_size": 100, "seq_length": 30}
     with pytest.raises(UserError, match=r"model\.vocab_size: 50257 -> 100; \.\.\.\)"):
         run_dir.check(config_of(model=changes))
@@ -65,7 +86,7 @@ def test_four_differences_are_enough_to_name(run_dir: RunDir) -> None:
 
 
 def test_a_preset_or_its_values_written_out_are_the_same_settings_under_another_name(run_dir: RunDir) -> None:
-    run_dir.create(config_of(preset="gpt1"))
+    begin_training(run_dir, config_of(preset="gpt1"))
     tree = from_tree({"preset": "gpt1"}).model_dump(mode="json") | {"preset": None, "name": "mine"}
     with pytest.raises(UserError, match=r"\(preset: gpt1 -> None\)"):
         run_dir.check(from_tree(tree))

@@ -49,11 +49,6 @@ def test_decay_ends_with_the_run_unless_told_otherwise() -> None:
     assert learning_rate(config_of(decay_tokens=0), 1) == pytest.approx(0.2)  # 0 tokens are not "empty"
 
 
-def test_warm_up_longer_than_the_run_rises_to_its_end() -> None:
-    config = config_of(warmup_tokens=4000)
-    assert [learning_rate(config, tokens) for tokens in (250, 500, 1000)] == pytest.approx([0.125, 0.25, 0.5])
-
-
 def test_constant() -> None:
     config = config_of(min_lr_fraction=1.0)
     assert {learning_rate(config, tokens) for tokens in range(0, 1500, 7)} == {2.0}

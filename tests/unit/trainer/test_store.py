@@ -21,7 +21,7 @@ def write_into(folder: Path, step: int, config: RunConfig | None = None) -> stor
     for name, content in FILES.items():
         (folder / name).write_bytes(content + str(step).encode() * bool(content))
     files = {name: store.fingerprint(folder / name, durable=True) for name in FILES}
-    return store.Manifest(step, step * 16, (config or RunConfig()).model_dump(mode="json"), files)
+    return store.Manifest(step, step * 16, (config or RunConfig()).model_dump(mode="json"), files=files)
 
 
 def make(checkpoints: Path, *steps: int, config: RunConfig | None = None) -> Path:
@@ -179,7 +179,7 @@ def test_a_manifest_without_files_vouches_for_nothing(tmp_path: Path) -> None:
 def test_another_format_is_refused_by_number(tmp_path: Path) -> None:
     temporary = store.begin(tmp_path, 7)
     config = RunConfig().model_dump(mode="json")
-    checkpoint = store.commit(temporary, store.Manifest(7, 112, config, {}, format=store.FORMAT + 1))
+    checkpoint = store.commit(temporary, store.Manifest(7, 112, config, format=store.FORMAT + 1))
     message = refusal(store.read_manifest, checkpoint)
     assert f"has format {store.FORMAT + 1}, this version reads {store.FORMAT}" in message
 

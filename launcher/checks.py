@@ -1,0 +1,109 @@
+"""What can be seen to fail before anything is written or started: refused here, in one line each."""
+
+from pathlib import Path
+
+from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_enough
+from data_pipeline.pipeline import TOKENIZER_FOLDER, find_prepared, preflight
+from data_pipeline.settings import Settings
+from data_pipeline.tokenization import Tokenizer
+from launcher.job import check_embedded
+from trainer.checkpoint import store
+from trainer.config import RunConfig, UserError
+from trainer.run_dir import RunDir
+
+
+def check_run(config: RunConfig, run_dir: RunDir) -> None:
+    """Everything that a whole run needs.
+
+    Raises:
+        UserError: says what and how to mend it.
+    """
+    from trainer.checkpoint import hf
+
+    hf.check_exportable(config)
+    check_start(config, run_dir)
+    if config.data.prepared:
+        check_prepared(config, run_dir)
+    else:
+        check_sources(config, run_dir)
+    check_resume_from(config, run_dir)
+    if (run_dir.data_for(config) / MANIFEST_FILE).exists():
+        check_prompt(config, run_dir)
+
+
+def check_train(config: RunConfig, run_dir: RunDir) -> None:
+    """What training alone needs.
+
+    Raises:
+        UserError: says what and how to mend it.
+    """
+    check_start(config, run_dir)
+    check_prepared(config, run_dir)
+    check_resume_from(config, run_dir)
+
+
+def check_start(config: RunConfig, run_dir: RunDir) -> None:
+    """Raises:
+    UserError: this machine cannot hold the layout, or the folder belongs to another run.
+    """
+    check_embedded(config)
+    run_dir.check(config)
+
+
+def settings_of(config: RunConfig) -> Settings:
+    return Settings.of(config.data, config.model.vocab_size, config.model.seq_length)
+
+
+def check_sources(config: RunConfig, run_dir: RunDir) -> None:
+    """Raises:
+    UserError: the sources or the data folder cannot be used, and the data is not there already.
+    """
+    if find_prepared(settings_of(config), run_dir.data) is None:
+        preflight(settings_of(config), run_dir.data)
+
+
+def check_prepared(config: RunConfig, run_dir: RunDir) -> Manifest:
+    """The manifest of the data that the run trains on.
+
+    Raises:
+        UserError: there is none, its files are damaged, its tokenizer does not fit the model, or it is too small.
+    """
+    folder = run_dir.data_for(config)
+    manifest = Manifest.load(folder)
+    manifest.verify(folder)
+    if manifest.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{folder} was tokenized with {manifest.vocab_size} tokens and model.vocab_size is "
+            f"{config.model.vocab_size}; set it to {manifest.vocab_size}, or prepare the data again"
+        )
+    check_enough(manifest.splits, config.model.seq_length, config.tokens_per_step + 1)
+    return manifest
+
+
+def check_resume_from(config: RunConfig, run_dir: RunDir) -> None:
+    """Raises:
+    UserError: `checkpoint.resume_from` is needed, and is no checkpoint that this run can go on from.
+    """
+    if not config.checkpoint.resume_from or store.steps(run_dir.checkpoints):
+        return
+    from trainer.data import fingerprints  # imports torch, and few runs come here
+
+    checkpoint = store.find(Path(config.checkpoint.resume_from))
+    manifest = store.read_manifest(checkpoint)
+    store.check_continues(manifest, config, checkpoint)
+    data = fingerprints(run_dir.data_for(config))
+    if data:  # otherwise it is still to be prepared, and the ranks look at it
+        store.check_tokenizer(manifest, data, checkpoint)
+
+
+def check_prompt(config: RunConfig, run_dir: RunDir) -> None:
+    """Raises:
+    UserError: the run's prompt leaves no room in the context, which would only be seen after training.
+    """
+    tokenizer = Tokenizer.load(run_dir.data_for(config) / TOKENIZER_FOLDER)
+    length = len(tokenizer.encode_batch([config.generate.prompt])[0])
+    if length + 1 > config.model.seq_length:
+        raise UserError(
+            f"generate.prompt has {length} tokens, and with 1 new token it must fit model.seq_length "
+            f"{config.model.seq_length}; shorten it"
+        )
