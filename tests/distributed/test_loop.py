@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 import torch.distributed as dist
@@ -205,6 +206,22 @@ def test_a_finished_run_only_evaluates(data: Path, tmp_path: Path) -> None:
     again = train(config, run_dir)
     assert facts(again)[1:] == facts(first)[-1:]
     assert (again[0]["kind"], again[0]["step"]) == ("training_started", NUM_STEPS)
+
+
+def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+
+    def state(train_hash: str) -> None:
+        stated = {"tokenizer_fingerprint": "aa", "files": {"train.bin": {"xxh3_128": train_hash}}}
+        (folder / "manifest.json").write_bytes(orjson.dumps(stated))
+
+    config, run_dir = config_of("one rank", folder), RunDir(tmp_path / "run")
+    state("bb")
+    train(config, run_dir)
+    assert store.read_manifest(run_dir.checkpoints / "step-00000007").data == {"tokenizer": "aa", "train": "bb"}
+    state("cc")
+    with pytest.raises(AssertionError, match=r"UserError: .*data has changed since .*step-00000007 was written"):
+        train(config, run_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------- resume_from

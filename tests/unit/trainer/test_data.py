@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +16,15 @@ from numpy.typing import NDArray
 
 from data_pipeline.shards import ShardWriter, token_dtype
 from trainer.config import RunConfig, UserError, from_tree
-from trainer.data import MicroBatch, TrainingData, WindowReader, heldout_micro_batches, heldout_windows, permute
+from trainer.data import (
+    MicroBatch,
+    TrainingData,
+    WindowReader,
+    fingerprints,
+    heldout_micro_batches,
+    heldout_windows,
+    permute,
+)
 
 CPU = torch.device("cpu")
 SEQ = 5
@@ -303,3 +312,20 @@ def test_absent_file(suffix: str, tmp_path: Path) -> None:
     Path(f"{prefix}.{suffix}").unlink()
     with pytest.raises(UserError, match=rf"No such file or directory: .*train\.{suffix}; prepare it first"):
         WindowReader(prefix, SEQ)
+
+
+# -------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def test_fingerprints_are_those_of_the_prepared_folder(tmp_path: Path) -> None:
+    assert fingerprints(tmp_path) == {}  # written by other tools: nothing is known
+    stated = {"tokenizer_fingerprint": "aa", "files": {"train.bin": {"xxh3_128": "bb", "bytes": 3}}, "more": 1}
+    (tmp_path / "manifest.json").write_bytes(orjson.dumps(stated))
+    assert fingerprints(tmp_path) == {"tokenizer": "aa", "train": "bb"}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"tokenizer_fingerprint": "aa"}', b"\xff", b"null"])
+def test_a_manifest_that_cannot_be_understood(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json is not a manifest of prepared data; prepare it again"):
+        fingerprints(tmp_path)

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -338,3 +339,58 @@ def test_what_does_not_change_the_weights_is_no_other_architecture(tmp_path: Pat
         model = from_tree({"preset": "gpt2_small"}).model.model_dump() | changes["model"]
         config = from_tree({**changes, "preset": preset, "model": model})
         store.check_architecture(store.read_manifest(checkpoint), config, checkpoint)
+
+
+# ----------------------------------------------------------------------------------------------------------- continuing
+
+OTHER_RUN: dict[str, Any] = {"train": {"total_tokens": 10 * 16 * 2048, "global_batch_size": 16}}
+
+
+def test_a_run_with_steps_left_and_the_same_batch_continues(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 7)
+    manifest = store.read_manifest(checkpoint)
+    for changes in ({}, {"parallel": {"tensor": 2}}, {"train": {**OTHER_RUN["train"], "micro_batch_size": 4}}):
+        store.check_continues(manifest, from_tree(OTHER_RUN | changes), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"model": {"num_layers": 6}}, ["another architecture", "model.num_layers is 12 in the checkpoint and 6"]),
+        (
+            {"train": {"total_tokens": 10**9, "global_batch_size": 32}},
+            ["consumed 112 sequences in 7 steps", "train.global_batch_size 32 they would be 224", "own batch size"],
+        ),
+        (
+            {"train": {"total_tokens": 7 * 16 * 2048, "global_batch_size": 16}},
+            ["is of step 7 and the run ends at step 7", f"raise train.total_tokens above {7 * 16 * 2048}"],
+        ),
+        (
+            {"train": {"total_tokens": 1, "global_batch_size": 16}},
+            ["is of step 7 and the run ends at step 1", f"raise train.total_tokens above {7 * 16 * 2048}"],
+        ),
+    ],
+)
+def test_a_run_that_could_not_go_on_is_refused(tmp_path: Path, changes: dict[str, Any], fragments: list[str]) -> None:
+    checkpoint = make(tmp_path, 7)
+    manifest = store.read_manifest(checkpoint)
+    message = refusal(lambda path: store.check_continues(manifest, from_tree(OTHER_RUN | changes), path), checkpoint)
+    for fragment in [str(checkpoint), *fragments]:
+        assert fragment in message
+
+
+def test_the_fix_for_a_finished_run_works(tmp_path: Path) -> None:
+    config = from_tree({"train": {"total_tokens": 7 * 16 * 2048 + 1, "global_batch_size": 16}})
+    checkpoint = make(tmp_path, 7)
+    store.check_continues(store.read_manifest(checkpoint), config, checkpoint)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    temporary = store.begin(tmp_path, 7)
+    written = write_into(temporary, 7)
+    checkpoint = store.commit(temporary, replace(written, data={"tokenizer": "aa", "train": "bb"}))
+    manifest = store.verify(checkpoint)
+    store.check_tokenizer(manifest, {"tokenizer": "aa", "train": "other text"}, checkpoint)
+    for data in ({"tokenizer": "cc", "train": "bb"}, {}):
+        message = refusal(lambda path, data=data: store.check_tokenizer(manifest, data, path), checkpoint)
+        assert "trained with another tokenizer (xxh3-128 aa, the data's is" in message
