@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from trainer import device, parallel
-from trainer.config import RunConfig, from_tree
+from trainer.config import RunConfig
+from trainer.config_file import from_tree
 from trainer.engine import Engine
 from trainer.pipeline import MicroBatch
 from trainer.plan import model_flops_per_token

@@ -13,7 +13,7 @@ from launcher import fork_server, placement
 from launcher.fork_server import Channel, Kill, Ready, ServerOptions, Start
 from launcher.forked_rank import RankEnd
 from launcher.placement import Placement
-from trainer import config as run_config
+from trainer import config_file
 from trainer.config import RunConfig
 from trainer.rank_spec import RankSpec, Task
 
@@ -136,7 +136,7 @@ class Agent:
                 local_rank=rank - ranks.start,
                 local_world_size=len(ranks),
                 rendezvous=task.rendezvous,
-                config_yaml=run_config.dump(self._job.config),
+                config_yaml=config_file.dump(self._job.config),
                 run_dir=self._job.run_dir,
                 task=task.task,
                 threads=placement.threads_per_rank(self._job.config, num_cores()),

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from launcher.display import Display
-from trainer import config as run_config
+from trainer import config_file
 from trainer.config import RunConfig, UserError
 from trainer.run_dir import RunDir
 
@@ -46,20 +46,20 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 
 @app.command()
-def run(config_file: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
+def run(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
     """Do a whole run: prepare, train, evaluate, export, generate. Run it again to go on after an interruption.
 
     Example: `broadgauge run configs/quickstart.yaml --run-dir runs/fp32 --set train.precision=fp32 seed=7`
     """
     from launcher import stages
 
-    config = run_config.load(config_file, settings or ())
+    config = config_file.load(path, settings or ())
     stages.run(config, _run_dir(config, run_dir), _display())
 
 
 @app.command()
 def prepare(
-    config_file: ConfigFile,
+    path: ConfigFile,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write; the run's own data folder if not given.")
     ] = None,
@@ -73,7 +73,7 @@ def prepare(
     from data_pipeline import pipeline
     from launcher import checks, stages
 
-    config = run_config.load(config_file, settings or ())
+    config = config_file.load(path, settings or ())
     display = _display()
     if out is None:
         where = _run_dir(config, run_dir)
@@ -95,14 +95,14 @@ def prepare(
 
 
 @app.command()
-def train(config_file: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
+def train(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
     """Train on prepared data, from the newest checkpoint if there is one.
 
     Example: `broadgauge train configs/quickstart.yaml --set data.prepared=data/stdlib`
     """
     from launcher import checks, stages
 
-    config = run_config.load(config_file, settings or ())
+    config = config_file.load(path, settings or ())
     where = _run_dir(config, run_dir)
     checks.check_train(config, where)
     with stages.claim(config, where, _display()) as claimed:
@@ -158,12 +158,12 @@ def generate(
 
 
 @config_app.command("show")
-def show_config(config_file: ConfigFile, settings: SetOption = None) -> None:
+def show_config(path: ConfigFile, settings: SetOption = None) -> None:
     """The resolved config: preset and overrides filled in, every value written out.
 
     Example: `broadgauge config show configs/quickstart.yaml --set train.precision=fp32`
     """
-    print(run_config.dump(run_config.load(config_file, settings or ())), end="")
+    print(config_file.dump(config_file.load(path, settings or ())), end="")
 
 
 @config_app.command("schema")
@@ -172,7 +172,7 @@ def show_schema() -> None:
 
     Example: `broadgauge config schema`
     """
-    print(json.dumps(run_config.json_schema(), indent=2))
+    print(json.dumps(config_file.json_schema(), indent=2))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

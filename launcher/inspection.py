@@ -18,7 +18,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER
 from launcher import stages
 from launcher.job import check_embedded, ready_ranks
-from trainer import config as run_config
+from trainer import config_file
 from trainer.checkpoint import store
 from trainer.config import RunConfig, UserError
 from trainer.run_dir import RunDir
@@ -45,7 +45,7 @@ def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
     run_dir = RunDir(checkpoint.resolve().parent.parent)
     recorded = tree["data"].get("prepared")
     prepared = data or (Path(recorded) if recorded else run_dir.data)
-    config = run_config.override(tree, [*settings, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"])
+    config = config_file.override(tree, [*settings, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"])
     store.check_architecture(manifest, config, checkpoint)
     check_embedded(config)
     data_manifest = Manifest.load(prepared)

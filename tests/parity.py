@@ -16,7 +16,8 @@ from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from reference_gpt import train as train_reference
 from trainer import parallel
-from trainer.config import RunConfig, from_tree
+from trainer.config import RunConfig
+from trainer.config_file import from_tree
 from trainer.engine import Engine
 from trainer.model.init import initial_values
 from trainer.model.sharding import Box

@@ -16,7 +16,8 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
 
     from trainer import device as devices
     from trainer import loop, parallel
-    from trainer.config import RunConfig, from_tree, parse_yaml
+    from trainer.config import RunConfig
+    from trainer.config_file import from_tree, parse_yaml
     from trainer.data import WindowReader
     from trainer.evaluate.frozen import FrozenModel
     from trainer.evaluate.heldout import HeldoutEvaluation

@@ -18,7 +18,7 @@ class RankSpec:
     rendezvous: str
     """Init method of torch.distributed: file:///path on one machine, tcp://host:port across machines."""
     config_yaml: str
-    """The resolved config, as `trainer.config.dump` writes it."""
+    """The resolved config, as `trainer.config_file.dump` writes it."""
     run_dir: Path
     task: Task = "train"
     threads: int = 1

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer import config as run_config
+from trainer import config_file
 from trainer.config import RunConfig, UserError
 from trainer.events import read_events
 
@@ -67,7 +67,7 @@ class RunDir:
             if self.path.exists() and any(item.name not in _BEFORE_CONFIG for item in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and holds no config.yaml of a run; use another --run-dir")
             return
-        changed = run_config.differences(run_config.load(self.config_path), config)
+        changed = config_file.differences(config_file.load(self.config_path), config)
         if changed and self.has_trained():
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(map(str, changed[:4]))}"
@@ -85,9 +85,9 @@ class RunDir:
         """
         self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config_path.exists() or run_config.load(self.config_path) != config:
+        if not self.config_path.exists() or config_file.load(self.config_path) != config:
             temporary = self.config_path.with_suffix(".yaml.tmp")
-            temporary.write_text(run_config.dump(config), encoding="utf-8")
+            temporary.write_text(config_file.dump(config), encoding="utf-8")
             os.replace(temporary, self.config_path)
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)

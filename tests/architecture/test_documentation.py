@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from trainer import config as run_config
+from trainer import config_file
 from trainer.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def test_configuration_page_is_up_to_date() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_is_valid(path: Path) -> None:
-    run_config.load(path)
+    config_file.load(path)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

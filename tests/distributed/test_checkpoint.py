@@ -17,7 +17,8 @@ from reference_gpt import ReferenceGPT
 from trainer import parallel
 from trainer.checkpoint import sharded, store
 from trainer.checkpoint.global_tensors import GlobalTensors
-from trainer.config import RunConfig, UserError, from_tree
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree
 from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.model.gpt import build_chunks

@@ -9,7 +9,8 @@ import torch
 from data_pipeline.shards import ShardWriter
 from ranks import run_on_ranks
 from trainer import loop
-from trainer.config import RunConfig, from_tree
+from trainer.config import RunConfig
+from trainer.config_file import from_tree
 from trainer.run_dir import RunDir
 
 VOCAB_SIZE = 64

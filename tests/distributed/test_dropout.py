@@ -15,7 +15,8 @@ from parity import EPS, LEARNING_RATE, global_batch
 from ranks import run_on_ranks
 from trainer import parallel
 from trainer.checkpoint import sharded, store
-from trainer.config import RunConfig, from_tree
+from trainer.config import RunConfig
+from trainer.config_file import from_tree
 from trainer.data import MicroBatch
 from trainer.engine import Engine
 from trainer.model.attention import CausalAttention

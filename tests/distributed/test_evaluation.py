@@ -18,7 +18,8 @@ from data_pipeline.shards import ShardWriter, token_dtype
 from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint import sharded
-from trainer.config import RunConfig, UserError, from_tree
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree
 from trainer.data import WindowReader, heldout_windows
 from trainer.engine import Engine
 from trainer.evaluate.frozen import FrozenModel

@@ -17,7 +17,8 @@ from data_pipeline.shards import ShardWriter
 from ranks import run_on_ranks
 from trainer import loop
 from trainer.checkpoint import store
-from trainer.config import RunConfig, UserError, from_tree
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree
 from trainer.events import Event, EventLog, read_events, surviving_steps
 from trainer.run_dir import RunDir
 from trainer.schedule import learning_rate
@@ -82,6 +83,16 @@ def train(config: RunConfig, run_dir: RunDir) -> list[Event]:
 
     run_on_ranks(config, rank)
     return read_events(run_dir.events_path)[before:]
+
+
+def refuses(run_dir: RunDir, reason: str) -> Callable[[RunConfig, torch.device], None]:
+    """A rank that passes if the loop will not begin, and says why."""
+
+    def rank(config: RunConfig, device: torch.device) -> None:
+        with pytest.raises(UserError, match=reason):
+            loop.train(config, run_dir, device, lambda *_, **__: None)
+
+    return rank
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +231,7 @@ def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> Non
     train(config, run_dir)
     assert store.read_manifest(run_dir.checkpoints / "step-00000007").data == {"tokenizer": "aa", "train": "bb"}
     state("cc")
-    with pytest.raises(AssertionError, match=r"UserError: .*data has changed since .*step-00000007 was written"):
-        train(config, run_dir)
+    run_on_ranks(config, refuses(run_dir, r"data has changed since .*step-00000007 was written; bring the old data"))
 
 
 # ---------------------------------------------------------------------------------------------------------- resume_from
@@ -256,9 +266,4 @@ def test_a_damaged_checkpoint_of_another_run_is_refused(
         (given / path.name).write_bytes(path.read_bytes() + b"\0" * (path.suffix == ".distcp"))
     config, run_dir = config_of("one rank", data, resume_from=str(given)), RunDir(tmp_path / "other")
     run_dir.create(config)
-
-    def rank(config: RunConfig, device: torch.device) -> None:
-        with pytest.raises(UserError, match=r"is damaged: .* does not have the size and hash"):
-            loop.train(config, run_dir, device, lambda *_, **__: None)
-
-    run_on_ranks(config, rank)
+    run_on_ranks(config, refuses(run_dir, "is damaged: .* does not have the size and hash"))

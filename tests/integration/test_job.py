@@ -21,7 +21,8 @@ from launcher import job, ownership
 from launcher.embedded_ray import isolated
 from launcher.job import NodeFailed, RankFailed, Ranks, ready_ranks, run_ranks
 from launcher.session import session
-from trainer.config import RunConfig, UserError, from_tree, parse_yaml
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree, parse_yaml
 from trainer.run_dir import RunDir
 
 TESTS = Path(__file__).parents[1]
@@ -176,7 +177,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from launcher.job import run_ranks
-from trainer.config import load
+from trainer.config_file import load
 from trainer.run_dir import RunDir
 path = Path(sys.argv[1])
 run_ranks(load(path / "config.yaml"), RunDir(path), "train", lambda: None, target="fake_ranks:block")

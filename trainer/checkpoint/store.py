@@ -17,7 +17,8 @@ from typing import Any
 import orjson
 import xxhash
 
-from trainer.config import RunConfig, UserError, differences, from_tree
+from trainer.config import RunConfig, UserError
+from trainer.config_file import differences, from_tree
 
 FORMAT = 1
 _MANIFEST = "manifest.json"

@@ -15,7 +15,7 @@ from launcher.agent import Agent, Job, NodeEnd, Round
 from launcher.fork_server import ServerOptions
 from launcher.job import first_failure
 from launcher.placement import Placement
-from trainer.config import from_tree
+from trainer.config_file import from_tree
 
 TESTS = Path(__file__).parents[2]
 SIX_RANKS = {"parallel": {"data": 6}, "train": {"global_batch_size": 6}}

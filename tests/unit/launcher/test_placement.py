@@ -1,7 +1,8 @@
 import pytest
 
 from launcher.placement import Placement, place, threads_per_rank
-from trainer.config import RunConfig, UserError, from_tree
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree
 
 LAPTOP = {"CPU": 1.0, "memory": 8e9}
 GPU_NODE = {"CPU": 64.0, "GPU": 8.0}

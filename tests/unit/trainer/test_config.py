@@ -10,18 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trainer.config import (
-    RunConfig,
-    UserError,
-    differences,
-    dump,
-    from_tree,
-    json_schema,
-    known_keys,
-    load,
-    override,
-    parse_yaml,
-)
+from trainer.config import RunConfig, UserError
+from trainer.config_file import differences, dump, from_tree, json_schema, known_keys, load, override, parse_yaml
 from trainer.presets import PRESETS
 
 Tree = dict[str, Any]

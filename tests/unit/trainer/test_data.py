@@ -15,7 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from numpy.typing import NDArray
 
 from data_pipeline.shards import ShardWriter, token_dtype
-from trainer.config import RunConfig, UserError, from_tree
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree
 from trainer.data import (
     MicroBatch,
     TrainingData,

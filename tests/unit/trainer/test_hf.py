@@ -18,7 +18,8 @@ from torch import Tensor
 
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint import hf
-from trainer.config import RunConfig, UserError, from_tree
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree
 
 VOCAB, SEQ = 300, 24  # the padded vocabulary has 384 rows
 SIZES = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 96}

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from reference_gpt import ReferenceGPT
-from trainer.config import ModelConfig, from_tree
+from trainer.config import ModelConfig
+from trainer.config_file import from_tree
 from trainer.plan import model_flops_per_token, num_parameters
 from trainer.presets import PRESETS
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ranks import run_on_ranks
-from trainer.config import RunConfig, from_tree
+from trainer.config import RunConfig
+from trainer.config_file import from_tree
 from trainer.model.gpt import build_chunks
 from trainer.plan import num_parameters
 from trainer.presets import PRESETS

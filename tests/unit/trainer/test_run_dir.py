@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import RunConfig, UserError, from_tree, load
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree, load
 from trainer.events import EventLog
 from trainer.run_dir import RunDir
 

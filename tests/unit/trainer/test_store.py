@@ -12,7 +12,8 @@ import orjson
 import pytest
 
 from trainer.checkpoint import store
-from trainer.config import RunConfig, UserError, from_tree
+from trainer.config import RunConfig, UserError
+from trainer.config_file import from_tree
 
 FILES = {"__0_0.distcp": bytes(range(256)) * 40, "__1_0.distcp": b"short", ".metadata": b"\x00" * 33, "empty": b""}
 
