@@ -109,7 +109,8 @@ def test_several_processes_never_mix_their_lines(path: Path) -> None:
     os.close(start_write)  # the last writing end closes once all have been forked: now they start together
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * writers
     events = read_events(path)
-    assert path.read_bytes().count(b"\n") == len(events) == writers * each
+    lines = path.read_bytes().splitlines()  # one may be empty: a writer that opens the file ends what looks torn
+    assert len(list(filter(None, lines))) == len(events) == writers * each
     for writer in range(writers):
         mine = [event for event in events if event["writer"] == writer]
         assert [event["number"] for event in mine] == list(range(each))
