@@ -75,7 +75,7 @@ def run(config: RunConfig, run_dir: RunDir, display: Display) -> None:
     """Raw text to a trained, evaluated, exported, sampled model."""
     checks.check_run(config, run_dir)
     with claim(config, run_dir, display) as claimed:
-        if is_finished(config, run_dir):
+        if is_finished(run_dir):
             display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")
             return
         claimed.log.write("run_started", resumed=bool(store.steps(run_dir.checkpoints)))
@@ -89,7 +89,7 @@ def run(config: RunConfig, run_dir: RunDir, display: Display) -> None:
         display.console.print(report.summary(config, run_dir, report.RunHistory.read(run_dir.events_path)))
 
 
-def is_finished(config: RunConfig, run_dir: RunDir) -> bool:
+def is_finished(run_dir: RunDir) -> bool:
     if not (run_dir.events_path.exists() and (run_dir.export / "config.json").exists() and run_dir.loss_plot.exists()):
         return False
     return any(event["kind"] == "run_finished" for event in read_events(run_dir.events_path))

@@ -57,6 +57,11 @@ def test_unknown_key_names_the_nearest(key: str, suggestion: str) -> None:
     assert refusal({}, f"{key}=1") == f"unknown key {key}; did you mean {suggestion}?"
 
 
+def test_unknown_key_is_not_answered_with_its_own_section() -> None:
+    for section in ("model", "train", "data", "evaluation", "parallel"):
+        assert not refusal({}, f"{section}.zz=1").endswith(f"did you mean {section}?")
+
+
 def test_unknown_key_like_nothing_lists_its_section() -> None:
     top_level = ", ".join(key for key in known_keys() if "." not in key)
     assert refusal({"zzz": 1}) == f"unknown key zzz; known: {top_level}"

@@ -217,6 +217,7 @@ def test_other_things_in_the_folder_are_no_checkpoints(tmp_path: Path) -> None:
     for name in ("step-00000006.tmp", "step-00000007.removed", "step-8", "step-000000009", "xstep-00000010", "best"):
         shutil.copytree(tmp_path / "step-00000005", tmp_path / name)
     (tmp_path / "step-00000011").write_text("a file")
+    assert store.steps(tmp_path) == [5, 11]
     assert store.newest_valid(tmp_path) == tmp_path / "step-00000005"
     assert store.newest_valid(tmp_path / "absent") is None and store.steps(tmp_path / "absent") == []
 
