@@ -4,13 +4,15 @@ It shares no code with the product. Weights come and go as a dict of global tens
 of all layers stacked on a leading axis; the modules below are nested so that their own parameter names, less the
 layer's number, are those names.
 
-Shapes: b batch, s sequence, h hidden, n heads, d = h / n, f feed-forward, L layers, V padded vocabulary.
+Shapes: b batch, s sequence, h hidden, n heads, m key-value heads, d = h / n, f feed-forward, L layers,
+V padded vocabulary.
 """
 
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,41 +21,98 @@ from torch import Tensor, nn
 Precision = Literal["fp32", "bf16"]
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, h: int, num_heads: int) -> None:
+@dataclass(frozen=True)
+class Shape:
+    """What the model is; the defaults are GPT-2's."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_hidden_size: int
+    vocab_size: int
+    padded_vocab_size: int
+    seq_length: int
+    num_kv_heads: int | None = None
+    attention_window: int | None = None
+    positions: Literal["learned", "rotary"] = "learned"
+    rotary_base: float = 10_000.0
+    norm: Literal["layer", "rms"] = "layer"
+    norm_placement: Literal["pre", "post"] = "pre"
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    biases: Literal["all", "all_but_qkv", "none"] = "all"
+    tied_embeddings: bool = True
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, h: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.linear_qkv = nn.Linear(h, 3 * h)  # output rows grouped per head: q_0 k_0 v_0 q_1 k_1 v_1 ...
-        self.linear_proj = nn.Linear(h, h)
+        self.weight = nn.Parameter(torch.ones(h))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * self.weight.float()).to(x.dtype)
+
+
+def make_norm(shape: Shape) -> nn.Module:
+    return RMSNorm(shape.hidden_size) if shape.norm == "rms" else nn.LayerNorm(shape.hidden_size, eps=1e-5)
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Turn element i and element i + d / 2 of the vector at position p by the angle p / base^(2i / d). [b, n, s, d]"""
+    s, d = x.shape[-2:]
+    angles = torch.arange(s)[:, None] / base ** (torch.arange(0, d, 2) / d)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__()
+        h, self.shape = shape.hidden_size, shape
+        self.n, self.m, self.d = shape.num_heads, shape.num_kv_heads or shape.num_heads, h // shape.num_heads
+        self.window = shape.attention_window if layer % 2 else None
+        # output rows by group of heads that share a key and a value: q ... q k v, q ... q k v, ...
+        self.linear_qkv = nn.Linear(h, (self.n + 2 * self.m) * self.d, bias=shape.biases == "all")
+        self.linear_proj = nn.Linear(h, h, bias=shape.biases != "none")
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, h]"""
         b, s, h = x.shape
-        qkv = self.linear_qkv(x).view(b, s, self.num_heads, 3, h // self.num_heads)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)  # each [b, n, s, d]
-        scores = q.float() @ k.float().transpose(-1, -2) / (h // self.num_heads) ** 0.5
-        future = torch.ones(s, s, dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1).to(v.dtype)
-        return self.linear_proj((weights @ v).transpose(1, 2).reshape(b, s, h))
+        groups = self.linear_qkv(x).view(b, s, self.m, self.n // self.m + 2, self.d).permute(0, 2, 3, 1, 4)
+        q, k, v = groups[:, :, :-2], groups[:, :, -2:-1], groups[:, :, -1:]  # [b, m, n / m or 1, s, d]
+        if self.shape.positions == "rotary":
+            q, k = rotate(q, self.shape.rotary_base), rotate(k, self.shape.rotary_base)
+        scores = q.float() @ k.float().transpose(-1, -2) / self.d**0.5
+        distance = torch.arange(s)[:, None] - torch.arange(s)
+        unseen = (distance < 0) | (distance >= (self.window or s))
+        weights = scores.masked_fill(unseen, float("-inf")).softmax(-1).to(v.dtype)
+        return self.linear_proj((weights @ v).flatten(1, 2).transpose(1, 2).reshape(b, s, h))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, h: int, f: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.linear_fc1 = nn.Linear(h, f)
-        self.linear_fc2 = nn.Linear(f, h)
+        h, f, bias = shape.hidden_size, shape.ffn_hidden_size, shape.biases != "none"
+        self.is_gated = shape.activation == "swiglu"
+        self.linear_fc1 = nn.Linear(h, 2 * f if self.is_gated else f, bias=bias)
+        self.linear_fc2 = nn.Linear(f, h, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))
+        x = self.linear_fc1(x)
+        if self.is_gated:
+            gate, up = x.chunk(2, dim=-1)
+            return self.linear_fc2(F.silu(gate) * up)
+        return self.linear_fc2(F.gelu(x, approximate="tanh"))
 
 
 class PreNormLayer(nn.Module):
-    def __init__(self, h: int, f: int, num_heads: int) -> None:
+    def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(h, eps=1e-5)
-        self.self_attention = SelfAttention(h, num_heads)
-        self.pre_mlp_layernorm = nn.LayerNorm(h, eps=1e-5)
-        self.mlp = FeedForward(h, f)
+        self.input_layernorm = make_norm(shape)
+        self.self_attention = SelfAttention(shape, layer)
+        self.pre_mlp_layernorm = make_norm(shape)
+        self.mlp = FeedForward(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attention(self.input_layernorm(x))
@@ -61,12 +120,12 @@ class PreNormLayer(nn.Module):
 
 
 class PostNormLayer(nn.Module):
-    def __init__(self, h: int, f: int, num_heads: int) -> None:
+    def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
-        self.self_attention = SelfAttention(h, num_heads)
-        self.self_attn_bda = nn.ModuleDict({"norm": nn.LayerNorm(h, eps=1e-5)})
-        self.mlp = FeedForward(h, f)
-        self.mlp_bda = nn.ModuleDict({"norm": nn.LayerNorm(h, eps=1e-5)})
+        self.self_attention = SelfAttention(shape, layer)
+        self.self_attn_bda = nn.ModuleDict({"norm": make_norm(shape)})
+        self.mlp = FeedForward(shape)
+        self.mlp_bda = nn.ModuleDict({"norm": make_norm(shape)})
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.self_attn_bda["norm"](x + self.self_attention(x))
@@ -74,37 +133,32 @@ class PostNormLayer(nn.Module):
 
 
 class Embedding(nn.Module):
-    def __init__(self, h: int, num_words: int, num_positions: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(num_words, h)
-        self.position_embeddings = nn.Embedding(num_positions, h)
+        self.word_embeddings = nn.Embedding(shape.padded_vocab_size, shape.hidden_size)
+        if shape.positions == "learned":
+            self.position_embeddings = nn.Embedding(shape.seq_length, shape.hidden_size)
+        else:
+            self.position_embeddings = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.word_embeddings(tokens) + self.position_embeddings.weight[: tokens.shape[1]]
+        words = self.word_embeddings(tokens)
+        positions = self.position_embeddings
+        return words if positions is None else words + positions.weight[: tokens.shape[1]]
 
 
 class ReferenceGPT(nn.Module):
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        hidden_size: int,
-        num_heads: int,
-        ffn_hidden_size: int,
-        vocab_size: int,
-        padded_vocab_size: int,
-        seq_length: int,
-        norm_placement: Literal["pre", "post"] = "pre",
-        tied_embeddings: bool = True,
-    ) -> None:
+    def __init__(self, **sizes: Any) -> None:
+        """Takes the fields of `Shape`."""
         super().__init__()
-        h, self.vocab_size = hidden_size, vocab_size
-        self.embedding = Embedding(h, padded_vocab_size, seq_length)
-        layer = PreNormLayer if norm_placement == "pre" else PostNormLayer
-        layers = nn.Sequential(*(layer(h, ffn_hidden_size, num_heads) for _ in range(num_layers)))
-        final = {"final_layernorm": nn.LayerNorm(h, eps=1e-5)} if norm_placement == "pre" else {}
+        shape = Shape(**sizes)
+        h, self.vocab_size = shape.hidden_size, shape.vocab_size
+        self.embedding = Embedding(shape)
+        kind = PreNormLayer if shape.norm_placement == "pre" else PostNormLayer
+        layers = nn.Sequential(*(kind(shape, layer) for layer in range(shape.num_layers)))
+        final = {"final_layernorm": make_norm(shape)} if shape.norm_placement == "pre" else {}
         self.decoder = nn.Sequential(OrderedDict({"layers": layers, **final}))
-        self.output_layer = None if tied_embeddings else nn.Linear(h, padded_vocab_size, bias=False)
+        self.output_layer = None if shape.tied_embeddings else nn.Linear(h, shape.padded_vocab_size, bias=False)
 
     def randomize(self, seed: int) -> None:
         """Random values everywhere, norms and biases included, so that no two tensors can be taken for each other."""

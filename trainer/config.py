@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from trainer import support
+
 NORM_EPS = 1e-5  # of every layer norm, in the released models of all three papers
 VOCAB_MULTIPLE = 128  # the padded vocabulary is a multiple of this, whatever the layout, so that layouts agree
 
@@ -70,8 +72,22 @@ class ModelConfig(Section):
     """Tokens in the vocabulary, the end-of-text token included; a tokenizer that the run trains has exactly so many."""
     seq_length: int = Field(2048, ge=2)
     """Tokens in one training sequence, and the longest context the model can read."""
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Key-value heads per layer, each shared by a group of attention heads; empty gives every head its own."""
+    attention_window: int | None = Field(None, ge=1)
+    """Tokens that a position of every second layer sees, itself included (GPT-3's banded layers); empty: all dense."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """A learned vector per position (GPT-1 to GPT-3) or rotations of queries and keys."""
+    rotary_base: float = Field(10_000.0, gt=1.0)
+    """Base of the rotary wavelengths; longer contexts use larger ones."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm, or RMSNorm, which has neither mean nor bias."""
     norm_placement: Literal["pre", "post"] = "pre"
-    """Layer norm before each sub-block (GPT-2, GPT-3) or after its residual addition (GPT-1)."""
+    """Norm before each sub-block (GPT-2, GPT-3) or after its residual addition (GPT-1)."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Feed-forward layer: GELU between two matrices, or SiLU gating (two matrices in, one out)."""
+    biases: Literal["all", "all_but_qkv", "none"] = "all"
+    """Which linear layers have a bias; all_but_qkv leaves out queries, keys and values (GPT-Neo)."""
     tied_embeddings: bool = True
     """Share one matrix between the token embedding and the output layer."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
@@ -82,6 +98,14 @@ class ModelConfig(Section):
     @property
     def ffn_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
 
     @property
     def padded_vocab_size(self) -> int:
@@ -98,8 +122,8 @@ class TrainConfig(Section):
     """Sequences per forward and backward pass of one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the model; master weights and optimizer state are fp32 in both."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recomputation: keep everything, or only each layer's input."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: keep everything, all but the inside of attention, or only each layer's input."""
 
 
 class OptimizerConfig(Section):
@@ -130,6 +154,8 @@ class ParallelConfig(Section):
     """Ranks that split the layers into consecutive stages."""
     virtual_pipeline: int = Field(1, ge=1)
     """Chunks of layers per pipeline rank; above 1 the schedule is the interleaved one."""
+    context: int = Field(1, ge=1)
+    """Ranks that split every sequence; attention trades its heads for whole sequences (Ulysses)."""
     data: int = Field(1, ge=1)
     """Replicas that split the batch."""
     sequence: bool = False
@@ -139,13 +165,14 @@ class ParallelConfig(Section):
 
     @property
     def num_ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
     def describe(self) -> str:
         interleaved = f" ({self.virtual_pipeline} chunks)" if self.virtual_pipeline > 1 else ""
         sequence = " with sequence parallel" if self.sequence else ""
         pipeline = f"pipeline {self.pipeline}{interleaved}"
-        return f"tensor {self.tensor}{sequence} x {pipeline} x data {self.data}, ZeRO-{self.zero}"
+        context = f" x context {self.context}" if self.context > 1 else ""
+        return f"tensor {self.tensor}{sequence} x {pipeline}{context} x data {self.data}, ZeRO-{self.zero}"
 
 
 class DataConfig(Section):
@@ -251,25 +278,26 @@ class RunConfig(Section):
 def _problems(config: RunConfig) -> Iterator[str]:
     """Every rule that spans fields, as one line with the rule, the values and the fix."""
     yield from _model_problems(config)
+    yield from _split_problems(config)
     yield from _layout_problems(config)
     yield from _batch_problems(config)
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
-    model, tensor = config.model, config.parallel.tensor
+    model = config.model
     if model.hidden_size % model.num_heads:
         yield (
             f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; "
             f"use {_nearest_multiples(model.hidden_size, model.num_heads)}"
         )
-    for field, value in (
-        ("model.num_heads", model.num_heads),
-        ("model.ffn_hidden_size", model.ffn_size),
-        ("the padded vocabulary", model.padded_vocab_size),
-    ):
-        if value % tensor:
-            near = _divisors(value, tensor)
-            yield f"{field} {value} is not divisible by parallel.tensor {tensor}; use {near} for parallel.tensor"
+    if model.num_heads % model.kv_heads:
+        near = _divisors(model.num_heads, model.kv_heads)
+        yield f"model.num_heads {model.num_heads} is not divisible by model.num_kv_heads {model.kv_heads}; use {near}"
+    if model.positions == "rotary" and model.head_size % 2:
+        yield (
+            f"model.positions rotary turns pairs, and heads have {model.head_size} elements (hidden_size / num_heads); "
+            "make them even"
+        )
 
 
 def _layout_problems(config: RunConfig) -> Iterator[str]:
@@ -284,20 +312,12 @@ def _layout_problems(config: RunConfig) -> Iterator[str]:
         yield "parallel.virtual_pipeline above 1 needs parallel.pipeline above 1; set virtual_pipeline to 1"
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence splits over tensor-parallel ranks and parallel.tensor is 1; set sequence to false"
-    if parallel.sequence and model.seq_length % parallel.tensor:
-        yield (
-            f"model.seq_length {model.seq_length} is not divisible by parallel.tensor {parallel.tensor}, which "
-            f"parallel.sequence needs; use {_nearest_multiples(model.seq_length, parallel.tensor)}"
-        )
-    if parallel.pipeline > 1 and parallel.zero == 3:
-        yield "parallel.zero 3 does not work under pipelines (parallel.pipeline > 1); use zero 1, or pipeline 1"
-    if parallel.pipeline > 1 and parallel.zero == 2 and model.tied_embeddings:
-        yield (
-            "parallel.zero 2 under pipelines needs untied embeddings (their gradients are reduced too early); "
-            "use zero 1, or model.tied_embeddings false"
-        )
+    yield from support.problems(config)
     ranks, per_node = parallel.num_ranks, launch.ranks_per_node
-    counted = f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data} = {ranks} ranks"
+    counted = (
+        f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x "
+        f"data {parallel.data} = {ranks} ranks"
+    )
     if per_node is None and ranks % launch.nodes:
         near = _divisors(ranks, launch.nodes)
         yield f"{counted}, which launch.nodes {launch.nodes} does not divide; use {near} nodes"
@@ -305,6 +325,40 @@ def _layout_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"{counted}, but launch.nodes {launch.nodes} x ranks_per_node {per_node} = {launch.nodes * per_node}; "
             f"change one so that they are equal"
+        )
+
+
+def _split_problems(config: RunConfig) -> Iterator[str]:
+    """What tensor, sequence and context parallel split must be divisible by them."""
+    model, parallel = config.model, config.parallel
+    for field, value in (
+        ("model.num_heads", model.num_heads),
+        ("model.num_kv_heads", model.kv_heads),
+        ("model.ffn_hidden_size", model.ffn_size),
+        ("the padded vocabulary", model.padded_vocab_size),
+    ):
+        if value % parallel.tensor:
+            yield (
+                f"{field} {value} is not divisible by parallel.tensor {parallel.tensor}; "
+                f"use {_divisors(value, parallel.tensor)} for parallel.tensor"
+            )
+    for field, heads in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.kv_heads)):
+        if heads % parallel.tensor == 0 and heads // parallel.tensor % parallel.context:
+            yield (
+                f"{field} {heads} / parallel.tensor {parallel.tensor} = {heads // parallel.tensor} heads are not "
+                f"divisible by parallel.context {parallel.context}, and context parallel trades heads for sequences; "
+                f"use {_divisors(heads // parallel.tensor, parallel.context)} for parallel.context"
+            )
+    # context parallel gives every rank an early and a late piece of the sequence
+    pieces = (2 * parallel.context if parallel.context > 1 else 1) * (parallel.tensor if parallel.sequence else 1)
+    if model.seq_length % pieces:
+        split = " and ".join(
+            [f"parallel.context {parallel.context} (2 pieces a rank)"] * (parallel.context > 1)
+            + [f"parallel.sequence over parallel.tensor {parallel.tensor}"] * parallel.sequence
+        )
+        yield (
+            f"model.seq_length {model.seq_length} is not divisible by {pieces}, which {split} needs; "
+            f"use {_nearest_multiples(model.seq_length, pieces)}"
         )
 
 

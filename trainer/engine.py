@@ -260,6 +260,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     if config.train.precision == "bf16":
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings["communication_data_type"] = "fp32"
     return settings
 
 

@@ -13,7 +13,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def initialize(parallel: ParallelConfig, device: DeviceKind, init_method: str, rank: int, world_size: int) -> None:
-    """Join the job's process group and build the tensor, pipeline and data groups. Order of ranks: tp, dp, pp."""
+    """Join the job's process group and build its subgroups. Order of ranks: tp, cp, dp, pp."""
     assert world_size == parallel.num_ranks, f"{world_size} ranks for a layout of {parallel.num_ranks}"
     dist.init_process_group(
         backend(device), init_method=init_method, rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
@@ -27,6 +27,7 @@ def build_groups(parallel: ParallelConfig) -> None:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
     )
     model_parallel_cuda_manual_seed(0)  # megatron-core needs its streams registered before a model is built
 
@@ -37,7 +38,8 @@ def seed_dropout(seed: int, step: int) -> None:
     No stream carries state from one step to the next, so a resumed run needs none restored. Tensor-parallel ranks
     share the default stream (residual dropout acts on replicated activations) and differ in the model-parallel one.
     """
-    place = mcore.get_pipeline_model_parallel_rank() + mcore.get_pipeline_model_parallel_world_size() * data_rank()
+    replica = mcore.get_data_parallel_rank(with_context_parallel=True)
+    place = mcore.get_pipeline_model_parallel_rank() + mcore.get_pipeline_model_parallel_world_size() * replica
     model_parallel_cuda_manual_seed(dropout_seed(seed, step, place))
 
 
@@ -70,7 +72,20 @@ def tensor_group() -> dist.ProcessGroup:
     return mcore.get_tensor_model_parallel_group()
 
 
+def context_rank() -> int:
+    return mcore.get_context_parallel_rank()
+
+
+def context_size() -> int:
+    return mcore.get_context_parallel_world_size()
+
+
+def context_group() -> dist.ProcessGroup:
+    return mcore.get_context_parallel_group()
+
+
 def data_group() -> dist.ProcessGroup:
+    """All ranks that hold the same weights: data and context parallel together."""
     return mcore.get_data_parallel_group(with_context_parallel=True)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer import parallel
 from trainer.config import ModelConfig
 from trainer.data import MicroBatch
+from trainer.model.context_parallel import local_positions
 
 Forward = Callable[..., Tensor]
 
@@ -57,23 +58,25 @@ def run_schedule(
     """
     sums: list[Tensor] = []
     micro_batch_size = micro_batches[0].tokens.shape[0]
+    mine = local_positions(model.seq_length, parallel.context_rank(), parallel.context_size())
     positions = torch.arange(model.seq_length, device=micro_batches[0].tokens.device).expand(micro_batch_size, -1)
 
     def forward_step(batches: Iterator[MicroBatch], stage: StageView) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
-        labels = batch.tokens[:, 1:].contiguous()
-        losses = stage(batch.tokens[:, :-1].contiguous(), positions, None, labels=labels)
+        inputs, labels = (part[:, mine].contiguous() for part in (batch.tokens[:, :-1], batch.tokens[:, 1:]))
+        losses = stage(inputs, positions[:, mine], None, labels=labels)
 
         def loss_function(losses: Tensor) -> tuple[Tensor, Tensor, None]:  # [b, s]
             # The 3-tuple form: the schedule divides by tokens and micro-batches. Its 2-tuple form scales gradients
             # by the context-parallel size, which clipping would hide from the loss.
             losses = losses.float()
             weighted = losses if batch.weight is None else losses * batch.weight.unsqueeze(-1)
-            count = losses.numel() if batch.weight is None else int(batch.weight.sum()) * losses.shape[-1]
+            sequences = losses.new_full((), losses.shape[0]) if batch.weight is None else batch.weight.sum()
+            count = (sequences * losses.shape[1]).int()
             total = weighted.sum()
             # copied before returning: the schedule divides `total` in place
-            sums.append(torch.stack([total.detach().double(), total.new_full((), count, dtype=torch.float64)]))
-            return total, total.new_full((), count, dtype=torch.int), None
+            sums.append(torch.stack([total.detach().double(), count.double()]))
+            return total, count, None
 
         return losses, loss_function
 

@@ -3,37 +3,28 @@
 import pytest
 
 from parity import CASES, TOLERANCES, compare
+from trainer.support import FEATURES
 
-# The layouts a change is most likely to break; every case of the table runs under `make parity`.
-FAST_FP32 = [
+# Every feature alone (the generated pairs of them run under `make parity`), and the deepest combinations.
+FAST = [
+    *FEATURES,
     "one rank",
-    "TP2",
-    "TP2 SP",
-    "PP2",
-    "PP2 interleaved",
-    "DP2 ZeRO-1",
-    "DP2 ZeRO-2",
-    "DP2 ZeRO-3",
-    "TP2 x PP2",
+    "one rank + bf16",
     "TP2 SP x PP2 x DP2 interleaved",
-    "TP2 x PP2 post-norm",
-    "TP2 x PP2 recompute",
-    "PP2 x DP2 ZeRO-2 untied",
+    "CP2 x TP2 x PP2",
+    "Llama-class TP2 SP x PP2 x CP2",
+    "Llama-class PP2 x DP2 ZeRO-2 interleaved + bf16",
+    "GPT-3 TP2 x CP2 x DP2 ZeRO-2 + bf16",
+    "GPT-1 TP2 SP x PP2",
+    "TP2 x PP2 x DP2 + bf16",
 ]
-FAST_BF16 = ["one rank", "TP2", "PP2", "DP2 ZeRO-1", "TP2 x PP2"]
 
 
-@pytest.mark.parametrize("case", FAST_FP32)
+@pytest.mark.parametrize("case", FAST)
 def test_layout_computes_what_one_process_computes(case: str) -> None:
-    difference = compare(case, "fp32")
-    assert difference.within("fp32"), f"{difference} is beyond {TOLERANCES['fp32']}"
-
-
-@pytest.mark.parametrize("case", FAST_BF16)
-def test_layout_computes_what_one_process_computes_in_bf16(case: str) -> None:
-    difference = compare(case, "bf16")
-    assert difference.within("bf16"), f"{difference} is beyond {TOLERANCES['bf16']}"
+    difference = compare(case)
+    assert difference.is_within_tolerance, f"{difference} is beyond {TOLERANCES[difference.precision]}"
 
 
 def test_fast_cases_are_in_the_table() -> None:
-    assert set(FAST_FP32 + FAST_BF16) <= CASES.keys()
+    assert set(FAST) <= CASES.keys()

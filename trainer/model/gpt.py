@@ -21,7 +21,13 @@ from torch import Tensor
 from trainer import parallel
 from trainer.config import NORM_EPS, ModelConfig, RunConfig
 from trainer.model.attention import CausalAttention
-from trainer.model.norm import Norm, NormAfterResidual
+from trainer.model.norm import NormAfterResidual, norm_class
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -34,22 +40,24 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     model, layout = config.model, config.parallel
     bf16 = config.train.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    recompute: dict[str, Any] = {}
-    if config.train.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
+        num_query_groups=model.kv_heads,
         ffn_hidden_size=model.ffn_size,
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
-        activation_func=gelu_tanh,
+        activation_func=F.silu if model.activation == "swiglu" else gelu_tanh,
+        gated_linear_unit=model.activation == "swiglu",
+        add_bias_linear=model.biases != "none",
+        normalization="RMSNorm" if model.norm == "rms" else "LayerNorm",
         layernorm_epsilon=NORM_EPS,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         sequence_parallel=layout.sequence,
+        context_parallel_size=layout.context,
         bf16=bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -57,8 +65,17 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         use_cpu_initialization=True,
         batch_p2p_comm=False,  # gloo has no batched point-to-point
         deallocate_pipeline_outputs=True,
-        **recompute,
+        **_banded_layers(model),
+        **_RECOMPUTE[config.train.recompute],
     )
+
+
+def _banded_layers(model: ModelConfig) -> dict[str, Any]:
+    """Layers alternate between dense and banded; the first is dense (as in GPT-Neo: the GPT-3 paper does not say)."""
+    if model.attention_window is None:
+        return {}
+    banded = [layer % 2 for layer in range(model.num_layers)]
+    return {"window_size": (model.attention_window - 1, 0), "window_attn_skip_freq": banded}
 
 
 def build_chunks(config: RunConfig) -> list[GPTModel]:
@@ -79,7 +96,8 @@ def _build_chunk(model: ModelConfig, mcore_config: TransformerConfig, virtual_st
         post_process=parallel.is_last_stage(virtual_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=model.tied_embeddings,
-        position_embedding_type="learned_absolute",
+        position_embedding_type="rope" if model.positions == "rotary" else "learned_absolute",
+        rotary_base=model.rotary_base,
         vp_stage=virtual_stage,
     )
     _mark_tensor_parallel_weights(chunk)
@@ -91,19 +109,28 @@ def _build_chunk(model: ModelConfig, mcore_config: TransformerConfig, virtual_st
 def _block_spec(
     model: ModelConfig, mcore_config: TransformerConfig, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec()
-    layer.submodules.sharded_state_dict_keys_map = {}  # tensors are stored under the names that modules have here
-    layer.submodules.self_attention.submodules.core_attention = CausalAttention
+    layer = get_gpt_layer_local_spec(normalization=mcore_config.normalization)
+    parts = layer.submodules
+    parts.sharded_state_dict_keys_map = {}  # tensors are stored under the names that modules have here
+    parts.self_attention.submodules.core_attention = CausalAttention
+    if model.biases == "all_but_qkv":
+        parts.self_attention.submodules.linear_qkv = _UnbiasedColumnParallelLinear
+    norm = norm_class(mcore_config)
     if model.norm_placement == "pre":
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        parts.input_layernorm = parts.pre_mlp_layernorm = norm
     else:
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
-        layer.submodules.self_attn_bda = ModuleSpec(NormAfterResidual, params={"config": mcore_config})
-        layer.submodules.mlp_bda = ModuleSpec(NormAfterResidual, params={"config": mcore_config})
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        parts.self_attn_bda = ModuleSpec(NormAfterResidual, params={"config": mcore_config})
+        parts.mlp_bda = ModuleSpec(NormAfterResidual, params={"config": mcore_config})
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(mcore_config, virtual_stage),
-        layer_norm=Norm if model.norm_placement == "pre" else None,
+        layer_norm=norm if model.norm_placement == "pre" else None,
     )
+
+
+class _UnbiasedColumnParallelLinear(ColumnParallelLinear):
+    def __init__(self, *sizes: int, bias: bool, **kwargs: Any) -> None:
+        super().__init__(*sizes, bias=False, **kwargs)
 
 
 def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:

@@ -1,4 +1,4 @@
-"""Layer norms for megatron-core layers.
+"""Norms for megatron-core layers.
 
 Shapes: s sequence (split over tensor-parallel ranks under sequence parallelism), b batch, h hidden.
 """
@@ -12,16 +12,30 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class Norm(torch.nn.LayerNorm):
-    """torch's layer norm, its parameters marked as seeing only this rank's part of the sequence where they do.
-
-    megatron-core's own wrapper refuses sequence parallelism; the mark tells `trainer.engine` to sum the gradients.
-    """
+class LayerNorm(torch.nn.LayerNorm):
+    """torch's layer norm with the mark that sequence parallelism needs; megatron-core's own wrapper refuses it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in self.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        _mark_sequence_parallel(self, config)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMS norm, marked as `LayerNorm` is."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        _mark_sequence_parallel(self, config)
+
+
+def norm_class(config: TransformerConfig) -> type[torch.nn.Module]:
+    return {"LayerNorm": LayerNorm, "RMSNorm": RMSNorm}[config.normalization]
+
+
+def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) -> None:
+    """Each rank's gradients come from its part of the sequence alone; the mark tells `trainer.engine` to sum them."""
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class NormAfterResidual(torch.nn.Module):
@@ -29,7 +43,7 @@ class NormAfterResidual(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.norm = Norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+        self.norm = norm_class(config)(config, config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
         """megatron-core calls this first, then the result with ((x, bias), residual [s, b, h], dropout)."""

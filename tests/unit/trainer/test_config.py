@@ -400,28 +400,62 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
         "model.seq_length",
         [28, 32],
     ),
-    "ZeRO-3 under pipelines": (
-        ["parallel.zero=3", "parallel.pipeline=2"],
-        ["parallel.zero 3", "parallel.pipeline > 1", "use zero 1, or pipeline 1"],
-        "parallel.zero",
-        [1],
+    "key-value heads": (
+        ["model.num_kv_heads=5"],
+        ["model.num_heads 12", "model.num_kv_heads 5", "use 4 or 6"],
+        "model.num_kv_heads",
+        [4, 6],
     ),
-    "ZeRO-2 under pipelines": (
-        ["parallel.zero=2", "parallel.pipeline=2"],
-        ["parallel.zero 2", "untied embeddings", "use zero 1, or model.tied_embeddings false"],
-        "model.tied_embeddings",
-        [False],
+    "rotary heads": (
+        ["model.positions=rotary", "model.hidden_size=36"],
+        ["model.positions rotary", "heads have 3 elements", "make them even"],
+        "model.hidden_size",
+        [48],
+    ),
+    "tensor and key-value heads": (
+        ["parallel.tensor=4", "model.num_kv_heads=6"],
+        ["model.num_kv_heads 6", "parallel.tensor 4", "use 3 or 6 for parallel.tensor"],
+        "parallel.tensor",
+        [3, 6],
+    ),
+    "context and heads": (
+        ["parallel.context=4", "parallel.tensor=2"],
+        ["model.num_heads 12 / parallel.tensor 2 = 6", "parallel.context 4", "use 3 or 6 for parallel.context"],
+        "parallel.context",
+        [2],
+    ),
+    "context and key-value heads": (
+        ["parallel.context=4", "model.num_kv_heads=2"],
+        ["model.num_kv_heads 2 / parallel.tensor 1 = 2", "use 2 for parallel.context"],
+        "parallel.context",
+        [2],
+    ),
+    "context and sequence length": (
+        ["parallel.context=4", "model.seq_length=30"],
+        ["model.seq_length 30", "divisible by 8", "parallel.context 4 (2 pieces a rank)", "use 24 or 32"],
+        "model.seq_length",
+        [24, 32],
+    ),
+    "context, sequence parallel and sequence length": (
+        ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true", "model.seq_length=28"],
+        ["model.seq_length 28", "divisible by 8", "parallel.context 2", "parallel.tensor 2", "use 24 or 32"],
+        "model.seq_length",
+        [24, 32],
     ),
     "nodes": (
         ["parallel.data=4", "launch.nodes=3"],
-        ["tensor 1 x pipeline 1 x data 4 = 4 ranks", "launch.nodes 3", "use 2 or 4 nodes"],
+        ["tensor 1 x pipeline 1 x context 1 x data 4 = 4 ranks", "launch.nodes 3", "use 2 or 4 nodes"],
         "launch.nodes",
         [2, 4],
     ),
     "more nodes than ranks": (["launch.nodes=3"], ["= 1 ranks", "launch.nodes 3", "use 1 nodes"], "launch.nodes", [1]),
     "ranks per node": (
         ["parallel.data=4", "launch.nodes=2", "launch.ranks_per_node=3"],
-        ["tensor 1 x pipeline 1 x data 4 = 4 ranks", "launch.nodes 2 x ranks_per_node 3 = 6", "so that they are equal"],
+        [
+            "tensor 1 x pipeline 1 x context 1 x data 4 = 4 ranks",
+            "launch.nodes 2 x ranks_per_node 3 = 6",
+            "so that they are equal",
+        ],
         "launch.ranks_per_node",
         [2],
     ),
@@ -478,6 +512,8 @@ LAYOUTS = st.fixed_dictionaries(
                 "ffn_hidden_size": st.sampled_from([None, 96, 99]),
                 "vocab_size": st.sampled_from([100, 384, 500]),
                 "seq_length": st.sampled_from([8, 12, 15]),
+                "num_kv_heads": st.sampled_from([None, None, 2, 4, 5]),
+                "positions": st.sampled_from(["learned", "rotary"]),
                 "tied_embeddings": st.booleans(),
             }
         ),
@@ -489,6 +525,7 @@ LAYOUTS = st.fixed_dictionaries(
                 "tensor": st.sampled_from([1, 2, 3, 4]),
                 "pipeline": st.sampled_from([1, 2, 4, 3]),
                 "virtual_pipeline": st.sampled_from([1, 1, 2]),
+                "context": st.sampled_from([1, 1, 2, 3]),
                 "data": st.sampled_from([1, 2, 4]),
                 "sequence": st.booleans(),
                 "zero": st.sampled_from([1, 1, 2, 3]),
@@ -504,23 +541,29 @@ LAYOUTS = st.fixed_dictionaries(
 def works(tree: Tree) -> bool:
     """What megatron-core, DeepSpeed and the launcher need, said a second time."""
     model, train, layout, launch = (tree[section] for section in ("model", "train", "parallel", "launch"))
-    tp, pp, vp, dp = (layout[axis] for axis in ("tensor", "pipeline", "virtual_pipeline", "data"))
+    tp, pp, vp, cp, dp = (layout[axis] for axis in ("tensor", "pipeline", "virtual_pipeline", "context", "data"))
+    kv_heads = model["num_kv_heads"] or model["num_heads"]
+    head_size = model["hidden_size"] // model["num_heads"]
+    pieces = (tp if layout["sequence"] else 1) * (2 * cp if cp > 1 else 1)
     vocab_rows = next(rows for rows in range(0, 10_000, 128) if rows >= model["vocab_size"])
     ffn = model["ffn_hidden_size"] or 4 * model["hidden_size"]
     per_replica, ragged = divmod(train["global_batch_size"], dp * train["micro_batch_size"])
     per_node = launch["ranks_per_node"]
     return (
         model["hidden_size"] % model["num_heads"] == 0
-        and model["num_heads"] % tp == 0
+        and (model["positions"] == "learned" or head_size % 2 == 0)
+        and model["num_heads"] % kv_heads == 0
+        and kv_heads % (tp * cp) == 0
         and ffn % tp == 0
         and vocab_rows % tp == 0
         and model["num_layers"] % (pp * vp) == 0
         and ragged == 0
         and (vp == 1 or (pp > 1 and per_replica % pp == 0))
-        and (not layout["sequence"] or (tp > 1 and model["seq_length"] % tp == 0))
-        and (pp == 1 or layout["zero"] == 1 or (layout["zero"] == 2 and not model["tied_embeddings"]))
-        and (tp * pp * dp) % launch["nodes"] == 0
-        and (per_node is None or per_node * launch["nodes"] == tp * pp * dp)
+        and (not layout["sequence"] or tp > 1)
+        and model["seq_length"] % pieces == 0
+        and (pp == 1 or layout["zero"] < 3)
+        and (tp * pp * cp * dp) % launch["nodes"] == 0
+        and (per_node is None or per_node * launch["nodes"] == tp * pp * cp * dp)
     )
 
 
