@@ -4,7 +4,6 @@ Everything else (the megatron-core config, the DeepSpeed JSON, the number of ran
 imports torch, so reading and checking a config takes milliseconds.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
@@ -118,6 +117,10 @@ class TrainConfig(Section):
     """Tokens to train on over the whole run; rounded up to whole steps."""
     global_batch_size: int = Field(256, ge=1)
     """Sequences per optimizer step over all ranks."""
+    ramp_start_batch_size: int | None = Field(None, ge=1)
+    """Sequences in the first steps, and by how many the batch grows to global_batch_size; empty means no ramp."""
+    ramp_tokens: Tokens = 0
+    """Tokens over which the batch grows linearly (GPT-3, appendix B)."""
     micro_batch_size: int = Field(1, ge=1)
     """Sequences per forward and backward pass of one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -147,6 +150,17 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; larger gradients are scaled down to it. 0 turns clipping off."""
 
 
+class StabilityConfig(Section):
+    spike_zscore: float = Field(8.0, ge=0.0)
+    """A loss or gradient norm so many robust standard deviations above the window's median is a spike; 0: none is."""
+    window: int = Field(64, ge=2)
+    """Accepted steps that a spike is measured against; there is none before half of them."""
+    max_skips_in_a_row: int = Field(3, ge=1)
+    """Skipped steps in a row after which training goes back to the newest checkpoint and passes them over."""
+    max_rollbacks: int = Field(2, ge=0)
+    """Rollbacks, without a sound checkpoint beyond the trouble, after which the run ends as diverged."""
+
+
 class ParallelConfig(Section):
     tensor: int = Field(1, ge=1)
     """Ranks that split every matrix."""
@@ -162,6 +176,8 @@ class ParallelConfig(Section):
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     zero: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO stage: what data-parallel ranks split (1 optimizer state, 2 and gradients, 3 and weights)."""
+    offload: Literal["none", "optimizer"] = "none"
+    """What is kept in the host's memory: nothing, or the optimizer with its state and the fp32 master weights."""
 
     @property
     def num_ranks(self) -> int:
@@ -171,8 +187,9 @@ class ParallelConfig(Section):
         interleaved = f" ({self.virtual_pipeline} chunks)" if self.virtual_pipeline > 1 else ""
         sequence = " with sequence parallel" if self.sequence else ""
         pipeline = f"pipeline {self.pipeline}{interleaved}"
+        offload = " with the optimizer offloaded" if self.offload == "optimizer" else ""
         context = f" x context {self.context}" if self.context > 1 else ""
-        return f"tensor {self.tensor}{sequence} x {pipeline}{context} x data {self.data}, ZeRO-{self.zero}"
+        return f"tensor {self.tensor}{sequence} x {pipeline}{context} x data {self.data}, ZeRO-{self.zero}{offload}"
 
 
 class DataConfig(Section):
@@ -237,6 +254,8 @@ class RunConfig(Section):
     """Length, batch and arithmetic of training."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """AdamW and the learning-rate schedule."""
+    stability: StabilityConfig = StabilityConfig()
+    """What happens to steps whose loss or gradients are no numbers, or far off."""
     parallel: ParallelConfig = ParallelConfig()
     """How the work is laid out over ranks."""
     data: DataConfig = DataConfig()
@@ -252,16 +271,12 @@ class RunConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Of the full batch; `trainer.schedule` knows the steps of a ramp."""
         return self.train.global_batch_size * self.model.seq_length
 
     @property
-    def num_steps(self) -> int:
-        """Optimizer steps in the run: total_tokens rounded up to whole steps."""
-        return math.ceil(self.train.total_tokens / self.tokens_per_step)
-
-    @property
     def num_microbatches(self) -> int:
-        """Micro-batches per step on each data-parallel replica."""
+        """Micro-batches of the full batch on each data-parallel replica."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.data)
 
     @property
@@ -376,6 +391,7 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
             f"the interleaved schedule needs the {config.num_microbatches} micro-batches of a step to be a multiple of "
             f"parallel.pipeline {parallel.pipeline}; change train.global_batch_size or micro_batch_size"
         )
+    yield from _ramp_problems(config)
     if train.total_tokens < 1:
         yield "train.total_tokens must be at least 1"
     end = config.optimizer.decay_tokens or train.total_tokens
@@ -385,6 +401,34 @@ def _batch_problems(config: RunConfig) -> Iterator[str]:
                 f"optimizer.warmup_tokens {config.optimizer.warmup_tokens} is not below {name} {tokens}: the learning "
                 f"rate would never reach its peak; lower it, to {tokens // 20} perhaps"
             )
+
+
+def _ramp_problems(config: RunConfig) -> Iterator[str]:
+    """A ramp's batch sizes are multiples of its first, so that every layout that accepts it has the same ones."""
+    train, parallel = config.train, config.parallel
+    start = train.ramp_start_batch_size
+    if start is None:
+        if train.ramp_tokens:
+            yield (
+                f"train.ramp_tokens is {train.ramp_tokens} and train.ramp_start_batch_size is empty: no batch would "
+                "grow; set both or none"
+            )
+        return
+    if not train.ramp_tokens:
+        yield f"train.ramp_start_batch_size {start} needs train.ramp_tokens above 0; set it, or leave both out"
+    if start > train.global_batch_size:
+        yield (
+            f"train.ramp_start_batch_size {start} is above train.global_batch_size {train.global_batch_size}, to which "
+            "the batch grows; lower it"
+        )
+    interleaved = parallel.virtual_pipeline > 1
+    whole = train.micro_batch_size * parallel.data * (parallel.pipeline if interleaved else 1)
+    if start % whole:
+        yield (
+            f"train.ramp_start_batch_size {start} is not divisible by micro_batch_size {train.micro_batch_size} x "
+            f"parallel.data {parallel.data}{f' x pipeline {parallel.pipeline} (interleaved)' if interleaved else ''}; "
+            f"use {_nearest_multiples(start, whole)}"
+        )
 
 
 def _nearest_multiples(value: int, divisor: int) -> str:

@@ -31,6 +31,7 @@ if not torch.cuda._is_compiled() or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import logger as deepspeed_logger
+from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 
 # Without these DeepSpeed would compile a C++ op (a minute) and log its whole config on every rank.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -65,14 +66,9 @@ class _Chunks(torch.nn.Module):
     def __init__(self, chunks: Sequence[GPTModel]) -> None:
         super().__init__()
         self.chunks = torch.nn.ModuleList(chunks)
-        self.optimizer: Any = None
 
     def forward(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
-        output = self.chunks[index](*args, **kwargs)
-        if output.requires_grad:
-            # DeepSpeed resets its per-backward state in its forward. Under 1F1B several backwards follow one forward,
-            # so reset it as each backward begins; registered here, it runs before the engine's own output hook.
-            output.register_hook(lambda _: self.optimizer.clear_backward_seen_flag())
+        output: Tensor = self.chunks[index](*args, **kwargs)
         return output
 
 
@@ -85,7 +81,8 @@ class Engine:
         self._chunks = build_chunks(config)
         self._root = _Chunks(self._chunks).to(device)
         self._placements = placements(self._chunks)
-        self._mark_replicated_embedding()
+        self._shared_embedding = self._find_shared_embedding()
+        self._count_copies_once()
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(self._root, config.optimizer.weight_decay),
             lr=config.optimizer.lr,
@@ -103,7 +100,13 @@ class Engine:
             mpu=parallel.DeepSpeedTopology(),
             dist_init_required=False,
         )
-        self._root.optimizer = self._zero
+        self._root.register_forward_hook(self._renew_backward_state)
+        if self._shared_embedding is not None and config.parallel.zero > 1:
+            self._sum_shared_embedding_when_reduced()
+        if config.parallel.zero == 3 and config.parallel.pipeline > 1:
+            # To prefetch weights ZeRO-3 traces modules, and has all ranks agree on the order by broadcasts in forward.
+            # Stages run different modules at different times and would deadlock: here modules fetch as they run.
+            self._zero.parameter_offload.fwd_pre_hook.remove()
         self.stages = [
             StageView(chunk, lambda *args, _index=index, **kwargs: self._engine(_index, *args, **kwargs))
             for index, chunk in enumerate(self._chunks)
@@ -118,6 +121,8 @@ class Engine:
             parallel.seed_dropout(self.config.seed, step)
         for group in self._zero.param_groups:
             group["lr"] = lr
+        if len(self._chunks) > 1:
+            self._clear_partitioned_gradients()
         total, count = run_schedule(self.stages, self.config.model, micro_batches, forward_only=False)
         self._finalize_gradients()
         self._engine.step()
@@ -142,12 +147,16 @@ class Engine:
             dist.all_reduce(flat, group=parallel.tensor_group())
             for gradient, summed in zip(partial, _unflatten_dense_tensors(flat, partial), strict=True):
                 gradient.copy_(summed)
-        group = parallel.embedding_group() if self.config.model.tied_embeddings else None
-        if group is not None and parallel.pipeline_size() > 1:
-            for chunk in self._chunks:
-                if chunk.pre_process or chunk.post_process:
-                    weight = chunk.shared_embedding_or_output_weight()
-                    dist.all_reduce(_accumulated_gradient(weight), group=group)
+        if self._shared_embedding is not None and self.config.parallel.zero == 1:
+            dist.all_reduce(_accumulated_gradient(self._shared_embedding), group=parallel.embedding_group())
+
+    def _clear_partitioned_gradients(self) -> None:
+        """DeepSpeed overwrites the last step's gradients in a step's first backward alone, which is of one chunk."""
+        if self.config.parallel.zero == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
+        elif self.config.parallel.offload == "optimizer":
+            for gradient in self._zero.accumulated_grads_in_cpu.values():
+                gradient.zero_()
 
     def _reduce_sequence_parallel_gradients_as_they_come(self) -> None:
         """ZeRO 2 and 3 reduce during backward, too early for `_finalize_gradients`."""
@@ -161,11 +170,59 @@ class Engine:
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(summed)
 
-    def _mark_replicated_embedding(self) -> None:
-        """The last stage's copy of a tied embedding must not count twice in the gradient norm."""
-        for chunk in self._chunks:
-            if chunk.post_process and not chunk.pre_process and chunk.share_embeddings_and_output_weights:
-                chunk.output_layer.weight.ds_pipe_replicated = True
+    def _sum_shared_embedding_when_reduced(self) -> None:
+        """ZeRO 2 and 3 reduce during backward, and hand out whole gradients only once DeepSpeed has finalized them."""
+        finalize = self._zero.finalize_gradient_accumulation_boundary
+
+        def finalize_and_sum() -> None:
+            finalize()
+            weight, group = self._shared_embedding, parallel.embedding_group()
+            if self.config.parallel.zero == 3:  # every part of one stage's copy has its like on the other stage
+                part = safe_get_local_grad(weight)
+                dist.all_reduce(part, group=group)
+                safe_set_local_grad(weight, part)
+                return
+            whole = safe_get_full_grad(weight)
+            dist.all_reduce(whole, group=group)
+            safe_set_full_grad(weight, whole)
+            if self.config.parallel.offload == "optimizer" and weight._hp_mapping is not None:
+                # finalizing has taken the norm of what is offloaded, too early
+                part = weight._hp_mapping.get_lp_grad_fragment(weight._index_in_param_group)
+                self._zero.norm_for_param_grads[self._zero.get_param_id(weight)] = part.norm()
+
+        self._zero.finalize_gradient_accumulation_boundary = finalize_and_sum
+
+    def _renew_backward_state(self, root: torch.nn.Module, inputs: Any, output: Tensor) -> None:
+        """A forward hook: let each backward find DeepSpeed's state as one forward leaves it.
+
+        DeepSpeed resets it in forward, but under 1F1B several backwards follow one forward. The output is the one
+        that DeepSpeed is about to register its own hook on, so this one runs before it.
+        """
+        if not output.requires_grad:
+            return
+        # ZeRO-3 releases a module's weights once gradients of so many of its inputs have come
+        num_inputs = {m: m.ds_grads_remaining for m in root.modules() if hasattr(m, "ds_grads_remaining")}
+
+        def renew(_: Tensor) -> None:
+            self._zero.clear_backward_seen_flag()
+            for module, count in num_inputs.items():
+                module.ds_grads_remaining = count
+
+        output.register_hook(renew)
+
+    def _find_shared_embedding(self) -> Any:  # a parameter or None; DeepSpeed hangs its own attributes on it
+        """This rank's copy of the matrix that the first and the last pipeline stage share, if it has one."""
+        if not self.config.model.tied_embeddings or parallel.pipeline_size() == 1:
+            return None
+        ends = (chunk for chunk in self._chunks if chunk.pre_process or chunk.post_process)
+        return next((chunk.shared_embedding_or_output_weight() for chunk in ends), None)
+
+    def _count_copies_once(self) -> None:
+        """Of a parameter that several model-parallel ranks hold, one copy counts in the gradient norm."""
+        parameter: Any  # DeepSpeed reads these marks; ZeRO-3 knows the second alone
+        for parameter, placement in self._placements.items():
+            parameter.ds_pipe_replicated = not placement.is_main
+            parameter.tensor_model_parallel = placement.is_main
 
     # --------------------------------------------------------------------------------------------------------- state
 
@@ -217,27 +274,32 @@ class Engine:
 
     def _flat_fragments(self) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, Tensor]]]:
         """(parameter, first flat element this rank keeps of it, 1-d views of its master weights and moments)."""
-        parameter: Any  # DeepSpeed hangs its own attributes on it
-        if self.config.parallel.zero == 3:
-            for parameter in self._placements:
-                rank = self._zero._get_param_partition_rank(parameter)
-                flats = {MASTER: self._zero.get_local_fp32_param(parameter)}
-                flats |= {kind: self._zero.get_local_fp32_param(parameter, kind) for kind in STATE_KINDS[1:]}
-                start = rank * flats[MASTER].numel()
-                length = max(0, min(flats[MASTER].numel(), parameter.ds_numel - start))  # the last part is padded
-                yield parameter, start, {kind: flat[:length] for kind, flat in flats.items()}
-            return
-        # Read the flat buffers themselves: with two parameter groups DeepSpeed links the moments of the second late.
+        # Views of the flat buffers themselves: with two parameter groups DeepSpeed links the moments of the second
+        # late, and its readers copy what is offloaded.
         buffers = self._master_buffers()
         for parameter in self._placements:
-            mapping = parameter._hp_mapping
-            if mapping is None:  # all of it lies on other data-parallel ranks
+            address = self._address(parameter)
+            if address is None:
                 continue
-            buffer, address = buffers[mapping.param_group_index], mapping.hp_fragment_address
-            state = self._zero.optimizer.state[buffer]
-            flats = {MASTER: buffer.data} | {kind: state[kind] for kind in STATE_KINDS[1:]}
-            start = mapping.lp_fragment_address.start
-            yield parameter, start, {k: flat.narrow(0, address.start, address.numel) for k, flat in flats.items()}
+            index, offset, start, length = address
+            state = self._zero.optimizer.state[buffers[index]]
+            flats = {MASTER: buffers[index].data} | {kind: state[kind] for kind in STATE_KINDS[1:]}
+            yield parameter, start, {kind: flat.narrow(0, offset, length) for kind, flat in flats.items()}
+
+    def _address(self, parameter: Any) -> tuple[int, int, int, int] | None:
+        """(index of the master buffer, offset in it, first flat element of the parameter, length) of this rank's part.
+
+        None where all of it lies on other data-parallel ranks.
+        """
+        if self.config.parallel.zero == 3:
+            index, offset, padded_length = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            start = self._zero._get_param_partition_rank(parameter) * padded_length
+            return index, offset, start, max(0, min(padded_length, parameter.ds_numel - start))
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        kept, source = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return mapping.param_group_index, kept.start, source.start, kept.numel
 
     def _master_buffers(self) -> list[Tensor]:
         """This rank's flat fp32 master weights, one per parameter group; each ZeRO stage names them its own way."""
@@ -257,6 +319,8 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "steps_per_print": 10**9,
     }
+    if config.parallel.offload == "optimizer":
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if config.train.precision == "bf16":
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -276,7 +340,7 @@ def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict
 
 def _accumulated_gradient(parameter: Tensor) -> Tensor:
     """Where DeepSpeed ZeRO 1 accumulates: in fp32 beside a bf16 parameter, else in the parameter's own grad."""
-    gradient = getattr(parameter, "_hp_grad", None)
-    gradient = parameter.grad if gradient is None else gradient
+    names = ("_hp_grad", "grad_accum", "grad")  # the second is the first's name under offload of the optimizer
+    gradient = next((found for name in names if (found := getattr(parameter, name, None)) is not None), None)
     assert gradient is not None, "no gradient was accumulated"
     return gradient

@@ -1,4 +1,4 @@
-"""Published GPT architectures and recipes, one function each, citing the table it comes from.
+"""Published architectures and recipes, one function each, citing the table it comes from.
 
 A preset is plain nested data under the names of `trainer.config`; a run's YAML names one
 (`preset: gpt3_small`) and overrides what it wants to change. Counts of tokens are per step (`global_batch_tokens`)
@@ -7,7 +7,9 @@ or over the run; learning rates are peaks.
 Sources:
     GPT-1  Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training", section 4.1.
     GPT-2  Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2 and section 2.3.
-    GPT-3  Brown et al. 2020, "Language Models are Few-Shot Learners", table 2.1 and appendix B.
+    GPT-3  Brown et al. 2020, "Language Models are Few-Shot Learners", section 2.1, table 2.1 and appendix B.
+    Llama 2  Touvron et al. 2023, arXiv:2307.09288, section 2.2 and table 1.
+    Llama 3  Dubey et al. 2024, arXiv:2407.21783, sections 1, 3.2 and 3.4 and table 3.
 """
 
 from collections.abc import Callable
@@ -84,7 +86,9 @@ def _gpt3(num_layers: int, hidden_size: int, num_heads: int, batch_tokens: int, 
     """A row of table 2.1 with appendix B's recipe: context 2048, Adam (0.9, 0.95, 1e-8), clip 1.0, decay 0.1,
     warm-up over 375M tokens, cosine to 10 % over 260B tokens, 300B tokens in all.
 
-    Attention is dense here; the paper alternates dense and locally banded layers, which changes no parameter count.
+    Dense and locally banded layers alternate (section 2.1). The paper does not state the width of the band: 256 is that
+    of GPT-Neo, which replicates it. Nor does it speak of biases: without those of queries, keys and values, which are
+    less than 0.03 % of the parameters, GPT-Neo's class opens the trained model.
     """
     return {
         "model": {
@@ -93,6 +97,8 @@ def _gpt3(num_layers: int, hidden_size: int, num_heads: int, batch_tokens: int, 
             "num_heads": num_heads,
             "vocab_size": 50257,
             "seq_length": 2048,
+            "attention_window": 256,
+            "biases": "all_but_qkv",
         },
         "train": {"global_batch_size": batch_tokens // 2048, "total_tokens": 300 * _BILLION},
         "optimizer": {
@@ -149,6 +155,68 @@ def gpt3_175b() -> Preset:
     return _gpt3(96, 12288, 96, batch_tokens=1536 * 2048, lr=0.6e-4)
 
 
+_LLAMA_MODEL: Preset = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "num_heads": 32,
+    "positions": "rotary",
+    "norm": "rms",
+    "activation": "swiglu",
+    "biases": "none",
+    "tied_embeddings": False,
+}
+
+
+def _llama_optimizer(warmup_tokens: int) -> Preset:
+    """AdamW (0.9, 0.95, 1e-5), clip 1.0, decay 0.1, cosine to 10 % (Llama 2, section 2.2); 3e-4 is for 7B and 8B."""
+    return {
+        "lr": 3.0e-4,
+        "min_lr_fraction": 0.1,
+        "warmup_tokens": warmup_tokens,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "eps": 1e-5,
+        "weight_decay": 0.1,
+        "clip_grad_norm": 1.0,
+    }
+
+
+def llama2_7b() -> Preset:
+    """Llama 2 7B; context 4096, batch 4M tokens, 2T tokens in all, warm-up over 2,000 steps.
+
+    Its vocabulary has 32,000 tokens, and its feed-forward width 11,008 is that of the released weights.
+    """
+    batch_size = 1024
+    return {
+        "model": _LLAMA_MODEL
+        | {"ffn_hidden_size": 11008, "vocab_size": 32000, "seq_length": 4096, "rotary_base": 10_000.0},
+        "train": {"global_batch_size": batch_size, "total_tokens": 2000 * _BILLION},
+        "optimizer": _llama_optimizer(warmup_tokens=2000 * batch_size * 4096),
+    }
+
+
+def llama3_8b() -> Preset:
+    """Llama 3 8B before its context is lengthened: 8 key-value heads, rotary base 500,000, context 8192, lr 3e-4.
+
+    Its vocabulary of 128,256 tokens is that of the released weights (128K in the paper), the run's length is the
+    paper's "about 15T tokens". Batch, warm-up and the rest of the recipe are Llama 2's: the paper states them for its
+    405B model only.
+    """
+    batch_size = 512
+    return {
+        "model": _LLAMA_MODEL
+        | {
+            "num_kv_heads": 8,
+            "ffn_hidden_size": 14336,
+            "vocab_size": 128256,
+            "seq_length": 8192,
+            "rotary_base": 500_000.0,
+        },
+        "train": {"global_batch_size": batch_size, "total_tokens": 15_000 * _BILLION},
+        "optimizer": _llama_optimizer(warmup_tokens=2000 * batch_size * 8192),
+    }
+
+
 PRESETS: dict[str, Callable[[], Preset]] = {
     preset.__name__: preset
     for preset in (
@@ -165,5 +233,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
         gpt3_6_7b,
         gpt3_13b,
         gpt3_175b,
+        llama2_7b,
+        llama3_8b,
     )
 }

@@ -76,7 +76,7 @@ def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.de
     _, heldout = _readers(config, run_dir)
     tokens = heldout.windows(range(min(2, heldout.num_windows)))[:, :-1].to(device)
     logits = model.logits(tokens)
-    if logits is not None and parallel.tensor_rank() == 0 and parallel.data_rank() == 0:
+    if logits is not None and not (parallel.tensor_rank() or parallel.context_rank() or parallel.data_rank()):
         torch.save({"tokens": tokens.cpu(), "logits": logits.cpu()}, spec.output)
 
 

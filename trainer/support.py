@@ -54,6 +54,7 @@ FEATURES: dict[str, Feature] = {
         Feature("data", "DP ZeRO-1", {"parallel.data": 2}, lambda c: c.parallel.zero == 1),
         Feature("data", "DP ZeRO-2", {"parallel.data": 2, "parallel.zero": 2}, lambda c: c.parallel.zero == 2),
         Feature("data", "DP ZeRO-3", {"parallel.data": 2, "parallel.zero": 3}, lambda c: c.parallel.zero == 3),
+        Feature("offload", "offload", {"parallel.offload": "optimizer"}, lambda c: c.parallel.offload == "optimizer"),
         Feature("recompute", "selective", {"train.recompute": "selective"}, lambda c: c.train.recompute == "selective"),
         Feature("recompute", "full", {"train.recompute": "full"}, lambda c: c.train.recompute == "full"),
         Feature("precision", "bf16", {"train.precision": "bf16"}, lambda c: c.train.precision == "bf16"),
@@ -68,7 +69,7 @@ FEATURES: dict[str, Feature] = {
     )
 }
 
-LIMITS: tuple[Limit, ...] = (Limit(("DP ZeRO-3", "PP"), "does not work under pipelines", {"parallel.zero": 1}),)
+LIMITS: tuple[Limit, ...] = ()
 
 
 def problems(config: RunConfig) -> Iterator[str]:

@@ -41,6 +41,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2 ZeRO-3": {"data": 2, "zero": 3},
     "TP2 x PP2": {"tensor": 2, "pipeline": 2},
     "PP2 x DP2 interleaved": {"pipeline": 2, "data": 2, "virtual_pipeline": 2},
+    "CP2": {"context": 2},
+    "CP4": {"context": 4},
+    "CP2 x TP2": {"context": 2, "tensor": 2},
+    "CP2 x TP2 SP": {"context": 2, "tensor": 2, "sequence": True},
+    "CP2 x PP2 interleaved": {"context": 2, "pipeline": 2, "virtual_pipeline": 2},
 }
 
 

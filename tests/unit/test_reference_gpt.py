@@ -1,11 +1,23 @@
-"""The reference itself is held to transformers' GPT-2 and GPT-1, which share nothing with it but PyTorch."""
+"""The reference itself is held to transformers' GPT-1, GPT-2, GPT-Neo and Llama.
+
+They share nothing with it but PyTorch.
+"""
 
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 from reference_gpt import ReferenceGPT, train
 
@@ -50,9 +62,13 @@ def hugging_face(kind: str) -> torch.nn.Module:
         model: torch.nn.Module = OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes))
     else:
         model = GPT2LMHeadModel(GPT2Config(**sizes, n_inner=FFN, tie_word_embeddings=kind == "tied"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    return perturbed(model)
+
+
+@torch.no_grad()
+def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
@@ -106,10 +122,127 @@ def test_logits_equal_transformers(kind: str) -> None:
         ffn_hidden_size=GPT1_FFN if kind == "post" else FFN,
     )
     ours.load_global(global_tensors(dict(theirs.named_parameters()), kind))
+    assert_same_logits(ours, theirs)
+
+
+def by_group(q: Tensor, k: Tensor, v: Tensor, kv_heads: int) -> Tensor:
+    """[n d, h], [m d, h], [m d, h] -> linear_qkv's rows: for each key-value head its queries, its key, its value"""
+    parts = [matrix.chunk(kv_heads) for matrix in (q, k, v)]
+    return torch.cat([rows for group in zip(*parts, strict=True) for rows in group])
+
+
+@pytest.mark.parametrize("window", [1, 5, SEQ - 1, 256])
+def test_logits_equal_transformers_gpt_neo(window: int) -> None:
+    """Its scores are not divided by the root of the head size, so our queries must be larger by it."""
+    torch.manual_seed(2)
+    config = GPTNeoConfig(
+        vocab_size=VOCAB,
+        max_position_embeddings=SEQ,
+        hidden_size=HIDDEN,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        intermediate_size=FFN,
+        attention_types=[[["global", "local"], 1], [["global"], 1]],
+        window_size=window,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    theirs = perturbed(GPTNeoForCausalLM(config))
+    named = {name.removeprefix("transformer."): value.detach().clone() for name, value in theirs.named_parameters()}
+    layers = [
+        {n.removeprefix(f"h.{i}."): v for n, v in named.items() if n.startswith(f"h.{i}.")} for i in range(LAYERS)
+    ]
+    tensors = {
+        "embedding.word_embeddings.weight": padded(named["wte.weight"]),
+        "embedding.position_embeddings.weight": named["wpe.weight"],
+        "decoder.final_layernorm.weight": named["ln_f.weight"],
+        "decoder.final_layernorm.bias": named["ln_f.bias"],
+        "decoder.layers.self_attention.linear_qkv.weight": torch.stack(
+            [
+                by_group(
+                    (HIDDEN / HEADS) ** 0.5 * layer["attn.attention.q_proj.weight"],
+                    layer["attn.attention.k_proj.weight"],
+                    layer["attn.attention.v_proj.weight"],
+                    HEADS,
+                )
+                for layer in layers
+            ]
+        ),
+    }
+    for their_name, our_name in {
+        "ln_1": "input_layernorm",
+        "ln_2": "pre_mlp_layernorm",
+        "attn.attention.out_proj": "self_attention.linear_proj",
+        "mlp.c_fc": "mlp.linear_fc1",
+        "mlp.c_proj": "mlp.linear_fc2",
+    }.items():
+        for part in ("weight", "bias"):
+            tensors[f"decoder.layers.{our_name}.{part}"] = torch.stack(
+                [layer[f"{their_name}.{part}"] for layer in layers]
+            )
+    ours = reference(attention_window=window, biases="all_but_qkv")
+    ours.load_global(tensors)
+    assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "tied", "base"), [(4, True, 10_000.0), (4, False, 500_000.0), (2, False, 10_000.0), (1, True, 100.0)]
+)
+def test_logits_equal_transformers_llama(kv_heads: int, tied: bool, base: float) -> None:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        max_position_embeddings=SEQ,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=kv_heads,
+        intermediate_size=FFN,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": base},
+        tie_word_embeddings=tied,
+    )
+    theirs = perturbed(LlamaForCausalLM(config))
+    named = {name: value.detach().clone() for name, value in theirs.named_parameters()}
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([named[f"model.layers.{layer}.{name}.weight"] for layer in range(LAYERS)])
+
+    q, k, v = (stacked(f"self_attn.{part}_proj") for part in "qkv")
+    tensors = {
+        "embedding.word_embeddings.weight": padded(named["model.embed_tokens.weight"]),
+        "decoder.layers.input_layernorm.weight": stacked("input_layernorm"),
+        "decoder.layers.self_attention.linear_qkv.weight": torch.stack(
+            [by_group(*layer, kv_heads) for layer in zip(q, k, v, strict=True)]
+        ),
+        "decoder.layers.self_attention.linear_proj.weight": stacked("self_attn.o_proj"),
+        "decoder.layers.pre_mlp_layernorm.weight": stacked("post_attention_layernorm"),
+        "decoder.layers.mlp.linear_fc1.weight": torch.cat([stacked("mlp.gate_proj"), stacked("mlp.up_proj")], dim=1),
+        "decoder.layers.mlp.linear_fc2.weight": stacked("mlp.down_proj"),
+        "decoder.final_layernorm.weight": named["model.norm.weight"],
+    }
+    if not tied:
+        tensors["output_layer.weight"] = padded(named["lm_head.weight"])
+    ours = reference(
+        num_kv_heads=kv_heads,
+        positions="rotary",
+        rotary_base=base,
+        norm="rms",
+        activation="swiglu",
+        biases="none",
+        tied_embeddings=tied,
+    )
+    ours.load_global(tensors)
+    assert_same_logits(ours, theirs)
+
+
+@torch.no_grad()
+def assert_same_logits(ours: ReferenceGPT, theirs: torch.nn.Module) -> None:
     batch = tokens(4, SEQ)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(batch), theirs(batch).logits, atol=1e-5, rtol=0)
-        torch.testing.assert_close(ours(batch[:, :5]), theirs(batch[:, :5]).logits, atol=1e-5, rtol=0)
+    for part in (batch, batch[:, :5]):
+        expected = theirs(part).logits
+        assert expected.std() > 0.1, "logits that hardly vary would show nothing"
+        torch.testing.assert_close(ours(part), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"tied_embeddings": False}, {"norm_placement": "post"}])

@@ -1,6 +1,7 @@
-"""The bridge to Hugging Face: a trained model written as a GPT-2 folder that `transformers` opens without our code.
+"""The bridge to Hugging Face: a trained model written as a folder that `transformers` opens without our code.
 
-This is the only file that imports `transformers`. An export is written beside its destination, checked against the
+Which of their classes it becomes, and what goes where, is `trainer.checkpoint.families`' to say; this is the only file
+that imports `transformers`. An export is written beside its destination, checked against the
 trained model, and only then moved into place:
 
     temporary = export_model(weights, config, tokenizer_folder, out, facts)
@@ -24,8 +25,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from trainer.checkpoint.gpt2_weights import MAX_SHARD_BYTES, write_weights
-from trainer.config import NORM_EPS, ModelConfig, RunConfig, UserError
+from trainer.checkpoint.families.choice import family_of
+from trainer.checkpoint.families.family import Family
+from trainer.checkpoint.safetensors_stream import MAX_SHARD_BYTES, write_weights
+from trainer.config import ModelConfig, RunConfig, UserError
 from trainer.plan import num_parameters
 
 TOLERANCE = 1e-4
@@ -43,16 +46,12 @@ class ExportMismatch(RuntimeError):
 
 
 def check_exportable(config: RunConfig) -> None:
-    """Refuse a model that has no Hugging Face counterpart yet; needs no weights, so ask before training.
+    """Refuse a model that no class of Hugging Face computes; needs no weights, so ask before training.
 
     Raises:
-        UserError: says what can be exported.
+        UserError: names the nearest settings of a model that can be exported.
     """
-    if config.model.norm_placement != "pre":
-        raise UserError(
-            f"a model of model.norm_placement {config.model.norm_placement} (GPT-1) cannot be exported to Hugging Face "
-            "yet; models of model.norm_placement pre (GPT-2, GPT-3) can, with tied or untied embeddings"
-        )
+    family_of(config.model)
 
 
 def check_export(config: RunConfig, tokenizer_folder: Path, out: Path) -> int:
@@ -90,9 +89,10 @@ def export_model(
     temporary.mkdir(parents=True)
     for name in _TOKENIZER_FILES:
         shutil.copyfile(tokenizer_folder / name, temporary / name)
-    _write_configs(temporary, config.model, end_of_text)
-    write_weights(temporary, weights, config.model, max_shard_bytes)
-    (temporary / "README.md").write_text(_model_card(config, facts), encoding="utf-8")
+    family = family_of(config.model)
+    tensors = family.tensors(config.model, _write_configs(temporary, family, config.model, end_of_text))
+    write_weights(temporary, weights, tensors, max_shard_bytes)
+    (temporary / "README.md").write_text(_model_card(config, family, facts), encoding="utf-8")
     return temporary
 
 
@@ -135,26 +135,20 @@ def _end_of_text_id(tokenizer_folder: Path, model: ModelConfig) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _write_configs(folder: Path, model: ModelConfig, end_of_text: int) -> None:
-    transformers.GPT2Config(
-        architectures=["GPT2LMHeadModel"],
+def _write_configs(folder: Path, family: Family, model: ModelConfig, end_of_text: int) -> dict[str, tuple[int, ...]]:
+    """Write config.json and generation_config.json; returns the shapes of the parameters that they ask for, by name."""
+    architecture: Any = getattr(transformers, family.architecture)
+    config = architecture.config_class(
+        architectures=[family.architecture],
         dtype="float32",
         vocab_size=model.vocab_size,
-        n_positions=model.seq_length,
-        n_embd=model.hidden_size,
-        n_layer=model.num_layers,
-        n_head=model.num_heads,
-        n_inner=model.ffn_size,
-        activation_function="gelu_new",
-        layer_norm_epsilon=NORM_EPS,
         initializer_range=model.init_std,
-        embd_pdrop=model.dropout,
-        resid_pdrop=model.dropout,
-        attn_pdrop=model.dropout,
         tie_word_embeddings=model.tied_embeddings,
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
-    ).save_pretrained(folder)
+        **family.config(model),
+    )
+    config.save_pretrained(folder)
     transformers.GenerationConfig(
         do_sample=True,
         top_k=50,
@@ -162,24 +156,24 @@ def _write_configs(folder: Path, model: ModelConfig, end_of_text: int) -> None:
         eos_token_id=end_of_text,
         pad_token_id=end_of_text,
     ).save_pretrained(folder)
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in architecture(config).named_parameters()}
 
 
-def _model_card(config: RunConfig, facts: Mapping[str, object]) -> str:
+def _model_card(config: RunConfig, family: Family, facts: Mapping[str, object]) -> str:
     model = config.model
-    rows = {
-        "Parameters": num_parameters(model),
-        "Layers": model.num_layers,
-        "Hidden size": model.hidden_size,
-        "Attention heads": model.num_heads,
-        "Context, tokens": model.seq_length,
-        "Vocabulary, tokens": model.vocab_size,
-        **facts,
-    }
+    rows: dict[str, object] = {"Parameters": num_parameters(model), "Layers": model.num_layers}
+    rows |= {"Hidden size": model.hidden_size, "Attention heads": model.num_heads}
+    if model.kv_heads != model.num_heads:
+        rows["Key-value heads"] = model.kv_heads
+    if model.attention_window is not None:
+        rows["Attention window of every second layer, tokens"] = model.attention_window
+    rows |= {"Context, tokens": model.seq_length, "Vocabulary, tokens": model.vocab_size, **facts}
     table = "".join(f"| {name} | {_formatted(value)} |\n" for name, value in rows.items())
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{_CARD_TAG}---\n\n"
         f"# {config.name}\n\n"
-        "A GPT trained with Broadgauge, in the format of GPT-2. Open it with `transformers`:\n\n"
+        f"A GPT trained with Broadgauge, as a `{family.architecture}`. Open it with `transformers`:\n\n"
         "```python\n"
         "from transformers import pipeline\n\n"
         'generate = pipeline("text-generation", model="this folder")\n'

@@ -15,6 +15,7 @@ from trainer import parallel
 from trainer.checkpoint import sharded, store
 from trainer.config import RunConfig
 from trainer.data import MicroBatch
+from trainer.model.context_parallel import local_positions
 from trainer.model.gpt import build_chunks
 from trainer.pipeline import StageView, run_schedule, sum_over_replicas
 
@@ -44,11 +45,13 @@ class FrozenModel:
         """tokens [b, s] -> logits [b, s, V], fp32, on the ranks of the last pipeline stage; None on the others."""
         found: list[Tensor] = []
 
-        def keep(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> None:
-            found.append(output[0].clone())  # the loss that follows overwrites them
+        def keep(layer: torch.nn.Module, inputs: tuple[Any, ...], losses: Tensor) -> None:
+            hidden, _, weight = inputs
+            if not found:  # the copies below give the same
+                found.append(layer.forward(hidden, None, weight))  # without labels it returns logits
 
         hooks = [chunk.output_layer.register_forward_hook(keep) for chunk in self.chunks if chunk.post_process]
-        # the schedule moves activations between stages; the loss it computes beside the logits is not used
+        # the schedule moves activations between stages; the losses it computes beside the logits are not used
         padded = torch.nn.functional.pad(tokens, (0, 1))
         copies = parallel.pipeline_size() if len(self.stages) > 1 else 1  # interleaving wants whole rounds
         run_schedule(self.stages, self.config.model, [MicroBatch(padded)] * copies, forward_only=True)
@@ -56,7 +59,17 @@ class FrozenModel:
             hook.remove()
         if not found:
             return None
-        local = found[0].transpose(0, 1).float().contiguous()  # [b, s, V / tensor ranks]
-        shards = [torch.empty_like(local) for _ in range(parallel.tensor_size())]
-        dist.all_gather(shards, local, group=parallel.tensor_group())
-        return torch.cat(shards, dim=-1)[..., : self.config.model.vocab_size]
+        shard = found[0].float()  # [b, s / context ranks, V / tensor ranks]
+        rows = torch.cat(_gathered(shard, parallel.tensor_group()), dim=-1)[..., : self.config.model.vocab_size]
+        whole = rows.new_empty(*tokens.shape, rows.shape[-1])
+        for rank, part in enumerate(_gathered(rows, parallel.context_group())):
+            whole[:, local_positions(tokens.shape[1], rank, parallel.context_size())] = part
+        return whole
+
+
+def _gathered(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Every rank's tensor of this shape, in order of rank."""
+    mine = mine.contiguous()
+    tensors = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(tensors, mine, group=group)
+    return tensors

@@ -3,7 +3,6 @@
 Shapes: s sequence, b batch, v this tensor-parallel rank's rows of the padded vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from trainer import parallel
 from trainer.config import NORM_EPS, ModelConfig, RunConfig
 from trainer.model.attention import CausalAttention
+from trainer.model.cross_entropy import OutputLayer
 from trainer.model.norm import NormAfterResidual, norm_class
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -78,6 +78,22 @@ def _banded_layers(model: ModelConfig) -> dict[str, Any]:
     return {"window_size": (model.attention_window - 1, 0), "window_attn_skip_freq": banded}
 
 
+class GPT(GPTModel):
+    """megatron-core's GPT with an output layer that computes the loss itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer.__class__ = OutputLayer  # megatron-core takes no spec for this layer
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **_: Any) -> Tensor:
+        """Hidden states [s, b, h] on to the next stage, or token losses [b, s], or logits where there are no labels."""
+        if not self.post_process:
+            return hidden_states
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, labels, tied)
+
+
 def build_chunks(config: RunConfig) -> list[GPTModel]:
     """This rank's virtual pipeline chunks, uninitialised (weights are whatever memory held)."""
     mcore_config = transformer_config(config)
@@ -87,7 +103,7 @@ def build_chunks(config: RunConfig) -> list[GPTModel]:
 
 
 def _build_chunk(model: ModelConfig, mcore_config: TransformerConfig, virtual_stage: int | None) -> GPTModel:
-    chunk = GPTModel(
+    chunk = GPT(
         mcore_config,
         _block_spec(model, mcore_config, virtual_stage),
         vocab_size=model.padded_vocab_size,
@@ -101,8 +117,8 @@ def _build_chunk(model: ModelConfig, mcore_config: TransformerConfig, virtual_st
         vp_stage=virtual_stage,
     )
     _mark_tensor_parallel_weights(chunk)
-    if chunk.post_process and model.padded_vocab_size != model.vocab_size:
-        _mask_padded_vocabulary(chunk, model.vocab_size)
+    if chunk.post_process:
+        chunk.output_layer.vocab_size = model.vocab_size
     return chunk.to(mcore_config.params_dtype)
 
 
@@ -147,16 +163,3 @@ def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
         elif isinstance(module, RowParallelLinear):
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=1, stride=1)
-
-
-def _mask_padded_vocabulary(chunk: GPTModel, vocab_size: int) -> None:
-    """Give the rows that only pad the embedding no probability, so that padding never changes what is computed."""
-
-    def mask(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        logits, bias = output  # [s, b, v]
-        first_padded = max(0, vocab_size - parallel.tensor_rank() * logits.shape[-1])
-        if first_padded < logits.shape[-1]:
-            logits[..., first_padded:] = -math.inf
-        return logits, bias
-
-    chunk.output_layer.register_forward_hook(mask)

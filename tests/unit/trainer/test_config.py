@@ -561,7 +561,6 @@ def works(tree: Tree) -> bool:
         and (vp == 1 or (pp > 1 and per_replica % pp == 0))
         and (not layout["sequence"] or tp > 1)
         and model["seq_length"] % pieces == 0
-        and (pp == 1 or layout["zero"] < 3)
         and (tp * pp * cp * dp) % launch["nodes"] == 0
         and (per_node is None or per_node * launch["nodes"] == tp * pp * cp * dp)
     )

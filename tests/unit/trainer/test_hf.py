@@ -16,6 +16,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from parity import reference_of
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint import hf
 from trainer.config import RunConfig, UserError
@@ -27,13 +28,20 @@ END_OF_TEXT = "<|endoftext|>"
 PROMPT = "hello world, the cat"
 FACTS = {"Steps": 1200, "Final loss": 3.14159265, "Layout": "TP2 | PP2"}
 
-VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
-    # name: (changes to the model, max_shard_bytes)
-    "tied": ({}, 10**9),
-    "untied": ({"tied_embeddings": False}, 10**9),
-    "sharded": ({"tied_embeddings": False}, 60_000),
-    "default_ffn": ({"ffn_hidden_size": None, "dropout": 0.1}, 10**9),
+LLAMA = {"num_kv_heads": 2, "positions": "rotary", "norm": "rms", "activation": "swiglu", "biases": "none"}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
+    # name: (class of transformers, changes to the model, max_shard_bytes)
+    "tied": ("GPT2LMHeadModel", {}, 10**9),
+    "untied": ("GPT2LMHeadModel", {"tied_embeddings": False}, 10**9),
+    "sharded": ("GPT2LMHeadModel", {"tied_embeddings": False}, 60_000),
+    "default_ffn": ("GPT2LMHeadModel", {"ffn_hidden_size": None, "dropout": 0.1}, 10**9),
+    "gpt1": ("OpenAIGPTLMHeadModel", {"norm_placement": "post", "ffn_hidden_size": None, "dropout": 0.1}, 10**9),
+    "gpt_neo": ("GPTNeoForCausalLM", {"biases": "all_but_qkv", "attention_window": 7, "dropout": 0.1}, 10**9),
+    "llama": ("LlamaForCausalLM", LLAMA | {"dropout": 0.1}, 10**9),
+    "llama_sharded": ("LlamaForCausalLM", LLAMA | {"tied_embeddings": False}, 40_000),
 }
+ONE_OF_EACH = ("tied", "gpt1", "gpt_neo", "llama")
 
 # What a stranger would write: no file, path or module of ours.
 STRANGER = """
@@ -96,22 +104,6 @@ def config_of(**model: Any) -> RunConfig:
     return from_tree({"name": "small", "model": {"vocab_size": VOCAB, "seq_length": SEQ, **SIZES, **model}})
 
 
-def reference_of(config: RunConfig) -> ReferenceGPT:
-    model = config.model
-    reference = ReferenceGPT(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_heads,
-        ffn_hidden_size=model.ffn_size,
-        vocab_size=model.vocab_size,
-        padded_vocab_size=model.padded_vocab_size,
-        seq_length=model.seq_length,
-        tied_embeddings=model.tied_embeddings,
-    )
-    reference.randomize(seed=7)
-    return reference
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE that splits words otherwise than GPT-2 does, so that GPT-2's in its place would show."""
@@ -143,9 +135,10 @@ def tokens() -> Tensor:
 def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Export]:
     root = tmp_path_factory.mktemp("exports")
     made = {}
-    for name, (changes, max_shard_bytes) in VARIANTS.items():
+    for name, (_, changes, max_shard_bytes) in VARIANTS.items():
         config = config_of(**changes)
-        reference = reference_of(config)
+        reference = reference_of(config.model)
+        reference.randomize(seed=7)
         weights = ReadOnce(reference.global_tensors())
         temporary = hf.export_model(weights, config, tokenizer, root / name, FACTS, max_shard_bytes=max_shard_bytes)
         assert len(weights) == 0, "every tensor of the model must be in the export"
@@ -182,7 +175,7 @@ def test_a_stranger_sees_the_trained_model(
     tokens: Tensor,
 ) -> None:
     seen = seen_by_stranger[variant]
-    assert (seen["class"], seen["dtype"]) == ("GPT2LMHeadModel", "torch.float32")
+    assert (seen["class"], seen["dtype"]) == (VARIANTS[variant][0], "torch.float32")
     assert not any(seen["report"].values())
     assert seen["logits"].shape == (2, SEQ, VOCAB)
     with torch.no_grad():
@@ -200,8 +193,9 @@ def test_a_stranger_sees_the_tokenizer(seen_by_stranger: dict[str, dict[str, Any
         assert seen["eos"] == (end_of_text, end_of_text, end_of_text)
 
 
-def test_shards_and_their_index_agree(exports: dict[str, Export]) -> None:
-    folder, limit = exports["sharded"].folder, VARIANTS["sharded"][1]
+@pytest.mark.parametrize("variant", ["sharded", "llama_sharded"])
+def test_shards_and_their_index_agree(variant: str, exports: dict[str, Export]) -> None:
+    folder, limit = exports[variant].folder, VARIANTS[variant][2]
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert not (folder / "model.safetensors").exists()
     held: dict[str, str] = {}
@@ -224,6 +218,14 @@ def test_model_card_tells_the_facts(exports: dict[str, Export], tmp_path: Path) 
     for line in ("# small", "| Steps | 1,200 |", "| Final loss | 3.14159 |", r"| Layout | TP2 \| PP2 |"):
         assert line in card.splitlines()
     assert "4,096 tokens" in card and "3.5e-07" in card
+
+
+def test_model_card_names_the_class_and_what_it_has_of_its_own(exports: dict[str, Export]) -> None:
+    cards = {name: (export.folder / "README.md").read_text() for name, export in exports.items()}
+    for name, card in cards.items():
+        assert f"as a `{VARIANTS[name][0]}`" in card
+        assert ("Key-value heads | 2 |" in card) == name.startswith("llama")
+        assert ("Attention window of every second layer, tokens | 7 |" in card) == (name == "gpt_neo")
 
 
 # ---------------------------------------------------------------------------------------------------------- verifying
@@ -302,9 +304,9 @@ def test_verify_refuses_a_damaged_export(
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_post_norm_cannot_be_exported_yet(tokenizer: Path, tmp_path: Path) -> None:
-    config = config_of(norm_placement="post")
-    with pytest.raises(UserError, match=r"norm_placement post .* yet; .*norm_placement pre .* tied or untied"):
+def test_a_model_that_no_class_computes_is_refused_before_anything_is_written(tokenizer: Path, tmp_path: Path) -> None:
+    config = config_of(attention_window=8)
+    with pytest.raises(UserError, match=r"biases all, .* model\.biases all_but_qkv \(GPTNeoForCausalLM\)"):
         hf.export_model({}, config, tokenizer, tmp_path / "export", {})
     assert list(tmp_path.iterdir()) == []
 
@@ -342,8 +344,9 @@ def test_tokenizer_must_fit_the_model(tokenizer: Path, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- generating
 
 
-def test_generate_is_seeded(exports: dict[str, Export]) -> None:
-    folder = exports["tied"].folder
+@pytest.mark.parametrize("variant", ONE_OF_EACH)
+def test_generate_is_seeded(variant: str, exports: dict[str, Export]) -> None:
+    folder = exports[variant].folder
     random_state = torch.get_rng_state()
     first, again, other = (hf.generate(folder, PROMPT, 8, seed) for seed in (1, 1, 2))
     assert first == again != other
@@ -381,14 +384,15 @@ def test_transformers_prints_nothing(exports: dict[str, Export], tmp_path: Path)
     assert (done.stdout, done.stderr) == ("refused\nrefused\n", "")
 
 
-def test_generate_stops_where_the_context_ends(exports: dict[str, Export], tokenizer: Path) -> None:
+@pytest.mark.parametrize("variant", ONE_OF_EACH)
+def test_generate_stops_where_the_context_ends(variant: str, exports: dict[str, Export], tokenizer: Path) -> None:
     backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     prompt = "0" * (SEQ - 1)
     assert len(backend.encode(prompt).ids) == SEQ - 1
-    text = hf.generate(exports["tied"].folder, prompt, 1000, seed=1)
+    text = hf.generate(exports[variant].folder, prompt, 1000, seed=1)
     assert len(text) <= max(len(token) for token in backend.get_vocab()), "there was room for one token"
     with pytest.raises(UserError, match=rf"the prompt has {SEQ} tokens.* at most {SEQ} .* to {SEQ - 1} tokens"):
-        hf.generate(exports["tied"].folder, prompt + "0", 1, seed=1)
+        hf.generate(exports[variant].folder, prompt + "0", 1, seed=1)
 
 
 def test_generate_says_what_is_missing(exports: dict[str, Export], tmp_path: Path) -> None:
