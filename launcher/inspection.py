@@ -85,7 +85,8 @@ def export(path: Path, out: Path, data: Path | None, settings: Sequence[str]) ->
     found = find(path, data, settings)
     tokenizer = Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
     hf.check_export(found.config, tokenizer, out)
-    facts = {"Trained on, tokens": found.manifest.step * found.config.tokens_per_step, "Step": found.manifest.step}
+    tokens = found.manifest.consumed_samples * found.config.model.seq_length
+    facts = {"Trained on, tokens": tokens, "Step": found.manifest.step}
     with scratch_run() as run_dir, ready_ranks(found.config, run_dir) as ranks:
         logits = run_dir.path / "logits.pt"
         return stages.export_checkpoint(found.config, ranks, found.checkpoint, tokenizer, out, logits, facts)

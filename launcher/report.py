@@ -1,6 +1,7 @@
 """What a finished run looks like, drawn from its events: the loss picture and the summary."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,13 +12,18 @@ from trainer.config import RunConfig
 from trainer.events import Event, read_events, surviving_steps
 from trainer.plan import model_flops_per_token, num_parameters
 from trainer.run_dir import RunDir
+from trainer.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class RunHistory:
     """The events of a run, sorted by what they say."""
 
+    schedule: Schedule
     steps: list[Event]
+    skipped: list[Event]
+    """Steps that the weights have not learned from."""
+    rollbacks: list[Event]
     evaluations: list[Event]
     """By step; the last one where a step was evaluated again."""
     stage_seconds: dict[str, float]
@@ -25,11 +31,14 @@ class RunHistory:
     export: Event | None
 
     @classmethod
-    def read(cls, path: Path) -> "RunHistory":
+    def read(cls, config: RunConfig, path: Path) -> "RunHistory":
         events = read_events(path)
         evaluated = {event["step"]: event for event in events if event["kind"] == "evaluated"}
         return cls(
+            schedule=Schedule(config),
             steps=surviving_steps(events),
+            skipped=surviving_steps(events, "step_skipped"),
+            rollbacks=[event for event in events if event["kind"] == "rolled_back"],
             evaluations=sorted(evaluated.values(), key=lambda event: event["step"]),
             stage_seconds=_stage_seconds(events),
             export=_last(events, "export_verified"),
@@ -38,8 +47,25 @@ class RunHistory:
     @property
     def tokens_per_second(self) -> float:
         """Of the median step, so that start-up and disturbances do not count."""
-        seconds = median(event["seconds"] for event in self.steps)
-        return (self.steps[-1]["tokens"] / self.steps[-1]["step"]) / seconds
+        rates = [step_tokens(self.schedule, event) / event["seconds"] for event in self.steps]
+        return median(rates) if rates else 0.0  # a short run may have skipped every step
+
+    @property
+    def trained(self) -> str:
+        """One line: how far, to which loss, and what was left out."""
+        num_steps = self.schedule.num_steps
+        done = f"{self.schedule.consumed_tokens(num_steps):,} tokens in {num_steps} steps"
+        done += f"; last loss {self.steps[-1]['loss']:.4f}" if self.steps else ""
+        reasons = Counter(event["reason"] for event in self.skipped)
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        skipped = f"; {len(self.skipped)} steps skipped ({counted})" if reasons else ""
+        rolled_back = f"; rolled back {len(self.rollbacks)} times" if self.rollbacks else ""
+        return f"{done}{skipped}{rolled_back}"
+
+
+def step_tokens(schedule: Schedule, event: Event) -> int:
+    """Tokens in the batch of the step that a `step` event tells of."""
+    return event["tokens"] - schedule.consumed_tokens(event["step"] - 1)
 
 
 def _stage_seconds(events: list[Event]) -> dict[str, float]:
@@ -88,9 +114,8 @@ def plot_losses(history: RunHistory, path: Path) -> None:
     from matplotlib.ticker import EngFormatter
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    tokens_per_step = history.steps[0]["tokens"] / history.steps[0]["step"]
     axes.plot([e["tokens"] for e in history.steps], [e["loss"] for e in history.steps], lw=1, label="training")
-    tokens = [event["step"] * tokens_per_step for event in history.evaluations]
+    tokens = [history.schedule.consumed_tokens(event["step"]) for event in history.evaluations]
     axes.plot(tokens, [event["loss"] for event in history.evaluations], "o-", ms=4, label="held-out")
     for name, style in (("uniform", ":"), ("unigram", "--")):
         axes.axhline(history.evaluations[-1][f"{name}_loss"], ls=style, color="gray", lw=1, label=f"{name} baseline")
@@ -112,8 +137,7 @@ def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
         "model": f"{num_parameters(config.model):,} parameters, {config.model.num_layers} layers of "
         f"{config.model.hidden_size}, context {config.model.seq_length}",
         "layout": f"{config.parallel.num_ranks} ranks: {config.parallel.describe()}, {config.train.precision}",
-        "trained": f"{history.steps[-1]['tokens']:,} tokens in {config.num_steps} steps; last loss "
-        f"{history.steps[-1]['loss']:.4f}",
+        "trained": history.trained,
         "held-out loss": f"{before['loss']:.4f} -> {after['loss']:.4f} (uniform {after['uniform_loss']:.4f}, unigram "
         f"{after['unigram_loss']:.4f})",
         "perplexity": f"{perplexity(before['loss'])} -> {perplexity(after['loss'])} (uniform "

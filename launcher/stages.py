@@ -20,6 +20,14 @@ from trainer.checkpoint import store
 from trainer.config import RunConfig
 from trainer.events import EventLog, EventReader, read_events
 from trainer.run_dir import RunDir
+from trainer.schedule import Schedule
+
+WARNINGS = {
+    "checkpoint_rejected": "{reason}",
+    "step_skipped": "step {step} skipped: {reason}",
+    "rolled_back": "rolled back from step {from_step} to {to_step}: {reason}",
+}
+"""Kind of event that a person should see at once -> what to say of it."""
 
 
 @dataclass
@@ -86,7 +94,7 @@ def run(config: RunConfig, run_dir: RunDir, display: Display) -> None:
         export(claimed)
         generate_sample(claimed)
         claimed.log.write("run_finished", seconds=round(time.monotonic() - started, 3))
-        display.console.print(report.summary(config, run_dir, report.RunHistory.read(run_dir.events_path)))
+        display.console.print(report.summary(config, run_dir, report.RunHistory.read(config, run_dir.events_path)))
 
 
 def is_finished(run_dir: RunDir) -> bool:
@@ -97,11 +105,12 @@ def is_finished(run_dir: RunDir) -> bool:
 
 def is_trained(config: RunConfig, run_dir: RunDir) -> bool:
     """Whether the last checkpoint is there, whole, and evaluated."""
+    last = Schedule(config).num_steps
     evaluated = any(
-        event["kind"] == "evaluated" and event["step"] == config.num_steps for event in read_events(run_dir.events_path)
+        event["kind"] == "evaluated" and event["step"] == last for event in read_events(run_dir.events_path)
     )
     newest = store.newest_valid(run_dir.checkpoints) if evaluated and run_dir.loss_plot.exists() else None
-    return newest is not None and newest.name == store.folder_name(config.num_steps)
+    return newest is not None and newest.name == store.folder_name(last)
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -148,8 +157,9 @@ def describe_data(manifest: Manifest) -> str:
 def train(claimed: ClaimedRun) -> None:
     """Train to the end of the run from its newest checkpoint, with a held-out evaluation before and after."""
     config, run_dir = claimed.config, claimed.run_dir
+    schedule = Schedule(config)
     if is_trained(config, run_dir):
-        claimed.display.line(f"train     trained already, to step {config.num_steps}")
+        claimed.display.line(f"train     trained already, to step {schedule.num_steps}")
         return
     with claimed.stage("train") as bar:
         events = EventReader(run_dir.events_path)
@@ -158,17 +168,17 @@ def train(claimed: ClaimedRun) -> None:
         def show_progress() -> None:
             for event in events.new_events():
                 if event["kind"] == "step":
-                    rate = config.tokens_per_step / event["seconds"]
+                    rate = report.step_tokens(schedule, event) / event["seconds"]
                     doing = f"train: loss {event['loss']:.3f}, {rate:,.0f} tokens/s"
-                    bar.update(doing, event["step"], config.num_steps, "steps")
+                    bar.update(doing, event["step"], schedule.num_steps, "steps")
                 elif event["kind"] == "evaluated":
-                    bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], config.num_steps, "steps")
-                elif event["kind"] == "checkpoint_rejected":
-                    claimed.display.line(f"  warning: {event['reason']}")
+                    bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], schedule.num_steps, "steps")
+                elif event["kind"] in WARNINGS:
+                    claimed.display.line(f"  warning: {WARNINGS[event['kind']].format_map(event)}")
 
-        bar.update("train: starting ranks", 0, config.num_steps, "steps")
+        bar.update("train: starting ranks", 0, schedule.num_steps, "steps")
         claimed.ranks().run("train", show_progress)
-        history = report.RunHistory.read(run_dir.events_path)
+        history = report.RunHistory.read(config, run_dir.events_path)
         report.plot_losses(history, run_dir.loss_plot)
         bar.result = report.verdict(history.evaluations[0], history.evaluations[-1])
 
@@ -177,10 +187,11 @@ def export(claimed: ClaimedRun) -> None:
     """The final checkpoint as a Hugging Face folder, checked against the trained model before it appears."""
     config, run_dir = claimed.config, claimed.run_dir
     with claimed.stage("export") as bar:
-        checkpoint = run_dir.checkpoints / store.folder_name(config.num_steps)
-        history = report.RunHistory.read(run_dir.events_path)
+        last = Schedule(config).num_steps
+        checkpoint = run_dir.checkpoints / store.folder_name(last)
+        history = report.RunHistory.read(config, run_dir.events_path)
         facts = {
-            "Trained on, tokens": config.num_steps * config.tokens_per_step,
+            "Trained on, tokens": history.schedule.consumed_tokens(last),
             "Held-out loss, nats per token": history.evaluations[-1]["loss"],
             "Layout": config.parallel.describe(),
         }

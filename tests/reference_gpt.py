@@ -61,9 +61,9 @@ def rotate(x: Tensor, base: float) -> Tensor:
     """Turn element i and element i + d / 2 of the vector at position p by the angle p / base^(2i / d). [b, n, s, d]"""
     s, d = x.shape[-2:]
     angles = torch.arange(s)[:, None] / base ** (torch.arange(0, d, 2) / d)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1)
+    return turned.to(x.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -8,10 +8,11 @@ number of data-parallel ranks sees the same samples in the same global order.
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 import orjson
@@ -76,13 +77,52 @@ class TrainingData:
             windows[chosen] = permute(indices[chosen], size, f"{self.config.seed}:{epoch}")
         return windows
 
-    def micro_batches(self, first_sample: int, data_rank: int, device: torch.device) -> list[MicroBatch]:
-        """This replica's micro-batches of the global batch that starts at `first_sample`."""
+    def replica_tokens(self, first_sample: int, batch_size: int, data_rank: int) -> torch.Tensor:
+        """Token ids [batch_size / replicas, seq_length + 1] of this replica's share of a global batch."""
         micro, replicas = self.config.train.micro_batch_size, self.config.parallel.data
-        batch = np.arange(first_sample, first_sample + self.config.train.global_batch_size)
+        batch = np.arange(first_sample, first_sample + batch_size)
         mine = batch.reshape(-1, replicas, micro)[:, data_rank].reshape(-1)
-        tokens = self.reader.windows(self.sample_windows(mine)).to(device, non_blocking=True)
-        return [MicroBatch(part) for part in tokens.split(micro)]
+        return self.reader.windows(self.sample_windows(mine))
+
+
+class ReadAhead:
+    """Batches by step, the next of which one thread reads while the caller computes; a context manager."""
+
+    def __init__(
+        self, read: Callable[[int], torch.Tensor], num_steps: int, micro_batch_size: int, device: torch.device
+    ) -> None:
+        """`read(step)`, of 0 to num_steps - 1, is called on the thread and gives token ids [b, s + 1] on the host."""
+        self._read, self._num_steps, self._micro_batch_size, self._device = read, num_steps, micro_batch_size, device
+        self._thread = ThreadPoolExecutor(1, "read-ahead", self._enter_thread)
+        self._ahead: dict[int, Future[torch.Tensor]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the thread to end."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step, on the device; from now on the step after it is read.
+
+        Raises:
+            Exception: whatever `read` raised for this step.
+        """
+        wanted = self._ahead.get(step) or self._thread.submit(self._read_for_device, step)
+        tokens = wanted.result()
+        following = range(step + 1, min(step + 2, self._num_steps))
+        self._ahead = {step: self._thread.submit(self._read_for_device, step) for step in following}
+        parts = tokens.to(self._device, non_blocking=True).split(self._micro_batch_size)
+        return [MicroBatch(part) for part in parts]
+
+    def _enter_thread(self) -> None:
+        if self._device.type == "cuda":  # a new thread is on the first GPU, and pinning would start a context there
+            torch.cuda.set_device(self._device)
+
+    def _read_for_device(self, step: int) -> torch.Tensor:
+        tokens = self._read(step)
+        return tokens.pin_memory() if self._device.type == "cuda" else tokens
 
 
 def heldout_windows(reader: WindowReader, config: RunConfig) -> np.ndarray:

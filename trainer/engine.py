@@ -6,8 +6,9 @@ as boxes of global tensors, so that neither depends on the layout or the ZeRO st
 """
 
 import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,23 +31,34 @@ if not torch.cuda._is_compiled() or os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed chooses when it is imported
 import deepspeed
 import deepspeed.ops
+import deepspeed.runtime.bf16_optimizer
 from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 
-# Without these DeepSpeed would compile a C++ op (a minute) and log its whole config on every rank.
+# Without these DeepSpeed would compile a C++ op (a minute), log its whole config on every rank, and collect garbage to
+# print how much memory is in use (a second).
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed_logger.setLevel(logging.ERROR)
+deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
+
+
+_REDUCE_BUCKET_ELEMENTS = 40_000_000  # gradients that travel together; DeepSpeed's default holds 2 GB for them
+
+Accept = Callable[[float, float], bool]
+"""Whether a step with this loss and this gradient norm may update the weights. The same answer on every rank."""
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one optimizer step did."""
+    """What one step did."""
 
     loss: float
     """Mean nats per token over the global batch."""
     grad_norm: float
-    """Global L2 norm before clipping."""
+    """Global L2 norm before clipping; infinite where a gradient is not finite."""
     num_tokens: int
+    updated: bool
+    """Whether the weights were updated."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,27 @@ class _Chunks(torch.nn.Module):
         return output
 
 
+class _GatedAdamW(torch.optim.AdamW):
+    """AdamW that asks before it updates.
+
+    All of DeepSpeed's optimizers call it last, with the gradient norm known. A refused step goes their usual way, so
+    that gradients are reduced and cleared as ever, and the weights are derived anew from unchanged master weights.
+    """
+
+    updated: bool | None
+    """In this step; None until DeepSpeed calls, once for every group. It need not when the norm is not finite."""
+    may_update: Callable[[], bool]
+
+    def open(self, may_update: Callable[[], bool]) -> None:
+        """Begin a step; `may_update` is asked once."""
+        self.updated, self.may_update = None, may_update
+
+    def step(self, closure: Any = None) -> Any:
+        if self.updated is None:
+            self.updated = self.may_update()
+        return super().step(closure) if self.updated else None
+
+
 class Engine:
     """Trains this rank's share of the model."""
 
@@ -83,7 +116,7 @@ class Engine:
         self._placements = placements(self._chunks)
         self._shared_embedding = self._find_shared_embedding()
         self._count_copies_once()
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = _GatedAdamW(
             _parameter_groups(self._root, config.optimizer.weight_decay),
             lr=config.optimizer.lr,
             betas=(config.optimizer.beta1, config.optimizer.beta2),
@@ -101,6 +134,8 @@ class Engine:
             dist_init_required=False,
         )
         self._root.register_forward_hook(self._renew_backward_state)
+        if hasattr(self._zero, "get_grads_for_reduction"):
+            self._engine.buffered_allreduce_fallback = self._average_flat_gradients
         if self._shared_embedding is not None and config.parallel.zero > 1:
             self._sum_shared_embedding_when_reduced()
         if config.parallel.zero == 3 and config.parallel.pipeline > 1:
@@ -114,8 +149,13 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, step: int) -> StepStats:
-        """One optimizer step over this replica's micro-batches; `step` (0-based) names the dropout streams."""
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], lr: float, step: int, accept: Accept = lambda loss, grad_norm: True
+    ) -> StepStats:
+        """One step over this replica's micro-batches; `step` (0-based) names the dropout streams.
+
+        Unless loss and gradients are finite and `accept` agrees, the step leaves the training state as it was.
+        """
         self._root.train()
         if self.config.model.dropout > 0:
             parallel.seed_dropout(self.config.seed, step)
@@ -125,9 +165,23 @@ class Engine:
             self._clear_partitioned_gradients()
         total, count = run_schedule(self.stages, self.config.model, micro_batches, forward_only=False)
         self._finalize_gradients()
-        self._engine.step()
         loss_sum, num_tokens = sum_over_replicas(total, count)
-        return StepStats(loss_sum / num_tokens, float(self._engine.get_global_grad_norm()), num_tokens)
+        loss = loss_sum / num_tokens
+
+        def may_update() -> bool:
+            grad_norm = float(self._zero._global_grad_norm)
+            return math.isfinite(loss) and math.isfinite(grad_norm) and accept(loss, grad_norm)
+
+        self._optimizer.open(may_update)
+        self._engine.step()
+        if not self._optimizer.updated:
+            self._drop_gradients()
+        return StepStats(loss, float(self._engine.get_global_grad_norm()), num_tokens, bool(self._optimizer.updated))
+
+    def _drop_gradients(self) -> None:
+        """What DeepSpeed leaves behind, and would add to, when the norm of an offloaded optimizer is not finite."""
+        if self.config.parallel.offload == "optimizer" and self.config.parallel.zero < 3:
+            self._zero.averaged_gradients.clear()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -149,6 +203,13 @@ class Engine:
                 gradient.copy_(summed)
         if self._shared_embedding is not None and self.config.parallel.zero == 1:
             dist.all_reduce(_accumulated_gradient(self._shared_embedding), group=parallel.embedding_group())
+
+    def _average_flat_gradients(self, **_: Any) -> None:
+        """bf16 ZeRO 1, over replicas and in place; DeepSpeed would copy all gradients to another buffer and back."""
+        if (num_replicas := parallel.data_group().size()) > 1:
+            for flat in self._zero.get_grads_for_reduction()[0]:
+                dist.all_reduce(flat, group=parallel.data_group())
+                flat.div_(num_replicas)
 
     def _clear_partitioned_gradients(self) -> None:
         """DeepSpeed overwrites the last step's gradients in a step's first backward alone, which is of one chunk."""
@@ -233,17 +294,21 @@ class Engine:
             fragment.tensors[MASTER].copy_(initial_values(fragment.box, self.config.model, self.config.seed))
         self.refresh_weights()
 
-    def prepare_state(self, step: int) -> None:
-        """Allocate Adam's state (zeros) as after `step` steps, so that `fragments` can be filled."""
+    def prepare_state(self, num_updates: int) -> None:
+        """Bring Adam's state to zeros, as after `num_updates` updates, so that `fragments` can be filled."""
         for flat in self._master_buffers():
-            self._zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(step), device=flat.device),
-                FIRST_MOMENT: torch.zeros_like(flat.data),
-                SECOND_MOMENT: torch.zeros_like(flat.data),
-            }
+            state = self._zero.optimizer.state[flat]
+            for kind in (FIRST_MOMENT, SECOND_MOMENT):  # in place after the first time: two copies may not fit
+                state[kind] = state[kind].zero_() if kind in state else torch.zeros_like(flat.data)
+            state["step"] = torch.tensor(float(num_updates), device=flat.device)
         if hasattr(self._zero, "_hp_optimizer_states_linked"):
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that the weights have seen, as Adam counts them."""
+        return int(self._zero.optimizer.state[self._master_buffers()[0]]["step"])
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's share of the training state. No communication; call `refresh_weights` after filling it."""
@@ -313,7 +378,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": config.parallel.zero},
+        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": _REDUCE_BUCKET_ELEMENTS},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": config.optimizer.clip_grad_norm,

@@ -11,7 +11,13 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     data_prepared       documents, tokens (each by split), vocab_size, dropped, repaired (counts by reason)
     training_started    step, checkpoint (path, or null for a fresh start), threads_per_rank; steps after it are void
     checkpoint_rejected reason: a damaged checkpoint was passed over
-    step                step (1-based), tokens (seen so far), loss, grad_norm, lr, seconds
+    step                step (1-based), tokens (consumed so far), loss, grad_norm, lr, seconds
+    step_skipped        step, first_sample, num_samples, reason ("not finite", "loss spike", "gradient norm spike", or
+                        "quarantined" where it was not computed), loss, grad_norm (null where there is no number);
+                        the weights are as before it
+    rolled_back         from_step, to_step (steps after it are void), reason, quarantined (steps to pass over from now
+                        on), checkpoint (path, or null for a fresh start)
+    diverged            verdict
     evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss
     checkpoint_saved    step, path, bytes, seconds
     export_verified     largest_difference, tokens
@@ -24,11 +30,14 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
 Event = dict[str, Any]
+
+_VOIDING = {"training_started": "step", "rolled_back": "to_step"}
+"""Kind of event -> its field that names the last step which is not void."""
 
 
 class EventLog:
@@ -84,15 +93,16 @@ def read_events(path: Path) -> list[Event]:
     return list(EventReader(path).new_events())
 
 
-def surviving_steps(events: list[Event]) -> list[Event]:
-    """The `step` events of the history that the final weights have seen: a restart voids the steps after it."""
+def surviving_steps(events: list[Event], kind: Literal["step", "step_skipped"] = "step") -> list[Event]:
+    """The events of steps in the history of the final weights: a restart or a rollback voids the steps after it."""
     steps: dict[int, Event] = {}
     for event in events:
-        if event["kind"] == "step":
+        if event["kind"] in ("step", "step_skipped"):
             steps[event["step"]] = event
-        elif event["kind"] == "training_started":
-            steps = {step: seen for step, seen in steps.items() if step <= event["step"]}
-    return [steps[step] for step in sorted(steps)]
+        elif event["kind"] in _VOIDING:
+            last = event[_VOIDING[event["kind"]]]
+            steps = {step: seen for step, seen in steps.items() if step <= last}
+    return [steps[step] for step in sorted(steps) if steps[step]["kind"] == kind]
 
 
 def _parse(line: bytes) -> Event | None:

@@ -9,12 +9,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from trainer.config import StabilityConfig, UserError
 
 _MAD_TO_STD = 1.4826  # of a normal distribution, whose median absolute deviation is 0.6745 standard deviations
 _SMALLEST_SCALE = 0.01  # of the median: steps that hardly differ must not make a spike of the next one
+
+
+Reason = Literal["not finite", "loss spike", "gradient norm spike", "quarantined"]
+"""Why a step was skipped, as events and summaries name it."""
 
 
 class TrainingDiverged(UserError):
@@ -42,7 +46,8 @@ class StabilityState:
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> "StabilityState":
-        return cls(**{key: tuple(value) if isinstance(value, list | tuple) else value for key, value in tree.items()})
+        fields: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in tree.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,14 @@ class Accept:
 
 @dataclass(frozen=True)
 class Skip:
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True)
 class RollBack:
     """Skip, and go on from the newest checkpoint."""
 
-    reason: str
+    reason: Reason
     quarantine: tuple[int, ...]
     """Steps to pass over on the way."""
 
@@ -68,22 +73,23 @@ class RollBack:
 class Stop:
     """Skip, and end the run."""
 
-    reason: str
+    reason: Reason
     verdict: str
 
 
 Decision = Accept | Skip | RollBack | Stop
 
 
-def fault(config: StabilityConfig, state: StabilityState, loss: float, grad_norm: float) -> str | None:
+def fault(config: StabilityConfig, state: StabilityState, loss: float, grad_norm: float) -> Reason | None:
     """Why a step with this loss and gradient norm must not update the weights; None where it may."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        return f"not finite: loss {loss}, gradient norm {grad_norm}"
-    for name, value, window in (("loss", loss, state.losses), ("gradient norm", grad_norm, state.grad_norms)):
-        if config.spike_zscore and len(window) >= config.window / 2:
-            middle, score = median(window), robust_zscore(value, window)
-            if score > config.spike_zscore:
-                return f"{name} {value:.4g} is a spike: {score:.1f} robust deviations above {middle:.4g}"
+        return "not finite"
+    if not config.spike_zscore or len(state.losses) < config.window / 2:
+        return None
+    if robust_zscore(loss, state.losses) > config.spike_zscore:
+        return "loss spike"
+    if robust_zscore(grad_norm, state.grad_norms) > config.spike_zscore:
+        return "gradient norm spike"
     return None
 
 
@@ -92,7 +98,9 @@ def robust_zscore(value: float, window: Sequence[float]) -> float:
     middle = median(window)
     deviation = _MAD_TO_STD * median(abs(each - middle) for each in window)
     scale = max(deviation, _SMALLEST_SCALE * abs(middle))
-    return (value - middle) / scale if scale else math.copysign(math.inf, value - middle) if value != middle else 0.0
+    if scale == 0:  # a window of zeros
+        return math.inf if value > 0 else 0.0
+    return (value - middle) / scale
 
 
 def judge(
@@ -109,8 +117,8 @@ def judge(
     if len(state.streak) < config.max_skips_in_a_row:
         return Skip(reason), state
     if state.num_rollbacks < config.max_rollbacks:
-        return RollBack(reason, state.streak), state
-    return Stop(reason, _verdict(state, reason)), state
+        return RollBack(reason, _suspects(state)), state
+    return Stop(reason, _verdict(state, f"{reason}, loss {loss:.4g}, gradient norm {grad_norm:.4g}")), state
 
 
 def pass_over(state: StabilityState, step: int) -> StabilityState:
@@ -118,12 +126,22 @@ def pass_over(state: StabilityState, step: int) -> StabilityState:
     return replace(state, skipped=(*state.skipped, step))
 
 
+def _suspects(state: StabilityState) -> tuple[int, ...]:
+    """The streak, and as many steps before it: they were accepted, and their updates may have led into it.
+
+    Passing over the streak alone would lead to the same weights again (Chowdhery et al. 2022, PaLM, section 5.1, skip
+    batches from before a spike too).
+    """
+    first, last = state.streak[0], state.streak[-1]
+    return tuple(range(max(1, first - len(state.streak)), last + 1))
+
+
 def roll_back(restored: StabilityState, troubled: StabilityState) -> StabilityState:
     """The state to go on with from a checkpoint that holds `restored`, with what is known by now."""
     return replace(
         restored,
         streak=(),
-        quarantined=tuple(sorted({*restored.quarantined, *troubled.quarantined, *troubled.streak})),
+        quarantined=tuple(sorted({*restored.quarantined, *troubled.quarantined, *_suspects(troubled)})),
         num_rollbacks=troubled.num_rollbacks + 1,
     )
 
@@ -133,9 +151,9 @@ def after_checkpoint(state: StabilityState, step: int) -> StabilityState:
     return replace(state, num_rollbacks=0) if step > max(state.quarantined, default=0) else state
 
 
-def _verdict(state: StabilityState, reason: str) -> str:
+def _verdict(state: StabilityState, symptom: str) -> str:
     return (
-        f"training diverged: step {state.streak[-1]} is the last of {len(state.streak)} skipped in a row "
-        f"({reason}), after {state.num_rollbacks} rollbacks without progress; lower optimizer.lr, lengthen "
+        f"training diverged: step {state.streak[-1]} is the last of {len(state.streak)} skipped in a row ({symptom}), "
+        f"after {state.num_rollbacks} rollbacks without progress; lower optimizer.lr, lengthen "
         f"optimizer.warmup_tokens, or look at the text of steps {state.streak[0]} to {state.streak[-1]}"
     )

@@ -116,6 +116,7 @@ def resumed(checkpoint: Path) -> Callable[[RunConfig, torch.device], Any]:
         engine = Engine(config, device)
         manifest = sharded.load(engine, checkpoint)
         assert (manifest.step, manifest.consumed_samples) == (SAVED_AT, SAVED_AT * config.train.global_batch_size)
+        assert manifest.num_updates == engine.num_updates == SAVED_AT
         loaded = blocks(engine)
         return train_steps(engine, range(manifest.step, LAST_STEP)), blocks(engine), loaded
 

@@ -167,6 +167,37 @@ def test_the_newest_checkpoints_are_kept(layout: str, runs: Callable[..., Traine
         assert event["bytes"] == sum(path.stat().st_size for path in files)
 
 
+# ----------------------------------------------------------------------------------------------------------- batch ramp
+
+RAMP_SIZES = [4, 4, 4, 8, 8, 12, 12, 12]  # from 4 to 12 over 24 sequences, in steps of 4
+
+
+def with_ramp(config: RunConfig, **checkpoint: Any) -> RunConfig:
+    ramp = {"global_batch_size": 12, "ramp_start_batch_size": 4, "ramp_tokens": 24 * SEQ}
+    tree = config.model_dump()
+    return from_tree(tree | {"train": tree["train"] | ramp, "checkpoint": tree["checkpoint"] | checkpoint})
+
+
+def test_a_ramp_is_the_same_in_every_layout_and_across_them(data: Path, tmp_path: Path) -> None:
+    config, run_dir = with_ramp(config_of("DP2 ZeRO-2", data)), RunDir(tmp_path / "run")
+    events = train(config, run_dir)
+    steps = of_kind(events, "step")
+    assert [event["tokens"] for event in steps] == [SEQ * sum(RAMP_SIZES[: n + 1]) for n in range(len(RAMP_SIZES))]
+    assert [event["lr"] for event in steps] == [learning_rate(config, event["tokens"]) for event in steps]
+    given = run_dir.checkpoints / "step-00000006"
+    assert store.read_manifest(given).consumed_samples == sum(RAMP_SIZES[:6])
+    for other, first in (
+        (with_ramp(config_of("TP2 x PP2", data)), 0),
+        (with_ramp(config_of("one rank", data), resume_from=str(given)), 6),
+    ):
+        losses = [event["loss"] for event in of_kind(train(other, RunDir(tmp_path / f"from {first}")), "step")]
+        assert losses == pytest.approx([event["loss"] for event in steps[first:]], rel=2e-6)
+    unramped = config_of("one rank", data, resume_from=str(given))
+    refused = RunDir(tmp_path / "refused")
+    refused.create(unramped)
+    run_on_ranks(unramped, refuses(refused, r"consumed 40 sequences in 6 steps.* would be 48; use its own batch size"))
+
+
 # -------------------------------------------------------------------------------------------------------- interruptions
 
 

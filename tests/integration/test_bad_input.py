@@ -32,7 +32,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 SETTINGS = {
     "unknown key": (["train.total_token=1"], ["train.total_token;", "did you mean train.total_tokens?"]),
     "wrong type": (["model.num_layers=two"], ["model.num_layers", "integer", "'two'"]),
-    "ranks": (["launch.ranks_per_node=3"], ["tensor 2 x pipeline 2 x data 1 = 4", "ranks_per_node 3 = 3"]),
+    "ranks": (["launch.ranks_per_node=3"], ["tensor 2 x pipeline 2 x context 1 x data 1 = 4", "ranks_per_node 3 = 3"]),
     "heads": (["model.num_heads=1"], ["model.num_heads 1", "parallel.tensor 2", "use 1"]),
     "layers": (["model.num_layers=3"], ["num_layers 3", "pipeline 2", "use 2 or 4"]),
     "vocabulary": (

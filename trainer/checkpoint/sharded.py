@@ -29,7 +29,12 @@ from trainer.training_state import MASTER
 
 
 def save(
-    engine: Engine, checkpoints: Path, step: int, consumed_samples: int, data: Mapping[str, str] | None = None
+    engine: Engine,
+    checkpoints: Path,
+    step: int,
+    consumed_samples: int,
+    data: Mapping[str, str] | None = None,
+    stability: Mapping[str, Any] | None = None,
 ) -> store.Manifest:
     """Write and commit the checkpoint of `step`. Collective; on return it exists for every rank."""
     temporary = checkpoints / f"{store.folder_name(step)}.tmp"
@@ -45,7 +50,15 @@ def save(
     described: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(described, {path.name: store.fingerprint(path, durable=True) for path in mine})
     files = {name: facts for part in described for name, facts in part.items()}
-    manifest = store.Manifest(step, consumed_samples, engine.config.model_dump(mode="json"), files, dict(data or {}))
+    manifest = store.Manifest(
+        step,
+        consumed_samples,
+        engine.config.model_dump(mode="json"),
+        files,
+        data=dict(data or {}),
+        num_updates=engine.num_updates,
+        stability=dict(stability or {}),
+    )
     if dist.get_rank() == 0:
         store.commit(temporary, manifest)
     dist.barrier()
@@ -60,7 +73,7 @@ def load(engine: Engine, checkpoint: Path) -> store.Manifest:
     """
     manifest = store.read_manifest(checkpoint)
     store.check_architecture(manifest, engine.config, checkpoint)
-    engine.prepare_state(manifest.step)
+    engine.prepare_state(manifest.num_updates)
     dcp.load(dict(_blocks(engine.fragments())), storage_reader=FileSystemReader(checkpoint), planner=_LoadPlanner())
     engine.refresh_weights()
     return manifest

@@ -19,8 +19,9 @@ import xxhash
 
 from trainer.config import RunConfig, UserError
 from trainer.config_file import differences, from_tree
+from trainer.schedule import Schedule
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _DIGEST = "manifest_xxh3_128"  # of everything else in the manifest, which no other file vouches for
 _NAME = re.compile(r"step-(\d{8})")
@@ -32,7 +33,7 @@ class Manifest:
     """What a checkpoint holds."""
 
     step: int
-    """Optimizer steps done."""
+    """Steps done."""
     consumed_samples: int
     """Position in the data order: sequences consumed by all replicas together."""
     config: dict[str, Any]
@@ -41,6 +42,10 @@ class Manifest:
     """Name -> [bytes, xxh3-128 in hex]."""
     data: dict[str, str] = field(default_factory=dict)
     """`trainer.data.fingerprints` of what the run trained on."""
+    num_updates: int = 0
+    """Updates of the weights; steps that were skipped made none."""
+    stability: dict[str, Any] = field(default_factory=dict)
+    """`trainer.stability.StabilityState` as a tree."""
     format: int = FORMAT
 
     @property
@@ -193,16 +198,20 @@ def check_continues(manifest: Manifest, config: RunConfig, checkpoint: Path) -> 
         UserError: says what differs.
     """
     check_architecture(manifest, config, checkpoint)
-    batch = config.train.global_batch_size
-    if manifest.consumed_samples != manifest.step * batch:
+    schedule, train = Schedule(config), config.train
+    expected = schedule.consumed_samples(manifest.step)
+    if manifest.consumed_samples != expected:
+        start = train.ramp_start_batch_size
+        ramp = f" after a ramp from {start} over {train.ramp_tokens} tokens" if start else ""
         raise UserError(
             f"{checkpoint} has consumed {manifest.consumed_samples} sequences in {manifest.step} steps, and with "
-            f"train.global_batch_size {batch} they would be {manifest.step * batch}; use its own batch size"
+            f"train.global_batch_size {train.global_batch_size}{ramp} they would be {expected}; use its own batch "
+            "size and ramp"
         )
-    if manifest.step >= config.num_steps:
+    if manifest.step >= schedule.num_steps:
         raise UserError(
-            f"{checkpoint} is of step {manifest.step} and the run ends at step {config.num_steps}; raise "
-            f"train.total_tokens above {manifest.step * config.tokens_per_step}"
+            f"{checkpoint} is of step {manifest.step} and the run ends at step {schedule.num_steps}; raise "
+            f"train.total_tokens above {schedule.consumed_tokens(manifest.step)}"
         )
 
 

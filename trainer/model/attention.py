@@ -1,12 +1,9 @@
-"""Core attention for megatron-core layers: dense or banded, whole or context parallel; never a [s, s] tensor.
+"""Core attention for megatron-core layers: dense or banded, in one piece or context parallel.
 
-Shapes: s sequence, b batch, n heads of this tensor-parallel rank, m key-value heads (m divides n), d head size,
-w window.
+Shapes: s sequence, b batch, n heads of this tensor-parallel rank, m key-value heads (m divides n), d head size.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +14,9 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from trainer import parallel
+from trainer.model.banded_attention import attend_banded
 from trainer.model.context_parallel import gather_sequence, scatter_sequence
+from trainer.model.rotary import rotate
 
 
 class CausalAttention(torch.nn.Module):
@@ -36,10 +35,13 @@ class CausalAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        rotary_base: float | None = None,
     ) -> None:
+        """rotary_base: rotate queries and keys by their positions; None where positions come in otherwise."""
         super().__init__()
         assert attention_type == "self" and softmax_scale is None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.rotary_base = rotary_base
         is_banded = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if is_banded else None  # megatron-core's counts others only
         self.context_group = parallel.context_group() if config.context_parallel_size > 1 else None
@@ -60,6 +62,8 @@ class CausalAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.context_group is not None:
             query, key, value = (gather_sequence(tensor, self.context_group) for tensor in (query, key, value))
+        if self.rotary_base is not None:
+            query, key = rotate(query, self.rotary_base), rotate(key, self.rotary_base)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         # Heads differ between tensor-parallel ranks, so dropout draws from the stream that differs too. To enter that
         # stream twice would lose its place when activations are recomputed.
@@ -77,47 +81,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, dropou
     Args:
         window: how many positions each sees, its own included; None for all before it.
     """
-    grouped = query.shape[1] != key.shape[1]
-    if window is None or window >= query.shape[2]:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, enable_gqa=grouped)
-    if query.is_cuda and dropout == 0:
-        return _flex_attention()(query, key, value, block_mask=_band_mask(query.shape[2], window), enable_gqa=grouped)
-    return _attend_in_blocks(query, key, value, window, dropout)
-
-
-def _attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, window: int, dropout: float) -> Tensor:
-    """Banded attention as one batch of small dense ones: w queries see their own block of keys and the one before.
-
-    Cost and memory grow with s * w. Sequences are padded to whole blocks; no query that counts sees the padding.
-    """
-    b, n, s, d = query.shape
-    if key.shape[1] != n:
-        key, value = (tensor.repeat_interleave(n // key.shape[1], dim=1) for tensor in (key, value))
-    blocks = -(-s // window)
-    query, key, value = (F.pad(t, (0, 0, 0, blocks * window - s)) for t in (query, key, value))
-    query, key, value = (t.reshape(b * n, blocks, window, d) for t in (query, key, value))
-    key, value = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, 0))[:, :-1], t], dim=2) for t in (key, value))
-    row = torch.arange(window, device=query.device)[:, None]
-    column = torch.arange(-window, window, device=query.device)
-    seen = (column <= row) & (column > row - window)  # [w, 2w]
-    seen = torch.stack([seen & (column >= 0), *[seen] * (blocks - 1)])  # nothing lies before the first block
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, dropout_p=dropout)
-    return context.reshape(b, n, blocks * window, d)[:, :, :s]
-
-
-@cache
-def _flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
-@cache
-def _band_mask(seq_length: int, window: int) -> Any:
-    """FlexAttention's mask of a banded layer on CUDA: a list of the blocks that are not empty."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key > query - window)
-
-    return create_block_mask(seen, None, None, seq_length, seq_length, device="cuda")
+    if window is not None and window < query.shape[2]:
+        return attend_banded(query, key, value, window, dropout)
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+    )

@@ -44,7 +44,7 @@ class OutputLayer(ColumnParallelLinear):
         num_rows = min(max(0, self.vocab_size - first_row), weight.shape[0])
         if labels is None:
             logits = hidden.transpose(0, 1) @ weight.t()
-            logits[..., num_rows:] = float("-inf")
+            logits[..., num_rows:] = -torch.inf
             return logits
         local_labels = labels.t().flatten() - first_row
         losses = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, local_labels, num_rows)
@@ -63,9 +63,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits = hidden @ weight.t()
         log_sums = torch.empty(len(logits), device=logits.device)
         for rows, wide in _wide_rows(logits):
-            true = wide[:, :num_rows]
-            highest = true.amax(-1)
-            log_sums[rows] = true.sub_(highest[:, None]).exp_().sum(-1).log_().add_(highest)
+            wide[:, num_rows:] = -torch.inf
+            highest = wide.amax(-1).clamp_(min=torch.finfo(torch.float32).min)  # finite even if all rows are padding
+            log_sums[rows] = wide.sub_(highest[:, None]).exp_().sum(-1).log_().add_(highest)
         is_here = (labels >= 0) & (labels < num_rows)
         columns = labels.where(is_here, 0)
         targets = logits.gather(1, columns[:, None]).squeeze(1).float().where(is_here, 0.0)

@@ -112,8 +112,7 @@ def _build_chunk(model: ModelConfig, mcore_config: TransformerConfig, virtual_st
         post_process=parallel.is_last_stage(virtual_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=model.tied_embeddings,
-        position_embedding_type="rope" if model.positions == "rotary" else "learned_absolute",
-        rotary_base=model.rotary_base,
+        position_embedding_type="none" if model.positions == "rotary" else "learned_absolute",
         vp_stage=virtual_stage,
     )
     _mark_tensor_parallel_weights(chunk)
@@ -128,7 +127,8 @@ def _block_spec(
     layer = get_gpt_layer_local_spec(normalization=mcore_config.normalization)
     parts = layer.submodules
     parts.sharded_state_dict_keys_map = {}  # tensors are stored under the names that modules have here
-    parts.self_attention.submodules.core_attention = CausalAttention
+    rotary_base = model.rotary_base if model.positions == "rotary" else None
+    parts.self_attention.submodules.core_attention = ModuleSpec(CausalAttention, params={"rotary_base": rotary_base})
     if model.biases == "all_but_qkv":
         parts.self_attention.submodules.linear_qkv = _UnbiasedColumnParallelLinear
     norm = norm_class(mcore_config)

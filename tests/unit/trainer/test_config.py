@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from trainer.config import RunConfig, UserError
 from trainer.config_file import differences, dump, from_tree, json_schema, known_keys, load, override, parse_yaml
 from trainer.presets import PRESETS
+from trainer.schedule import Schedule
 
 Tree = dict[str, Any]
 
@@ -329,10 +330,11 @@ def test_derived_values() -> None:
         }
     )
     assert (config.model.padded_vocab_size, config.model.ffn_size) == (384, 192)
-    assert (config.tokens_per_step, config.num_steps, config.num_microbatches) == (120, 1, 2)
+    assert (config.tokens_per_step, Schedule(config).num_steps, config.num_microbatches) == (120, 1, 2)
     assert (config.parallel.num_ranks, config.ranks_per_node) == (12, 6)
-    assert override({}, ["train.total_tokens=1048576"]).num_steps == 2  # exactly two steps of 256 x 2048
-    assert override({}, ["train.total_tokens=1048577"]).num_steps == 3
+    two_steps = 2 * 256 * 2048
+    assert Schedule(override({}, [f"train.total_tokens={two_steps}"])).num_steps == 2
+    assert Schedule(override({}, [f"train.total_tokens={two_steps + 1}"])).num_steps == 3
     assert override({}, ["model.vocab_size=256"]).model.padded_vocab_size == 256
 
 

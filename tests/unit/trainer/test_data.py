@@ -2,6 +2,7 @@
 
 import math
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data import (
     MicroBatch,
+    ReadAhead,
     TrainingData,
     WindowReader,
     fingerprints,
@@ -68,10 +70,21 @@ def window_numbers(batches: list[MicroBatch]) -> list[int]:
     return (tokens[:, 0] // SEQ).tolist()
 
 
+def replica_batches(samples: TrainingData, first_sample: int, rank: int = 0) -> list[MicroBatch]:
+    """The micro-batches of a full batch."""
+    train = samples.config.train
+
+    def read(step: int) -> torch.Tensor:
+        return samples.replica_tokens(first_sample, train.global_batch_size, rank)
+
+    with ReadAhead(read, 1, train.micro_batch_size, CPU) as batches:
+        return batches.micro_batches(0)
+
+
 def global_order(reader: WindowReader, config: RunConfig, first_sample: int) -> list[int]:
     """Window numbers of a global batch, put together from every replica: micro-batch by micro-batch, rank by rank."""
     samples = TrainingData(reader, config)
-    per_rank = [samples.micro_batches(first_sample, rank, CPU) for rank in range(config.parallel.data)]
+    per_rank = [replica_batches(samples, first_sample, rank) for rank in range(config.parallel.data)]
     assert {len(batches) for batches in per_rank} == {config.num_microbatches}
     assert {batch.tokens.shape[0] for batches in per_rank for batch in batches} == {config.train.micro_batch_size}
     assert all(batch.weight is None for batches in per_rank for batch in batches)
@@ -172,9 +185,9 @@ def test_resuming_at_a_position_continues_the_run(counting: WindowReader, step: 
     config = config_of(global_batch=8)
     undisturbed = TrainingData(counting, config)
     for before in range(step):
-        undisturbed.micro_batches(before * 8, 0, CPU)
+        replica_batches(undisturbed, before * 8)
     resumed = TrainingData(WindowReader(Path(counting.tokens.filename).with_suffix(""), SEQ), config)
-    expected, found = (data.micro_batches(step * 8, 0, CPU) for data in (undisturbed, resumed))
+    expected, found = (replica_batches(data, step * 8) for data in (undisturbed, resumed))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(expected, found, strict=True))
 
 
@@ -187,6 +200,83 @@ def test_changing_the_global_batch_keeps_the_order(counting: WindowReader) -> No
 def test_the_seed_decides_the_order(counting: WindowReader) -> None:
     assert global_order(counting, config_of(seed=5), 0) == global_order(counting, config_of(seed=5), 0)
     assert global_order(counting, config_of(seed=5), 0) != global_order(counting, config_of(seed=6), 0)
+
+
+def test_batches_of_any_size_follow_each_other_in_one_order(counting: WindowReader) -> None:
+    """What a ramp needs: sizes differ from step to step, and replicas still split them in the same global order."""
+    samples, whole = TrainingData(counting, config_of(data=2)), global_order(counting, config_of(36), 0)
+    found: list[int] = []
+    for size in (4, 8, 8, 16):
+        parts = [samples.replica_tokens(len(found), size, rank)[:, 0] // SEQ for rank in range(2)]
+        assert [len(part) for part in parts] == [size // 2, size // 2]
+        found += torch.stack(parts, 1).flatten().tolist()
+    assert found == whole
+
+
+# ------------------------------------------------------------------------------------------------------- reading ahead
+
+
+class Reads:
+    """Stands for the disk: says what was read, and reads step `slow` only when told."""
+
+    def __init__(self, slow: int | None = None, broken: int | None = None) -> None:
+        self.slow, self.broken, self.steps = slow, broken, list[int]()
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.thread = threading.current_thread()
+
+    def __call__(self, step: int) -> torch.Tensor:
+        self.thread = threading.current_thread()
+        if step == self.slow:
+            self.begun.set()
+            assert self.go_on.wait(10)
+        if step == self.broken:
+            raise OSError(f"step {step} cannot be read")
+        self.steps.append(step)
+        return torch.full((4, 3), step)
+
+
+def step_of(batches: list[MicroBatch]) -> int:
+    assert [batch.tokens.shape for batch in batches] == [(2, 3), (2, 3)]
+    (step,) = {int(token) for batch in batches for token in batch.tokens.flatten()}
+    return step
+
+
+def test_the_next_batch_is_read_while_this_one_is_used() -> None:
+    read = Reads(slow=1)
+    with ReadAhead(read, 3, 2, CPU) as batches:
+        assert step_of(batches.micro_batches(0)) == 0  # although step 1 cannot be read yet
+        assert read.begun.wait(10)  # its reading has begun before anybody asked for it
+        read.go_on.set()
+        assert [step_of(batches.micro_batches(step)) for step in (1, 2)] == [1, 2]
+    assert read.steps == [0, 1, 2]  # each once, and nothing beyond the end
+
+
+def test_any_step_may_follow_any_other() -> None:
+    """A rollback goes back, a quarantine jumps ahead."""
+    with ReadAhead(Reads(), 9, 2, CPU) as batches:
+        for step in (0, 1, 5, 2, 2, 8, 0, 1):
+            assert step_of(batches.micro_batches(step)) == step
+
+
+def test_an_error_of_the_reader_reaches_the_step_that_needs_the_batch() -> None:
+    with ReadAhead(Reads(broken=2), 9, 2, CPU) as batches:
+        assert [step_of(batches.micro_batches(step)) for step in (0, 1)] == [0, 1]
+        with pytest.raises(OSError, match="step 2 cannot be read"):
+            batches.micro_batches(2)
+
+
+@pytest.mark.parametrize("leave_by", [None, RuntimeError])
+def test_the_thread_ends_with_the_loop(leave_by: type[Exception] | None) -> None:
+    read = Reads()
+    try:
+        with ReadAhead(read, 9, 2, CPU) as batches:
+            batches.micro_batches(0)
+            assert read.thread is not threading.current_thread() and read.thread.is_alive()
+            if leave_by is not None:
+                raise leave_by
+    except RuntimeError:
+        pass
+    assert not read.thread.is_alive()
 
 
 # ----------------------------------------------------------------------------------------------------------- held-out

@@ -165,6 +165,22 @@ def test_a_restart_from_the_seed_voids_everything() -> None:
     assert surviving_steps([started(0), step(1), step(2), started(0)]) == []
 
 
+def skipped(number: int, life: int = 0) -> dict[str, Any]:
+    return {"kind": "step_skipped", "step": number, "life": life}
+
+
+def test_a_rollback_voids_what_came_after_its_checkpoint() -> None:
+    events = [
+        *(started(0), step(1), skipped(2), step(3), skipped(4), skipped(5)),
+        {"kind": "rolled_back", "from_step": 5, "to_step": 2},
+        *(step(3, 1), skipped(4, 1), skipped(5, 1), step(6, 1), skipped(7, 1)),
+    ]
+    assert surviving_steps(events) == [step(1), step(3, 1), step(6, 1)]
+    assert surviving_steps(events, "step_skipped") == [skipped(2), skipped(4, 1), skipped(5, 1), skipped(7, 1)]
+    assert surviving_steps([*events, started(6)]) == [step(1), step(3, 1), step(6, 1)]
+    assert surviving_steps([*events, started(6)], "step_skipped") == [skipped(2), skipped(4, 1), skipped(5, 1)]
+
+
 def test_many_restarts_keep_the_history_of_the_final_weights() -> None:
     events = [
         *(started(0), *map(step, range(1, 11))),

@@ -23,7 +23,9 @@ def write_into(folder: Path, step: int, config: RunConfig | None = None) -> stor
     for name, content in FILES.items():
         (folder / name).write_bytes(content + str(step).encode() * bool(content))
     files = {name: store.fingerprint(folder / name, durable=True) for name in FILES}
-    return store.Manifest(step, step * 16, (config or RunConfig()).model_dump(mode="json"), files=files)
+    tree = (config or RunConfig()).model_dump(mode="json")
+    stability = {"losses": [0.1, 1 / 3], "streak": [step]}
+    return store.Manifest(step, step * 16, tree, files=files, num_updates=step - 1, stability=stability)
 
 
 def make(checkpoints: Path, *steps: int, config: RunConfig | None = None) -> Path:
@@ -188,7 +190,7 @@ def test_another_format_is_refused_by_number(tmp_path: Path) -> None:
 
 def test_the_manifest_is_plain_json_for_other_readers(tmp_path: Path) -> None:
     tree = orjson.loads((make(tmp_path, 7) / "manifest.json").read_bytes())
-    assert (tree["step"], tree["consumed_samples"], tree["format"]) == (7, 112, 1)
+    assert (tree["step"], tree["consumed_samples"], tree["format"]) == (7, 112, store.FORMAT)
     assert tree["config"]["model"]["num_layers"] == 12 and set(tree["files"]) == set(FILES)
 
 
@@ -379,6 +381,20 @@ def test_a_run_that_could_not_go_on_is_refused(tmp_path: Path, changes: dict[str
     message = refusal(lambda path: store.check_continues(manifest, from_tree(OTHER_RUN | changes), path), checkpoint)
     for fragment in [str(checkpoint), *fragments]:
         assert fragment in message
+
+
+RAMP: dict[str, Any] = {"train": OTHER_RUN["train"] | {"ramp_start_batch_size": 8, "ramp_tokens": 24 * 2048}}
+"""Batches of 8 until 24 sequences are consumed, then of 16."""
+
+
+def test_a_ramp_decides_how_many_sequences_steps_consume(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 7)
+    manifest = store.read_manifest(checkpoint)
+    config = from_tree(RAMP)
+    store.check_continues(replace(manifest, consumed_samples=3 * 8 + 4 * 16), config, checkpoint)
+    message = refusal(lambda path: store.check_continues(manifest, config, path), checkpoint)
+    assert "consumed 112 sequences in 7 steps" in message
+    assert "global_batch_size 16 after a ramp from 8 over 49152 tokens they would be 88; use its own batch" in message
 
 
 def test_the_fix_for_a_finished_run_works(tmp_path: Path) -> None:

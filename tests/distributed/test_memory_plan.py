@@ -1,0 +1,242 @@
+"""What `trainer.plan` says of memory, against what real models and engines keep."""
+
+import gc
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from parity import global_batch
+from ranks import run_on_ranks
+from trainer import parallel
+from trainer.config import RunConfig
+from trainer.config_file import override
+from trainer.data import MicroBatch
+from trainer.engine import Engine
+from trainer.model.context_parallel import local_positions
+from trainer.model.gpt import build_chunks
+from trainer.pipeline import run_schedule
+from trainer.plan import (
+    activation_bytes_per_microbatch,
+    microbatches_in_flight,
+    parameters_per_rank,
+    state_bytes_per_rank,
+)
+
+MODEL = {"num_layers": 4, "hidden_size": 64, "num_heads": 8, "vocab_size": 120, "seq_length": 96}
+LLAMA: dict[str, Any] = {
+    "model.num_kv_heads": 4,
+    "model.positions": "rotary",
+    "model.norm": "rms",
+    "model.activation": "swiglu",
+    "model.biases": "none",
+    "model.tied_embeddings": False,
+}
+TP2: dict[str, Any] = {"parallel.tensor": 2}
+TP2_SP: dict[str, Any] = {"parallel.tensor": 2, "parallel.sequence": True}
+CP2: dict[str, Any] = {"parallel.context": 2}
+BANDED: dict[str, Any] = {"model.attention_window": 16}
+DROPOUT: dict[str, Any] = {"model.dropout": 0.1}
+SELECTIVE: dict[str, Any] = {"train.recompute": "selective"}
+FULL: dict[str, Any] = {"train.recompute": "full"}
+
+# Every case is exact but for what the formula leaves out by its docstring.
+ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "pre-norm": {},
+    "fp32": {"train.precision": "fp32"},
+    "micro-batch of one": {"train.micro_batch_size": 1},
+    "post-norm": {"model.norm_placement": "post"},
+    "RMSNorm": {"model.norm": "rms"},
+    "RMSNorm fp32": {"model.norm": "rms", "train.precision": "fp32"},
+    "SwiGLU": {"model.activation": "swiglu"},
+    "no biases": {"model.biases": "none"},
+    "GQA": {"model.num_kv_heads": 2},
+    "one key-value head": {"model.num_kv_heads": 1},
+    "rotary": {"model.positions": "rotary"},
+    "rotary GQA fp32": {"model.positions": "rotary", "model.num_kv_heads": 2, "train.precision": "fp32"},
+    "banded": BANDED,
+    "banded fp32": BANDED | {"train.precision": "fp32"},
+    "banded, blocks not whole": {"model.attention_window": 20},
+    "banded GQA rotary": BANDED | {"model.num_kv_heads": 2, "model.positions": "rotary"},
+    "window as wide as the sequence": {"model.attention_window": 96},
+    "dropout": DROPOUT,
+    "dropout GQA": DROPOUT | {"model.num_kv_heads": 2},
+    "dropout banded": DROPOUT | BANDED,
+    "dropout post-norm": DROPOUT | {"model.norm_placement": "post"},
+    "TP2": TP2,
+    "TP2 GQA": TP2 | {"model.num_kv_heads": 4},
+    "TP2, one key-value head each": TP2 | {"model.num_kv_heads": 2},
+    "TP2 SP": TP2_SP,
+    "TP2 SP dropout": TP2_SP | DROPOUT,
+    "TP2 SP post-norm": TP2_SP | {"model.norm_placement": "post"},
+    "CP2": CP2,
+    "CP2 GQA rotary": CP2 | {"model.num_kv_heads": 4, "model.positions": "rotary"},
+    "CP2 banded": CP2 | {"model.attention_window": 20},
+    "CP2 dropout": CP2 | DROPOUT,
+    "selective": SELECTIVE,
+    "selective dropout banded": SELECTIVE | DROPOUT | BANDED,
+    "selective GQA rotary": SELECTIVE | {"model.num_kv_heads": 2, "model.positions": "rotary"},
+    "selective CP2": SELECTIVE | CP2,
+    "full": FULL,
+    "full TP2": FULL | TP2,
+    "full TP2 SP": FULL | TP2_SP,
+    "full CP2 rotary": FULL | CP2 | {"model.positions": "rotary"},
+    "Llama-class": LLAMA,
+    "Llama-class TP2 SP": LLAMA | TP2_SP,
+    "Llama-class CP2": LLAMA | CP2,
+    "Llama-class CP2 selective": LLAMA | CP2 | SELECTIVE,
+}
+
+
+def left_out_bytes(config: RunConfig) -> int:
+    """What the docstring leaves out: the angles of rotary positions, and random states (an int32 a layer)."""
+    rotary = config.model.positions == "rotary"
+    angles = 4 * config.model.head_size * config.model.seq_length if rotary else 0
+    return angles + (4 * config.model.num_layers if config.train.recompute == "selective" else 0)
+
+
+def config_of(settings: dict[str, Any]) -> RunConfig:
+    tree = {
+        "model": dict(MODEL),
+        "train": {"global_batch_size": 16, "micro_batch_size": 2, "precision": "bf16"},
+        "launch": {"device": "cpu"},
+    }
+    return override(tree, [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+
+
+def bytes_kept_for_backward(config: RunConfig, _: torch.device) -> int:
+    """Of the distinct storages that one real forward pass saves, parameters apart."""
+    (chunk,) = build_chunks(config)
+    for parameter in chunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    if config.model.dropout > 0:
+        parallel.seed_dropout(config.seed, 0)
+    batch, length = config.train.micro_batch_size, config.model.seq_length
+    mine = local_positions(length, parallel.context_rank(), parallel.context_size())
+    tokens = torch.zeros(batch, length, dtype=torch.long)[:, mine].contiguous()
+    positions = torch.arange(length).expand(batch, -1)[:, mine]
+    saved: list[torch.Tensor] = []  # alive to the end, so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = chunk.train()(tokens, positions, None, labels=tokens)
+    assert losses.requires_grad
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
+    return sum(size for address, size in storages.items() if address not in parameters)
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS)
+def test_activations_are_those_kept_for_backward(case: str) -> None:
+    config = config_of(ACTIVATIONS[case])
+    predicted = activation_bytes_per_microbatch(config)
+    for measured in run_on_ranks(config, bytes_kept_for_backward):
+        assert 0 <= measured - predicted <= left_out_bytes(config)
+
+
+def most_in_flight(config: RunConfig, device: torch.device) -> int:
+    """Chunks' forward passes that have not seen their backward pass, at most."""
+    engine = Engine(config, device)
+    engine.reset_state()
+    now, most = 0, 0
+
+    def began(_: Any, __: Any, output: torch.Tensor) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        output.register_hook(ended)
+
+    def ended(_: torch.Tensor) -> None:
+        nonlocal now
+        now -= 1
+
+    for stage in engine.stages:
+        stage.register_forward_hook(began)
+    micro_batches = [MicroBatch(tokens) for tokens in global_batch(config, 0).split(config.train.micro_batch_size)]
+    run_schedule(engine.stages, config.model, micro_batches, forward_only=False)
+    assert now == 0
+    return most
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "num_microbatches"),
+    [(1, 1, 4), (2, 1, 4), (4, 1, 8), (4, 1, 2), (2, 2, 2), (2, 2, 8), (4, 2, 8)],
+)
+def test_schedule_keeps_so_many_microbatches(pipeline: int, virtual: int, num_microbatches: int) -> None:
+    config = config_of(
+        {
+            "model.num_layers": 8,
+            "model.seq_length": 16,
+            "parallel.pipeline": pipeline,
+            "parallel.virtual_pipeline": virtual,
+            "train.global_batch_size": 2 * num_microbatches,
+            "train.precision": "fp32",
+        }
+    )
+    measured = [most / virtual for most in run_on_ranks(config, most_in_flight)]
+    assert measured == [microbatches_in_flight(config.parallel, num_microbatches, stage) for stage in range(pipeline)]
+
+
+OFFLOAD: dict[str, Any] = {"parallel.offload": "optimizer"}
+DP2: dict[str, Any] = {"parallel.data": 2}
+STATES: dict[str, dict[str, Any]] = {
+    f"ZeRO-{zero} {precision} {layout}": {"parallel.zero": zero, "train.precision": precision} | settings
+    for zero in (1, 2, 3)
+    for precision in ("fp32", "bf16")
+    for layout, settings in {"one rank": {}, "DP2": DP2, "DP2 offload": DP2 | OFFLOAD}.items()
+} | {
+    "ZeRO-1 TP2": TP2,
+    "ZeRO-2 CP2": CP2 | {"parallel.zero": 2},
+    "ZeRO-2 PP2": {"parallel.pipeline": 2, "parallel.zero": 2},
+    "ZeRO-3 PP2 untied": {"parallel.pipeline": 2, "parallel.zero": 3, "model.tied_embeddings": False},
+}
+BUCKET_BYTES = 500_000_000 * 4  # DeepSpeed's, which the plan counts apart
+
+
+class WatchedEngine(Engine):
+    """Counts the state when a step's gradients are complete."""
+
+    state_bytes = 0
+    known: frozenset[int] = frozenset()
+
+    def _finalize_gradients(self) -> None:
+        super()._finalize_gradients()
+        self.state_bytes = sum(
+            size for address, size in live_storages().items() if address not in self.known and size != BUCKET_BYTES
+        )
+
+
+def live_storages() -> dict[int, int]:
+    """Bytes by address of every storage that a tensor or its gradient holds in this process."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def state_of_rank(config: RunConfig, device: torch.device) -> tuple[int, int]:
+    """(weights of this rank, bytes of state before its second step's update)."""
+    known = frozenset(live_storages())
+    engine = WatchedEngine(config, device)
+    engine.known = known
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine._root.parameters())
+    engine.reset_state()
+    micro, replicas, replica = config.train.micro_batch_size, parallel.data_size(), parallel.data_rank()
+    for step in range(2):
+        mine = global_batch(config, step).view(-1, replicas, micro, config.model.seq_length + 1)[:, replica]
+        engine.train_step([MicroBatch(tokens) for tokens in mine], 1e-4, step)
+    return num_parameters, engine.state_bytes
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_state_is_what_the_engine_allocates(case: str) -> None:
+    shape = {"model.num_layers": 6, "model.hidden_size": 384, "model.seq_length": 16, "train.global_batch_size": 4}
+    config = config_of(shape | STATES[case])
+    for rank, (num_parameters, measured) in enumerate(run_on_ranks(config, state_of_rank)):
+        stage = rank if config.parallel.pipeline > 1 else 0
+        assert parameters_per_rank(config, stage) == num_parameters
+        assert state_bytes_per_rank(config, stage).total == pytest.approx(measured, rel=0.02)
