@@ -73,7 +73,7 @@ DEEP: dict[str, dict[str, Any]] = {
     "TP4": _layout(tensor=4),
     "TP8": _layout(tensor=8),
     "PP4": _layout(pipeline=4),
-    "PP4, one micro-batch": _layout(pipeline=4) | {"train.global_batch_size": 2},
+    "PP4, one micro-batch": _layout(pipeline=4) | {"train.global_batch_size": 8},
     "PP2 x 4 chunks, 8 layers": _layout(pipeline=2, virtual_pipeline=4) | {"model.num_layers": 8},
     "CP4": _layout(context=4),
     "CP8": _layout(context=8),
@@ -150,7 +150,7 @@ class Difference:
 def config_of(case: str) -> RunConfig:
     tree = {
         "model": dict(MODEL),
-        "train": {"global_batch_size": 16, "micro_batch_size": 2, "precision": "fp32"},
+        "train": {"global_batch_size": 64, "micro_batch_size": 8, "precision": "fp32"},
         "optimizer": {"lr": LEARNING_RATE, "clip_grad_norm": 0.5, "weight_decay": 0.1, "eps": EPS},
     }
     return override(tree, [f"{key}={json.dumps(value)}" for key, value in CASES[case].items()])

@@ -125,6 +125,8 @@ class TrainConfig(Section):
     """Sequences per forward and backward pass of one rank."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the model; master weights and optimizer state are fp32 in both."""
+    transformer_engine: bool = False
+    """On CUDA, TransformerEngine's norms and linear layers in place of PyTorch's; the package must be installed."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: keep everything, all but the inside of attention, or only each layer's input."""
 

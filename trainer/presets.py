@@ -82,9 +82,12 @@ def gpt2_xl() -> Preset:
     return _gpt2(48, 1600, 25) | {"optimizer": {"lr": 2.0e-4}}
 
 
-def _gpt3(num_layers: int, hidden_size: int, num_heads: int, batch_tokens: int, lr: float) -> Preset:
+def _gpt3(num_layers: int, hidden_size: int, num_heads: int, batch_tokens: int, lr: float, ramp_tokens: int) -> Preset:
     """A row of table 2.1 with appendix B's recipe: context 2048, Adam (0.9, 0.95, 1e-8), clip 1.0, decay 0.1,
     warm-up over 375M tokens, cosine to 10 % over 260B tokens, 300B tokens in all.
+
+    The batch grows from 32k tokens (16 sequences) over the first 4 to 12 billion "depending on the model size"; which
+    size takes how many is not stated, and here is 4B, 8B and 12B, by the size of the batch.
 
     Dense and locally banded layers alternate (section 2.1). The paper does not state the width of the band: 256 is that
     of GPT-Neo, which replicates it. Nor does it speak of biases: without those of queries, keys and values, which are
@@ -100,7 +103,12 @@ def _gpt3(num_layers: int, hidden_size: int, num_heads: int, batch_tokens: int, 
             "attention_window": 256,
             "biases": "all_but_qkv",
         },
-        "train": {"global_batch_size": batch_tokens // 2048, "total_tokens": 300 * _BILLION},
+        "train": {
+            "global_batch_size": batch_tokens // 2048,
+            "ramp_start_batch_size": 16,
+            "ramp_tokens": ramp_tokens,
+            "total_tokens": 300 * _BILLION,
+        },
         "optimizer": {
             "lr": lr,
             "min_lr_fraction": 0.1,
@@ -117,42 +125,42 @@ def _gpt3(num_layers: int, hidden_size: int, num_heads: int, batch_tokens: int, 
 
 def gpt3_small() -> Preset:
     """GPT-3 Small, 125M parameters; batch 0.5M tokens."""
-    return _gpt3(12, 768, 12, batch_tokens=256 * 2048, lr=6.0e-4)
+    return _gpt3(12, 768, 12, batch_tokens=256 * 2048, lr=6.0e-4, ramp_tokens=4 * _BILLION)
 
 
 def gpt3_medium() -> Preset:
     """GPT-3 Medium, 350M parameters; batch 0.5M tokens."""
-    return _gpt3(24, 1024, 16, batch_tokens=256 * 2048, lr=3.0e-4)
+    return _gpt3(24, 1024, 16, batch_tokens=256 * 2048, lr=3.0e-4, ramp_tokens=4 * _BILLION)
 
 
 def gpt3_large() -> Preset:
     """GPT-3 Large, 760M parameters; 16 heads of 96; batch 0.5M tokens."""
-    return _gpt3(24, 1536, 16, batch_tokens=256 * 2048, lr=2.5e-4)
+    return _gpt3(24, 1536, 16, batch_tokens=256 * 2048, lr=2.5e-4, ramp_tokens=4 * _BILLION)
 
 
 def gpt3_xl() -> Preset:
     """GPT-3 XL, 1.3B parameters; batch 1M tokens. Table 2.1 prints 24 heads of 128, which is not 2048; 16 heads are."""
-    return _gpt3(24, 2048, 16, batch_tokens=512 * 2048, lr=2.0e-4)
+    return _gpt3(24, 2048, 16, batch_tokens=512 * 2048, lr=2.0e-4, ramp_tokens=8 * _BILLION)
 
 
 def gpt3_2_7b() -> Preset:
     """GPT-3 2.7B; 32 heads of 80; batch 1M tokens."""
-    return _gpt3(32, 2560, 32, batch_tokens=512 * 2048, lr=1.6e-4)
+    return _gpt3(32, 2560, 32, batch_tokens=512 * 2048, lr=1.6e-4, ramp_tokens=8 * _BILLION)
 
 
 def gpt3_6_7b() -> Preset:
     """GPT-3 6.7B; 32 heads of 128; batch 2M tokens."""
-    return _gpt3(32, 4096, 32, batch_tokens=1024 * 2048, lr=1.2e-4)
+    return _gpt3(32, 4096, 32, batch_tokens=1024 * 2048, lr=1.2e-4, ramp_tokens=8 * _BILLION)
 
 
 def gpt3_13b() -> Preset:
     """GPT-3 13B; 40 heads of 128; batch 2M tokens. Table 2.1 prints hidden size 5140, which 40 x 128 = 5120 is not."""
-    return _gpt3(40, 5120, 40, batch_tokens=1024 * 2048, lr=1.0e-4)
+    return _gpt3(40, 5120, 40, batch_tokens=1024 * 2048, lr=1.0e-4, ramp_tokens=8 * _BILLION)
 
 
 def gpt3_175b() -> Preset:
     """GPT-3 175B; 96 heads of 128; batch 3.2M tokens, here 1,536 windows (3.15M) so that common layouts divide it."""
-    return _gpt3(96, 12288, 96, batch_tokens=1536 * 2048, lr=0.6e-4)
+    return _gpt3(96, 12288, 96, batch_tokens=1536 * 2048, lr=0.6e-4, ramp_tokens=12 * _BILLION)
 
 
 _LLAMA_MODEL: Preset = {

@@ -35,6 +35,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2": {"pipeline": 2},
     "DP2 ZeRO-1": {"data": 2},
     "DP2 ZeRO-3": {"data": 2, "zero": 3},
+    "CP2": {"context": 2},
+    "CP2 x TP2": {"context": 2, "tensor": 2},
+    "PP2 x DP2 ZeRO-3 interleaved": {"pipeline": 2, "data": 2, "zero": 3, "virtual_pipeline": 2},
+    "PP2 x DP2 ZeRO-2 offload": {"pipeline": 2, "data": 2, "zero": 2, "offload": "optimizer"},
 }
 
 
@@ -47,11 +51,13 @@ class Trained:
     """Of the training state, this rank's copies of what others hold included."""
 
 
-def config_of(layout: str, *, dropout: float = 0.1, precision: str = "bf16", **train: Any) -> RunConfig:
+def config_of(
+    layout: str, *, dropout: float = 0.1, precision: str = "bf16", model: dict[str, Any] | None = None, **train: Any
+) -> RunConfig:
     sizes = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "vocab_size": 120, "seq_length": 16}
     return from_tree(
         {
-            "model": {**sizes, "dropout": dropout, "norm_placement": train.pop("norm_placement", "pre")},
+            "model": {**sizes, "dropout": dropout, **(model or {})},
             "train": {"global_batch_size": 8, "micro_batch_size": 2, "precision": precision, **train},
             "optimizer": {"lr": LEARNING_RATE, "clip_grad_norm": 0.5, "eps": EPS},
             "parallel": LAYOUTS[layout],
@@ -98,7 +104,17 @@ def assert_same(found: list[Trained], expected: list[Trained], since: int = 0) -
             assert all(torch.equal(tensors[kind], others[kind]) for kind in others), box
 
 
-@pytest.mark.parametrize("layout", ["TP2 SP x PP2 interleaved", "DP2 ZeRO-1", "DP2 ZeRO-3"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "TP2 SP x PP2 interleaved",
+        "DP2 ZeRO-1",
+        "DP2 ZeRO-3",
+        "CP2 x TP2",
+        "PP2 x DP2 ZeRO-3 interleaved",
+        "PP2 x DP2 ZeRO-2 offload",
+    ],
+)
 def test_runs_repeat_and_resume_bit_for_bit(layout: str, tmp_path: Path) -> None:
     config = config_of(layout)
     undisturbed = run_on_ranks(config, train(tmp_path))
@@ -106,18 +122,20 @@ def test_runs_repeat_and_resume_bit_for_bit(layout: str, tmp_path: Path) -> None
     assert_same(run_on_ranks(config, train(evaluate=True)), undisturbed)  # evaluating in between draws nothing
 
 
-@pytest.mark.parametrize("layout", ["one rank", "TP2 SP", "PP2"])
+@pytest.mark.parametrize("layout", ["one rank", "TP2 SP", "PP2", "CP2 x TP2", "PP2 x DP2 ZeRO-3 interleaved"])
 def test_recomputing_activations_changes_no_bit(layout: str) -> None:
-    keeping = run_on_ranks(config_of(layout, precision="fp32"), train())
-    recomputing = run_on_ranks(config_of(layout, precision="fp32", recompute="full"), train())
-    assert_same(recomputing, keeping)
+    banded = {"attention_window": 5}
+    keeping = run_on_ranks(config_of(layout, precision="fp32", model=banded), train())
+    for recompute in ("selective", "full"):
+        config = config_of(layout, precision="fp32", model=banded, recompute=recompute)
+        assert_same(run_on_ranks(config, train()), keeping)
 
 
 @pytest.mark.parametrize("norm_placement", ["pre", "post"])
 @pytest.mark.parametrize("layout", ["TP2 x PP2", "TP2 SP x PP2 interleaved"])
 def test_copies_of_a_parameter_stay_equal(layout: str, norm_placement: str) -> None:
     """Norms and biases on tensor-parallel ranks, a tied embedding on the first and last pipeline stage."""
-    ranks = run_on_ranks(config_of(layout, norm_placement=norm_placement), train())
+    ranks = run_on_ranks(config_of(layout, model={"norm_placement": norm_placement}), train())
     copies: dict[Box, list[dict[str, Tensor]]] = {}
     for box, tensors in (fragment for rank in ranks for fragment in rank.fragments):
         copies.setdefault(Box(box.key, box.global_shape, box.offset, box.shape, 0), []).append(tensors)

@@ -152,7 +152,12 @@ class TestOtherVerbs:
 def test_one_rank_gives_the_losses_of_four(
     config_file: Path, finished: tuple[Path, str], tmp_path: Path, precision: str, tolerance: float
 ) -> None:
-    common = (f"train.precision={precision}", f"data.prepared={finished[0] / 'data'}", "evaluation.max_sequences=4")
+    common = (
+        f"train.precision={precision}",
+        f"data.prepared={finished[0] / 'data'}",
+        "optimizer.lr=1e-3",
+        "evaluation.max_sequences=4",
+    )
     layouts = {"four": (), "one": ("parallel.tensor=1", "parallel.pipeline=1")}
     for name, layout in layouts.items():
         outcome = broadgauge("train", config_file, "--run-dir", tmp_path / name, "--set", *common, *layout)

@@ -3,14 +3,13 @@
 Shapes: s sequence, b batch, v this tensor-parallel rank's rows of the padded vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from trainer import parallel
 from trainer.config import NORM_EPS, ModelConfig, RunConfig
+from trainer.model import transformer_engine
 from trainer.model.attention import CausalAttention
 from trainer.model.cross_entropy import OutputLayer
 from trainer.model.norm import NormAfterResidual, norm_class
@@ -99,13 +99,14 @@ def build_chunks(config: RunConfig) -> list[GPTModel]:
     mcore_config = transformer_config(config)
     virtual = config.parallel.virtual_pipeline
     stages = range(virtual) if virtual > 1 else (None,)
-    return [_build_chunk(config.model, mcore_config, stage) for stage in stages]
+    return [_build_chunk(config, mcore_config, stage) for stage in stages]
 
 
-def _build_chunk(model: ModelConfig, mcore_config: TransformerConfig, virtual_stage: int | None) -> GPTModel:
+def _build_chunk(config: RunConfig, mcore_config: TransformerConfig, virtual_stage: int | None) -> GPTModel:
+    model = config.model
     chunk = GPT(
         mcore_config,
-        _block_spec(model, mcore_config, virtual_stage),
+        _block_spec(config, mcore_config, virtual_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.seq_length,
         pre_process=parallel.is_first_stage(virtual_stage),
@@ -115,51 +116,36 @@ def _build_chunk(model: ModelConfig, mcore_config: TransformerConfig, virtual_st
         position_embedding_type="none" if model.positions == "rotary" else "learned_absolute",
         vp_stage=virtual_stage,
     )
-    _mark_tensor_parallel_weights(chunk)
     if chunk.post_process:
         chunk.output_layer.vocab_size = model.vocab_size
     return chunk.to(mcore_config.params_dtype)
 
 
 def _block_spec(
-    model: ModelConfig, mcore_config: TransformerConfig, virtual_stage: int | None
+    config: RunConfig, mcore_config: TransformerConfig, virtual_stage: int | None
 ) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(normalization=mcore_config.normalization)
-    parts = layer.submodules
+    model, parts, norm = config.model, layer.submodules, norm_class(mcore_config)
+    if config.train.transformer_engine:
+        norm = transformer_engine.norm_class()
+        transformer_engine.use_linear_layers(layer)
     parts.sharded_state_dict_keys_map = {}  # tensors are stored under the names that modules have here
+    attention = parts.self_attention.submodules
     rotary_base = model.rotary_base if model.positions == "rotary" else None
-    parts.self_attention.submodules.core_attention = ModuleSpec(CausalAttention, params={"rotary_base": rotary_base})
+    attention.core_attention = ModuleSpec(CausalAttention, params={"rotary_base": rotary_base})
     if model.biases == "all_but_qkv":
-        parts.self_attention.submodules.linear_qkv = _UnbiasedColumnParallelLinear
-    norm = norm_class(mcore_config)
+        attention.linear_qkv = _without_bias(attention.linear_qkv)
     if model.norm_placement == "pre":
         parts.input_layernorm = parts.pre_mlp_layernorm = norm
     else:
         parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-        parts.self_attn_bda = ModuleSpec(NormAfterResidual, params={"config": mcore_config})
-        parts.mlp_bda = ModuleSpec(NormAfterResidual, params={"config": mcore_config})
+        add_then_norm = ModuleSpec(NormAfterResidual, params={"config": mcore_config, "norm": norm})
+        parts.self_attn_bda = parts.mlp_bda = add_then_norm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(mcore_config, virtual_stage),
         layer_norm=norm if model.norm_placement == "pre" else None,
     )
 
 
-class _UnbiasedColumnParallelLinear(ColumnParallelLinear):
-    def __init__(self, *sizes: int, bias: bool, **kwargs: Any) -> None:
-        super().__init__(*sizes, bias=False, **kwargs)
-
-
-def _mark_tensor_parallel_weights(chunk: GPTModel) -> None:
-    """Say which weights are split, as megatron-core does only when it initialises them itself.
-
-    DeepSpeed's gradient norm reads the mark: without it a split weight counts on one tensor-parallel rank only, and
-    clipping and Adam hide the wrong norm from the loss.
-    """
-    for module in chunk.modules():
-        weight = getattr(module, "weight", None)
-        if weight is None or hasattr(weight, "tensor_model_parallel"):
-            continue
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=1, stride=1)
+def _without_bias(linear: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    return lambda *args, **kwargs: linear(*args, **kwargs | {"bias": False})

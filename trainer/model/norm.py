@@ -41,9 +41,9 @@ def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) ->
 class NormAfterResidual(torch.nn.Module):
     """GPT-1's order: norm(residual + dropout(x + bias)), in the place of megatron-core's bias-dropout-add."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, norm: type[torch.nn.Module]) -> None:
         super().__init__()
-        self.norm = norm_class(config)(config, config.hidden_size, eps=config.layernorm_epsilon)
+        self.norm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, training: bool, fused: bool) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
         """megatron-core calls this first, then the result with ((x, bias), residual [s, b, h], dropout)."""

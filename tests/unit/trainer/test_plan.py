@@ -293,7 +293,8 @@ def test_stages_hold_the_whole_model(name: str, pipeline: int) -> None:
 @pytest.mark.parametrize(("zero", "per_parameter"), [(1, 2 + 4 + 12 / 64), (2, 2 + 16 / 64)])
 def test_state_of_the_zero_paper(zero: int, per_parameter: float) -> None:
     """Rajbhandari et al. 2020, figure 1, N = 64 replicas, K = 12 in mixed precision, but for fp32 gradients."""
-    config = from_tree({"preset": "gpt3_small", "parallel": {"data": 64, "zero": zero}})
+    layout = {"data": 64, "zero": zero}
+    config = from_tree({"preset": "gpt3_small", "train": {"ramp_start_batch_size": 64}, "parallel": layout})
     state = state_bytes_per_rank(config)
     assert state.total == pytest.approx(per_parameter * num_parameters(config.model, padded=True), rel=1e-6)
     assert state.host == 0
