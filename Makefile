@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all lint format docs parity bench-train bench-startup clean
+.PHONY: help install quickstart test test-all lint format docs parity bench-train bench-layouts bench-attention bench-startup clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -35,14 +35,21 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)     ## rewrite docs/configuration.md from the config
+docs: $(INSTALLED)     ## rewrite the pages that are made from the code
 	PYTHONPATH=. $(BIN)/python docs/configuration.py
+	PYTHONPATH=tests:. $(BIN)/python -W ignore docs/layouts.py
 
 parity: $(INSTALLED)  ## every layout against one process: the whole table
 	PYTHONPATH=tests:. $(BIN)/python -W ignore tests/parity.py
 
 bench-train: $(INSTALLED)  ## training speed beside other loops
 	$(BIN)/python -W ignore -m benchmarks.train
+
+bench-layouts: $(INSTALLED)  ## two ranks in every layout beside one process
+	KINETO_LOG_LEVEL=5 $(BIN)/python -W ignore -m benchmarks.layouts
+
+bench-attention: $(INSTALLED)  ## banded against dense attention; memory of long sequences
+	$(BIN)/python -W ignore -m benchmarks.attention
 
 bench-startup: $(INSTALLED)  ## time from the command to the first completed step
 	$(BIN)/python -m benchmarks.startup

@@ -5,13 +5,13 @@ imports torch, so reading and checking a config takes milliseconds.
 """
 
 import re
-from collections.abc import Iterator
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from trainer import support
+from trainer.rules import broken
+from trainer.support import RULES
 
 NORM_EPS = 1e-5  # of every layer norm, in the released models of all three papers
 VOCAB_MULTIPLE = 128  # the padded vocabulary is a multiple of this, whatever the layout, so that layouts agree
@@ -287,159 +287,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for problem in _problems(self):
-            raise ValueError(problem)
+        for rule in broken(self, RULES):
+            raise ValueError(rule.refusal(self, RULES))
         return self
-
-
-def _problems(config: RunConfig) -> Iterator[str]:
-    """Every rule that spans fields, as one line with the rule, the values and the fix."""
-    yield from _model_problems(config)
-    yield from _split_problems(config)
-    yield from _layout_problems(config)
-    yield from _batch_problems(config)
-
-
-def _model_problems(config: RunConfig) -> Iterator[str]:
-    model = config.model
-    if model.hidden_size % model.num_heads:
-        yield (
-            f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; "
-            f"use {_nearest_multiples(model.hidden_size, model.num_heads)}"
-        )
-    if model.num_heads % model.kv_heads:
-        near = _divisors(model.num_heads, model.kv_heads)
-        yield f"model.num_heads {model.num_heads} is not divisible by model.num_kv_heads {model.kv_heads}; use {near}"
-    if model.positions == "rotary" and model.head_size % 2:
-        yield (
-            f"model.positions rotary turns pairs, and heads have {model.head_size} elements (hidden_size / num_heads); "
-            "make them even"
-        )
-
-
-def _layout_problems(config: RunConfig) -> Iterator[str]:
-    model, parallel, launch = config.model, config.parallel, config.launch
-    stages = parallel.pipeline * parallel.virtual_pipeline
-    if model.num_layers % stages:
-        yield (
-            f"model.num_layers {model.num_layers} is not divisible by parallel.pipeline {parallel.pipeline} x "
-            f"virtual_pipeline {parallel.virtual_pipeline}; use {_nearest_multiples(model.num_layers, stages)} layers"
-        )
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        yield "parallel.virtual_pipeline above 1 needs parallel.pipeline above 1; set virtual_pipeline to 1"
-    if parallel.sequence and parallel.tensor == 1:
-        yield "parallel.sequence splits over tensor-parallel ranks and parallel.tensor is 1; set sequence to false"
-    yield from support.problems(config)
-    ranks, per_node = parallel.num_ranks, launch.ranks_per_node
-    counted = (
-        f"parallel.tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} x "
-        f"data {parallel.data} = {ranks} ranks"
-    )
-    if per_node is None and ranks % launch.nodes:
-        near = _divisors(ranks, launch.nodes)
-        yield f"{counted}, which launch.nodes {launch.nodes} does not divide; use {near} nodes"
-    elif per_node is not None and launch.nodes * per_node != ranks:
-        yield (
-            f"{counted}, but launch.nodes {launch.nodes} x ranks_per_node {per_node} = {launch.nodes * per_node}; "
-            f"change one so that they are equal"
-        )
-
-
-def _split_problems(config: RunConfig) -> Iterator[str]:
-    """What tensor, sequence and context parallel split must be divisible by them."""
-    model, parallel = config.model, config.parallel
-    for field, value in (
-        ("model.num_heads", model.num_heads),
-        ("model.num_kv_heads", model.kv_heads),
-        ("model.ffn_hidden_size", model.ffn_size),
-        ("the padded vocabulary", model.padded_vocab_size),
-    ):
-        if value % parallel.tensor:
-            yield (
-                f"{field} {value} is not divisible by parallel.tensor {parallel.tensor}; "
-                f"use {_divisors(value, parallel.tensor)} for parallel.tensor"
-            )
-    for field, heads in (("model.num_heads", model.num_heads), ("model.num_kv_heads", model.kv_heads)):
-        if heads % parallel.tensor == 0 and heads // parallel.tensor % parallel.context:
-            yield (
-                f"{field} {heads} / parallel.tensor {parallel.tensor} = {heads // parallel.tensor} heads are not "
-                f"divisible by parallel.context {parallel.context}, and context parallel trades heads for sequences; "
-                f"use {_divisors(heads // parallel.tensor, parallel.context)} for parallel.context"
-            )
-    # context parallel gives every rank an early and a late piece of the sequence
-    pieces = (2 * parallel.context if parallel.context > 1 else 1) * (parallel.tensor if parallel.sequence else 1)
-    if model.seq_length % pieces:
-        split = " and ".join(
-            [f"parallel.context {parallel.context} (2 pieces a rank)"] * (parallel.context > 1)
-            + [f"parallel.sequence over parallel.tensor {parallel.tensor}"] * parallel.sequence
-        )
-        yield (
-            f"model.seq_length {model.seq_length} is not divisible by {pieces}, which {split} needs; "
-            f"use {_nearest_multiples(model.seq_length, pieces)}"
-        )
-
-
-def _batch_problems(config: RunConfig) -> Iterator[str]:
-    train, parallel = config.train, config.parallel
-    micro_total = train.micro_batch_size * parallel.data
-    if train.global_batch_size % micro_total:
-        yield (
-            f"train.global_batch_size {train.global_batch_size} is not divisible by micro_batch_size "
-            f"{train.micro_batch_size} x parallel.data {parallel.data}; "
-            f"use {_nearest_multiples(train.global_batch_size, micro_total)}"
-        )
-    elif parallel.virtual_pipeline > 1 and config.num_microbatches % parallel.pipeline:
-        yield (
-            f"the interleaved schedule needs the {config.num_microbatches} micro-batches of a step to be a multiple of "
-            f"parallel.pipeline {parallel.pipeline}; change train.global_batch_size or micro_batch_size"
-        )
-    yield from _ramp_problems(config)
-    if train.total_tokens < 1:
-        yield "train.total_tokens must be at least 1"
-    end = config.optimizer.decay_tokens or train.total_tokens
-    for name, tokens in (("train.total_tokens", train.total_tokens), ("optimizer.decay_tokens", end)):
-        if 0 < tokens <= config.optimizer.warmup_tokens:
-            yield (
-                f"optimizer.warmup_tokens {config.optimizer.warmup_tokens} is not below {name} {tokens}: the learning "
-                f"rate would never reach its peak; lower it, to {tokens // 20} perhaps"
-            )
-
-
-def _ramp_problems(config: RunConfig) -> Iterator[str]:
-    """A ramp's batch sizes are multiples of its first, so that every layout that accepts it has the same ones."""
-    train, parallel = config.train, config.parallel
-    start = train.ramp_start_batch_size
-    if start is None:
-        if train.ramp_tokens:
-            yield (
-                f"train.ramp_tokens is {train.ramp_tokens} and train.ramp_start_batch_size is empty: no batch would "
-                "grow; set both or none"
-            )
-        return
-    if not train.ramp_tokens:
-        yield f"train.ramp_start_batch_size {start} needs train.ramp_tokens above 0; set it, or leave both out"
-    if start > train.global_batch_size:
-        yield (
-            f"train.ramp_start_batch_size {start} is above train.global_batch_size {train.global_batch_size}, to which "
-            "the batch grows; lower it"
-        )
-    interleaved = parallel.virtual_pipeline > 1
-    whole = train.micro_batch_size * parallel.data * (parallel.pipeline if interleaved else 1)
-    if start % whole:
-        yield (
-            f"train.ramp_start_batch_size {start} is not divisible by micro_batch_size {train.micro_batch_size} x "
-            f"parallel.data {parallel.data}{f' x pipeline {parallel.pipeline} (interleaved)' if interleaved else ''}; "
-            f"use {_nearest_multiples(start, whole)}"
-        )
-
-
-def _nearest_multiples(value: int, divisor: int) -> str:
-    below = value // divisor * divisor
-    return f"{below} or {below + divisor}" if below else f"{divisor}"
-
-
-def _divisors(value: int, wanted: int) -> str:
-    """The divisors of `value` next to `wanted`."""
-    below = max(d for d in range(1, wanted + 1) if value % d == 0)
-    above = next((d for d in range(wanted, value + 1) if value % d == 0), below)
-    return f"{below} or {above}" if below != above else str(below)

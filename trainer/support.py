@@ -4,22 +4,12 @@
 together; a config that breaks one is refused with the rule, the values, the reason, and the nearest settings that work.
 """
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations, islice
-from math import gcd, isqrt, prod
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from itertools import combinations
+from typing import Any
 
-if TYPE_CHECKING:
-    from trainer.config import RunConfig
-
-Settings = Mapping[str, Any]
-"""Config values by dotted key."""
-
+from trainer.rules import NUM_TRIES, AtLeast, AtMost, Condition, Equal, Multiple, Needs, Rule, Settings
 
 # ----------------------------------------------------------------------------------------------------------- features
 
@@ -70,145 +60,251 @@ def pairs() -> Iterator[tuple[Feature, Feature]]:
     return ((one, other) for one, other in combinations(FEATURES.values(), 2) if one.axis != other.axis)
 
 
-# ----------------------------------------------------------------------------------------------------- kinds of rules
+# -------------------------------------------------------------------------------------------------------------- rules
 
-_TRIES = 100  # values to try in each direction for one that breaks no other rule
+_RANKS = ("parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.data")
+_INTERLEAVED = Condition(
+    " where `parallel.virtual_pipeline` is above 1", lambda config: config.parallel.virtual_pipeline > 1
+)
+_CONTEXT = Condition(" where `parallel.context` is above 1", lambda config: config.parallel.context > 1)
+_SEQUENCE = Condition(" with `parallel.sequence`", lambda config: config.parallel.sequence)
+_BOTH = Condition(
+    " where `parallel.context` is above 1, with `parallel.sequence`",
+    lambda config: config.parallel.context > 1 and config.parallel.sequence,
+)
+_ROTARY = Condition(" where `model.positions` is `rotary`", lambda config: config.model.positions == "rotary")
+_EVEN_NODES = Condition(" where `launch.ranks_per_node` is empty", lambda config: config.launch.ranks_per_node is None)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rule(ABC):
-    """Something that the values of several settings, or their sum, must obey."""
-
-    why: str
-    """One clause."""
-    example: Settings
-    """The smallest settings that break it, and no other rule, on the default config."""
-
-    @property
-    @abstractmethod
-    def statement(self) -> str:
-        """The rule in Markdown."""
-
-    @abstractmethod
-    def values(self, config: RunConfig) -> str | None:
-        """What the config says against the rule; None where it is obeyed."""
-
-    @abstractmethod
-    def near(self, config: RunConfig) -> Iterator[Iterable[Settings]]:
-        """Ways to obey it: for each direction the changes of a config that breaks it, the nearest first."""
-
-    def alternatives(self, config: RunConfig) -> list[Settings]:
-        """The nearest change in each direction that breaks no other rule; the nearest of all where every one does."""
-        ways = [tries for way in self.near(config) if (tries := list(islice(way, _TRIES)))]
-        sound = [next((each for each in tries if _is_sound(changed(config, each))), None) for tries in ways]
-        return [each for each in sound if each is not None] or [tries[0] for tries in ways]
-
-    def problem(self, config: RunConfig) -> str | None:
-        """One line with the values, the reason and the fix; None where the rule is obeyed."""
-        values = self.values(config)
-        return values and f"{values}: {self.why}; use {shown(self.alternatives(config))}"
-
-
-Product = tuple[int | str, ...]
-"""Numbers and keys, to be multiplied."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    text: str
-    holds: Callable[[RunConfig], bool]
-
-
-_ALWAYS = Condition("", lambda config: True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Multiple(Rule):
-    """`whole` is a multiple of `of`. Nothing is asked of settings that are empty."""
-
-    whole: Product
-    of: Product
-    change: tuple[str, ...]
-    """The keys to change, each a factor of one side."""
-    instead: Settings | None = None
-    """Another way to obey the rule: to leave out what asks for it."""
-    when: Condition = _ALWAYS
-
-    @property
-    def statement(self) -> str:
-        sides = [" x ".join(f"`{factor}`" if isinstance(factor, str) else str(factor) for factor in side)
-                 for side in (self.whole, self.of)]
-        return f"{sides[0]} is a multiple of {sides[1]}{self.when.text}"
-
-    def values(self, config: RunConfig) -> str | None:
-        factors = [_number(config, factor) for factor in (*self.whole, *self.of)]
-        if not self.when.holds(config) or None in factors:
-            return None
-        if _product(config, self.whole) % _product(config, self.of) == 0:
-            return None
-        section = "" if len(self.whole) > 1 else _section(self.whole[-1])
-        return f"{_multiplied(config, self.whole)} is not divisible by {_multiplied(config, self.of, section)}"
-
-    def near(self, config: RunConfig) -> Iterator[Iterable[Settings]]:
-        whole, of = _product(config, self.whole), _product(config, self.of)
-        for key in self.change:
-            now = value_of(config, key)
-            if key in self.whole:
-                below, above = _multiples(of // gcd(of, whole // now), now)
-            else:
-                below, above = _divisors(whole, of // now, now)
-            yield ({key: value} for value in below)
-            yield ({key: value} for value in above)
-        if self.instead is not None:
-            yield [self.instead]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Needs(Rule):
-    """A setting other than `off` needs another one that is on as well."""
-
-    key: str
-    off: Any
-    other: str
-    other_off: Any
-    other_on: Iterable[Any] = ()
-    """Values that turn the other on, to be tried in this order."""
-
-    @property
-    def statement(self) -> str:
-        return f"`{self.key}`{_beyond(self.off)} needs `{self.other}`{_beyond(self.other_off)}"
-
-    def values(self, config: RunConfig) -> str | None:
-        value, other = value_of(config, self.key), value_of(config, self.other)
-        if value == self.off or other != self.other_off:
-            return None
-        needed = f"{self.other}{_beyond(self.other_off)}"
-        return f"{self.key} {_text(value)} needs {needed}, which is {_text(other)}"
-
-    def near(self, config: RunConfig) -> Iterator[Iterable[Settings]]:
-        yield [{self.key: self.off}]
-        yield ({self.other: value} for value in self.other_on)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AtMost(Rule):
-    """A setting is at most another one, or below it. Nothing is asked of settings that are empty."""
-
-    key: str
-    other: str
-    strictly: bool
-    fix: Callable[[int, int], Settings]
-    """Of both values."""
-
-    @property
-    def statement(self) -> str:
-        return f"`{self.key}` is {'below' if self.strictly else 'at most'} `{self.other}`"
-
-    def values(self, config: RunConfig) -> str | None:
-        value, most = value_of(config, self.key), value_of(config, self.other)
-        if not value or not most or value < most or (value == most and not self.strictly):
-            return None
-        return f"{self.key} {value} is {'not below' if self.strictly else 'above'} {self.other} {most}"
-
-    def near(self, config: RunConfig) -> Iterator[Iterable[Settings]]:
-        yield [self.fix(value_of(config, self.key), value_of(config, self.other))]
+RULES: tuple[Rule, ...] = (
+    Multiple(
+        whole=("model.hidden_size",),
+        of=("model.num_heads",),
+        why="all heads have the same size",
+        example={"model.num_heads": 5},
+        change=("model.hidden_size", "model.num_heads"),
+    ),
+    Multiple(
+        whole=("model.num_heads",),
+        of=("model.num_kv_heads",),
+        why="each key-value head serves equally many attention heads",
+        example={"model.num_kv_heads": 5},
+        change=("model.num_kv_heads",),
+        instead=("model.num_kv_heads", None),
+    ),
+    Multiple(
+        whole=("model.hidden_size",),
+        of=(2, "model.num_heads"),
+        when=_ROTARY,
+        why="rotary positions turn pairs of a head's elements",
+        example={"model.positions": "rotary", "model.hidden_size": 36},
+        change=("model.hidden_size", "model.num_heads"),
+    ),
+    Multiple(
+        whole=("model.num_heads",),
+        of=("parallel.tensor",),
+        why="tensor parallel ranks share out whole heads",
+        example={"parallel.tensor": 8},
+        change=("parallel.tensor",),
+    ),
+    Multiple(
+        whole=("model.num_kv_heads",),
+        of=("parallel.tensor",),
+        why="tensor parallel ranks share out whole heads",
+        example={"parallel.tensor": 4, "model.num_kv_heads": 6},
+        change=("parallel.tensor",),
+    ),
+    Multiple(
+        whole=("model.ffn_hidden_size",),
+        of=("parallel.tensor",),
+        why="tensor parallel ranks hold equal parts of the feed-forward layer",
+        example={"parallel.tensor": 4, "model.ffn_hidden_size": 3070},
+        change=("parallel.tensor", "model.ffn_hidden_size"),
+    ),
+    Multiple(
+        whole=("model.padded_vocab_size",),
+        of=("parallel.tensor",),
+        why="tensor parallel ranks hold equal parts of the embedding, whose rows are model.vocab_size rounded up",
+        example={"parallel.tensor": 3, "model.vocab_size": 200},
+        change=("parallel.tensor",),
+    ),
+    Multiple(
+        whole=("model.num_heads",),
+        of=("parallel.tensor", "parallel.context"),
+        when=_CONTEXT,
+        why="context parallel ranks trade a tensor parallel rank's heads for whole sequences",
+        example={"parallel.context": 8},
+        change=("parallel.context", "parallel.tensor"),
+    ),
+    Multiple(
+        whole=("model.num_kv_heads",),
+        of=("parallel.tensor", "parallel.context"),
+        when=_CONTEXT,
+        why="context parallel ranks trade a tensor parallel rank's heads for whole sequences",
+        example={"parallel.context": 4, "model.num_kv_heads": 2},
+        change=("parallel.context", "parallel.tensor"),
+    ),
+    Multiple(
+        whole=("model.seq_length",),
+        of=("parallel.tensor",),
+        when=_SEQUENCE,
+        why="sequence parallel splits every sequence over the tensor parallel ranks",
+        example={"parallel.sequence": True, "parallel.tensor": 4, "model.seq_length": 30},
+        change=("model.seq_length", "parallel.tensor"),
+    ),
+    Multiple(
+        whole=("model.seq_length",),
+        of=(2, "parallel.context"),
+        when=_CONTEXT,
+        why="each context parallel rank has an early and a late piece of every sequence",
+        example={"parallel.context": 4, "model.seq_length": 30},
+        change=("model.seq_length", "parallel.context"),
+    ),
+    Multiple(
+        whole=("model.seq_length",),
+        of=(2, "parallel.context", "parallel.tensor"),
+        when=_BOTH,
+        why="sequence parallel splits both pieces of a context parallel rank over the tensor parallel ranks",
+        example={
+            "parallel.context": 2,
+            "parallel.tensor": 2,
+            "parallel.sequence": True,
+            "model.seq_length": 28,
+        },
+        change=("model.seq_length",),
+        instead=("parallel.sequence", False),
+    ),
+    Multiple(
+        whole=("model.num_layers",),
+        of=("parallel.pipeline", "parallel.virtual_pipeline"),
+        why="all pipeline stages have the same number of layers",
+        example={"parallel.pipeline": 5},
+        change=("model.num_layers", "parallel.pipeline", "parallel.virtual_pipeline"),
+    ),
+    Needs(
+        key="parallel.virtual_pipeline",
+        off=1,
+        other="parallel.pipeline",
+        other_off=1,
+        other_on=range(2, 9),
+        why="the interleaved schedule runs over several pipeline ranks",
+        example={"parallel.virtual_pipeline": 2},
+    ),
+    Needs(
+        key="parallel.sequence",
+        off=False,
+        other="parallel.tensor",
+        other_off=1,
+        other_on=range(2, 9),
+        why="sequence parallel splits over tensor parallel ranks",
+        yields=True,
+        example={"parallel.sequence": True},
+    ),
+    Multiple(
+        whole=_RANKS,
+        of=("launch.nodes",),
+        when=_EVEN_NODES,
+        why="the nodes share the ranks out evenly",
+        yields=True,
+        example={"launch.nodes": 2},
+        change=("launch.nodes", "parallel.data"),
+    ),
+    Equal(
+        left=_RANKS,
+        right=("launch.nodes", "launch.ranks_per_node"),
+        why="every rank of the layout has one place",
+        yields=True,
+        example={"launch.ranks_per_node": 2},
+        change=("launch.ranks_per_node", "launch.nodes", "parallel.data"),
+        instead=("launch.ranks_per_node", None),
+    ),
+    Multiple(
+        whole=("train.global_batch_size",),
+        of=("train.micro_batch_size", "parallel.data"),
+        why="every replica runs whole micro-batches",
+        example={"train.global_batch_size": 6, "train.micro_batch_size": 2, "parallel.data": 2},
+        change=("train.global_batch_size", "train.micro_batch_size"),
+    ),
+    Multiple(
+        whole=("train.global_batch_size",),
+        of=("train.micro_batch_size", "parallel.data", "parallel.pipeline"),
+        when=_INTERLEAVED,
+        why="the interleaved schedule runs micro-batches in groups of parallel.pipeline",
+        example={
+            "train.global_batch_size": 6,
+            "train.micro_batch_size": 2,
+            "parallel.pipeline": 2,
+            "parallel.virtual_pipeline": 2,
+        },
+        change=("train.global_batch_size", "train.micro_batch_size"),
+        instead=("parallel.virtual_pipeline", 1),
+    ),
+    Needs(
+        key="train.ramp_tokens",
+        off=0,
+        other="train.ramp_start_batch_size",
+        other_off=None,
+        other_on=range(1, 1 + NUM_TRIES),
+        why="a batch that grows has a first size",
+        example={"train.ramp_tokens": 1000},
+    ),
+    Needs(
+        key="train.ramp_start_batch_size",
+        off=None,
+        other="train.ramp_tokens",
+        other_off=0,
+        why="a batch that grows does so over some tokens",
+        example={"train.ramp_start_batch_size": 8},
+    ),
+    AtMost(
+        key="train.ramp_start_batch_size",
+        other="train.global_batch_size",
+        fixes=lambda start, full: (("train.ramp_start_batch_size", full), ("train.global_batch_size", start)),
+        why="the batch grows from the one to the other",
+        example={"train.ramp_start_batch_size": 512, "train.ramp_tokens": 1000},
+    ),
+    Multiple(
+        whole=("train.ramp_start_batch_size",),
+        of=("train.micro_batch_size", "parallel.data"),
+        why="the batch grows by this size, and every replica runs whole micro-batches",
+        example={"train.ramp_start_batch_size": 6, "train.ramp_tokens": 1000, "train.micro_batch_size": 4},
+        change=("train.ramp_start_batch_size", "train.micro_batch_size"),
+    ),
+    Multiple(
+        whole=("train.ramp_start_batch_size",),
+        of=("train.micro_batch_size", "parallel.data", "parallel.pipeline"),
+        when=_INTERLEAVED,
+        why="the batch grows by this size, and the interleaved schedule runs groups of parallel.pipeline micro-batches",
+        example={
+            "train.ramp_start_batch_size": 3,
+            "train.ramp_tokens": 1000,
+            "parallel.pipeline": 2,
+            "parallel.virtual_pipeline": 2,
+        },
+        change=("train.ramp_start_batch_size", "train.micro_batch_size"),
+        instead=("parallel.virtual_pipeline", 1),
+    ),
+    AtLeast(
+        key="train.total_tokens",
+        least=1,
+        why="a run has a step",
+        example={"train.total_tokens": 0},
+    ),
+    AtMost(
+        key="optimizer.warmup_tokens",
+        other="train.total_tokens",
+        strictly=True,
+        fixes=lambda warmup, total: (("optimizer.warmup_tokens", total // 20),),
+        why="the learning rate would never reach its peak",
+        yields=True,
+        example={"train.total_tokens": 2000, "optimizer.warmup_tokens": 2000},
+    ),
+    AtMost(
+        key="optimizer.warmup_tokens",
+        other="optimizer.decay_tokens",
+        strictly=True,
+        fixes=lambda warmup, decay: (("optimizer.warmup_tokens", decay // 20),),
+        why="the learning rate would never reach its peak",
+        yields=True,
+        example={"optimizer.decay_tokens": 2000, "optimizer.warmup_tokens": 3000},
+    ),
+)

@@ -31,8 +31,9 @@ def test_every_setting_is_documented() -> None:
     assert not undocumented
 
 
-def test_configuration_page_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("configuration", ROOT / "docs" / "configuration.py")
+@pytest.mark.parametrize("page", ["configuration", "layouts"])
+def test_generated_page_is_up_to_date(page: str) -> None:
+    spec = importlib.util.spec_from_file_location(page, ROOT / "docs" / f"{page}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

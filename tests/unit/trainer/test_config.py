@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from trainer import rules, support
 from trainer.config import RunConfig, UserError
 from trainer.config_file import differences, dump, from_tree, json_schema, known_keys, load, override, parse_yaml
 from trainer.presets import PRESETS
@@ -344,13 +345,13 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
     # name: (settings, what the message says, key that the fix changes, the values it proposes)
     "heads": (
         ["model.num_heads=5"],
-        ["model.hidden_size 768", "model.num_heads 5", "use 765 or 770"],
+        ["model.hidden_size 768", "num_heads 5", "all heads", "use 765 or 770 for model.hidden_size, or 4 or 6 for"],
         "model.hidden_size",
         [765, 770],
     ),
     "hidden below heads": (
         ["model.hidden_size=5"],
-        ["model.hidden_size 5", "model.num_heads 12", "use 12"],
+        ["model.hidden_size 5", "num_heads 12", "use 12"],
         "model.hidden_size",
         [12],
     ),
@@ -362,7 +363,7 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
     ),
     "tensor and feed-forward": (
         ["parallel.tensor=4", "model.ffn_hidden_size=3070"],
-        ["model.ffn_hidden_size 3070", "parallel.tensor 4", "use 2 or 5 for parallel.tensor"],
+        ["model.ffn_hidden_size 3070", "parallel.tensor 4", "use 2 for parallel.tensor, or 3068 or 3072 for"],
         "parallel.tensor",
         [2],
     ),
@@ -374,45 +375,49 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
     ),
     "layers": (
         ["parallel.pipeline=5"],
-        ["model.num_layers 12", "parallel.pipeline 5 x virtual_pipeline 1", "use 10 or 15 layers"],
+        [
+            "model.num_layers 12",
+            "parallel.pipeline 5 x virtual_pipeline 1",
+            "use 10 or 15 for model.num_layers, or 4 or 6 for",
+        ],
         "model.num_layers",
         [10, 15],
     ),
     "layers, interleaved": (
         ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
-        ["model.num_layers 12", "parallel.pipeline 2 x virtual_pipeline 4", "use 8 or 16 layers"],
+        ["model.num_layers 12", "parallel.pipeline 2 x virtual_pipeline 4", "use 8 or 16 for model.num_layers"],
         "model.num_layers",
         [8, 16],
     ),
     "interleaved without pipeline": (
         ["parallel.virtual_pipeline=2"],
-        ["virtual_pipeline above 1 needs parallel.pipeline above 1", "set virtual_pipeline to 1"],
+        ["virtual_pipeline 2 needs parallel.pipeline above 1", "use 1 for parallel.virtual_pipeline, or 2 for"],
         "parallel.virtual_pipeline",
         [1],
     ),
     "sequence without tensor": (
         ["parallel.sequence=true"],
-        ["parallel.sequence", "parallel.tensor is 1", "set sequence to false"],
+        ["parallel.sequence true", "parallel.tensor above 1, which is 1", "use false for parallel.sequence"],
         "parallel.sequence",
         [False],
     ),
     "sequence length": (
         ["parallel.sequence=true", "parallel.tensor=4", "model.seq_length=30"],
-        ["model.seq_length 30", "parallel.tensor 4", "parallel.sequence", "use 28 or 32"],
+        ["model.seq_length 30", "parallel.tensor 4", "sequence parallel splits", "use 28 or 32"],
         "model.seq_length",
         [28, 32],
     ),
     "key-value heads": (
         ["model.num_kv_heads=5"],
-        ["model.num_heads 12", "model.num_kv_heads 5", "use 4 or 6"],
+        ["model.num_heads 12", "num_kv_heads 5", "use 4 or 6"],
         "model.num_kv_heads",
         [4, 6],
     ),
     "rotary heads": (
         ["model.positions=rotary", "model.hidden_size=36"],
-        ["model.positions rotary", "heads have 3 elements", "make them even"],
+        ["model.hidden_size 36", "2 x num_heads 12", "rotary positions turn pairs", "use 24 or 48"],
         "model.hidden_size",
-        [48],
+        [24, 48],
     ),
     "tensor and key-value heads": (
         ["parallel.tensor=4", "model.num_kv_heads=6"],
@@ -422,54 +427,59 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
     ),
     "context and heads": (
         ["parallel.context=4", "parallel.tensor=2"],
-        ["model.num_heads 12 / parallel.tensor 2 = 6", "parallel.context 4", "use 3 or 6 for parallel.context"],
+        ["model.num_heads 12", "parallel.tensor 2 x context 4 = 8", "use 2 for parallel.context"],
         "parallel.context",
         [2],
     ),
     "context and key-value heads": (
         ["parallel.context=4", "model.num_kv_heads=2"],
-        ["model.num_kv_heads 2 / parallel.tensor 1 = 2", "use 2 for parallel.context"],
+        ["model.num_kv_heads 2", "parallel.tensor 1 x context 4", "use 2 for parallel.context"],
         "parallel.context",
         [2],
     ),
     "context and sequence length": (
         ["parallel.context=4", "model.seq_length=30"],
-        ["model.seq_length 30", "divisible by 8", "parallel.context 4 (2 pieces a rank)", "use 24 or 32"],
+        ["model.seq_length 30", "2 x parallel.context 4 = 8", "early and a late piece", "use 24 or 32"],
         "model.seq_length",
         [24, 32],
     ),
     "context, sequence parallel and sequence length": (
         ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true", "model.seq_length=28"],
-        ["model.seq_length 28", "divisible by 8", "parallel.context 2", "parallel.tensor 2", "use 24 or 32"],
+        ["model.seq_length 28", "2 x parallel.context 2 x tensor 2 = 8", "use 24 or 32 for model.seq_length"],
         "model.seq_length",
         [24, 32],
     ),
     "nodes": (
         ["parallel.data=4", "launch.nodes=3"],
-        ["tensor 1 x pipeline 1 x context 1 x data 4 = 4 ranks", "launch.nodes 3", "use 2 or 4 nodes"],
+        ["tensor 1 x pipeline 1 x context 1 x data 4 = 4", "launch.nodes 3", "use 2 or 4 for launch.nodes"],
         "launch.nodes",
         [2, 4],
     ),
-    "more nodes than ranks": (["launch.nodes=3"], ["= 1 ranks", "launch.nodes 3", "use 1 nodes"], "launch.nodes", [1]),
+    "more nodes than ranks": (
+        ["launch.nodes=3"],
+        ["data 1 = 1", "launch.nodes 3", "use 1 for launch.nodes"],
+        "launch.nodes",
+        [1],
+    ),
     "ranks per node": (
         ["parallel.data=4", "launch.nodes=2", "launch.ranks_per_node=3"],
         [
-            "tensor 1 x pipeline 1 x context 1 x data 4 = 4 ranks",
+            "tensor 1 x pipeline 1 x context 1 x data 4 = 4",
             "launch.nodes 2 x ranks_per_node 3 = 6",
-            "so that they are equal",
+            "use 2 or empty for launch.ranks_per_node",
         ],
         "launch.ranks_per_node",
         [2],
     ),
     "warm-up and the run": (
         ["train.total_tokens=2000", "optimizer.warmup_tokens=2k"],
-        ["optimizer.warmup_tokens 2000", "train.total_tokens 2000", "lower it, to 100 perhaps"],
+        ["optimizer.warmup_tokens 2000", "train.total_tokens 2000", "never reach its peak", "use 100 for"],
         "optimizer.warmup_tokens",
         [100, 1999],
     ),
     "warm-up and the decay": (
         ["optimizer.decay_tokens=2000", "optimizer.warmup_tokens=3k"],
-        ["optimizer.warmup_tokens 3000", "optimizer.decay_tokens 2000", "lower it, to 100 perhaps"],
+        ["optimizer.warmup_tokens 3000", "optimizer.decay_tokens 2000", "never reach its peak", "use 100 for"],
         "optimizer.warmup_tokens",
         [100, 1999],
     ),
@@ -487,9 +497,9 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
     ),
     "interleaved micro-batches": (
         ["train.global_batch_size=6", "train.micro_batch_size=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
-        ["3 micro-batches", "multiple of parallel.pipeline 2", "change train.global_batch_size or micro_batch_size"],
+        ["micro_batch_size 2 x parallel.data 1 x pipeline 2 = 4", "use 4 or 8 for train.global_batch_size"],
         "train.global_batch_size",
-        [8],
+        [4, 8],
     ),
 }
 
@@ -566,6 +576,32 @@ def works(tree: Tree) -> bool:
         and (tp * pp * cp * dp) % launch["nodes"] == 0
         and (per_node is None or per_node * launch["nodes"] == tp * pp * cp * dp)
     )
+
+
+TOKENS = st.fixed_dictionaries(
+    {
+        "train.total_tokens": st.sampled_from([0, 10, 1000]),
+        "train.ramp_tokens": st.sampled_from([0, 5]),
+        "train.ramp_start_batch_size": st.sampled_from([None, 2, 3, 40]),
+        "optimizer.warmup_tokens": st.sampled_from([0, 30]),
+        "optimizer.decay_tokens": st.sampled_from([None, 20, 100]),
+    }
+)
+
+
+@settings(deadline=None)
+@given(LAYOUTS, TOKENS, st.data())
+def test_following_any_advice_ends_at_a_layout_that_works(tree: Tree, tokens: Tree, data: st.DataObject) -> None:
+    """However many rules the values break at once: no refusal is without a fix, and following the fixes ends."""
+    values = {f"{section}.{key}": value for section, fields in tree.items() for key, value in fields.items()} | tokens
+    config = rules.changed(RunConfig(), values)
+    answered = []
+    while broken := next(rules.broken(config, support.RULES), None):
+        key, value = data.draw(st.sampled_from(broken.alternatives(config, support.RULES)))
+        config = rules.changed(config, {key: value})
+        answered.append(broken.statement)
+        assert len(answered) <= len(support.RULES), answered
+    assert from_tree(config.model_dump()) == config and works(config.model_dump())
 
 
 def test_exactly_the_layouts_that_work_are_accepted() -> None:

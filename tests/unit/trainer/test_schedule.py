@@ -160,11 +160,11 @@ def test_every_layout_has_the_same_steps() -> None:
         (
             {"ramp_start_batch_size": 2, "ramp_tokens": 9, "micro_batch_size": 2},
             {"pipeline": 2, "virtual_pipeline": 2},
-            r"2 x parallel.data 1 x pipeline 2 \(interleaved\); use 4",
+            r"2 x parallel.data 1 x pipeline 2 = 4: .*; use 4 for train.ramp_start",
         ),
         ({"ramp_start_batch_size": 32, "ramp_tokens": 9}, {}, "32 is above train.global_batch_size 24"),
         ({"ramp_start_batch_size": 8}, {}, "8 needs train.ramp_tokens above 0"),
-        ({"ramp_tokens": 9}, {}, "ramp_tokens is 9 and train.ramp_start_batch_size is empty"),
+        ({"ramp_tokens": 9}, {}, "ramp_tokens 9 needs train.ramp_start_batch_size, which is empty"),
     ],
 )
 def test_ramps_that_cannot_be_are_refused(train: dict[str, Any], parallel: dict[str, Any], message: str) -> None:
