@@ -12,6 +12,7 @@ from trainer.events import read_events
 
 SETTINGS = [
     "train.total_tokens=1",
+    "optimizer.warmup_tokens=0",
     "evaluation.max_sequences=8",
     "train.global_batch_size=8",
     "train.micro_batch_size=4",
