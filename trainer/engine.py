@@ -42,7 +42,7 @@ deepspeed_logger.setLevel(logging.ERROR)
 deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
 
 
-_REDUCE_BUCKET_ELEMENTS = 40_000_000  # gradients that travel together; DeepSpeed's default holds 2 GB for them
+REDUCE_BUCKET_ELEMENTS = 40_000_000  # gradients that travel together; DeepSpeed's default holds 2 GB for them
 
 Accept = Callable[[float, float], bool]
 """Whether a step with this loss and this gradient norm may update the weights. The same answer on every rank."""
@@ -378,7 +378,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": _REDUCE_BUCKET_ELEMENTS},
+        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": config.optimizer.clip_grad_norm,

@@ -13,7 +13,7 @@ from trainer import parallel
 from trainer.config import RunConfig
 from trainer.config_file import override
 from trainer.data import MicroBatch
-from trainer.engine import Engine
+from trainer.engine import REDUCE_BUCKET_ELEMENTS, Engine
 from trainer.model.context_parallel import local_positions
 from trainer.model.gpt import build_chunks
 from trainer.pipeline import run_schedule
@@ -194,7 +194,7 @@ STATES: dict[str, dict[str, Any]] = {
     "ZeRO-2 PP2": {"parallel.pipeline": 2, "parallel.zero": 2},
     "ZeRO-3 PP2 untied": {"parallel.pipeline": 2, "parallel.zero": 3, "model.tied_embeddings": False},
 }
-BUCKET_BYTES = 500_000_000 * 4  # DeepSpeed's, which the plan counts apart
+BUCKET_BYTES = 4 * REDUCE_BUCKET_ELEMENTS  # which the plan counts apart
 
 
 class WatchedEngine(Engine):
