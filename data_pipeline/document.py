@@ -1,6 +1,9 @@
 """The record that every step of the pipeline takes and gives."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from data_pipeline.tally import Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,5 +13,8 @@ class Document:
     id: str
     """Where the text was found, the same in every run: `corpus/a.txt`, `b.jsonl:17`, `python-stdlib/source/ast.py`."""
     text: str
-    source: str
-    """The entry of `data.sources` that it came from."""
+
+
+Step = Callable[[list[Document], Tally], list[Document]]
+"""One step of cleaning: takes about a megabyte of documents at a time, gives those that it keeps (changed or not), in
+order, and counts every other one in the tally by a reason."""

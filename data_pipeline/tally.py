@@ -1,32 +1,42 @@
 """Counts of everything the pipeline dropped or repaired: a named reason, how often, and where it happened first."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-DropReason = Literal[
-    "unreadable", "undecodable", "bad_json", "missing_field", "field_not_text", "empty_text", "duplicate"
-]
-"""Why a document is not in the shards; counted in documents (files, or lines of a .jsonl).
+DROP_REASONS: dict[str, str] = {
+    # reading
+    "unreadable": "the file could not be opened or read on",
+    "undecodable": "the file is not UTF-8 text",
+    "truncated": "a compressed file or archive ends, or is damaged, in the middle; counted once a file",
+    "bad_record": "a record of an archive or table cannot be read",
+    "bad_json": "the line is not a JSON object",
+    "missing_field": "the record has no field of the name `text_field`",
+    "field_not_text": "that field is not a string",
+    "too_long": "the text is longer than `data.max_document_bytes`",
+    # cleaning
+    "empty_text": "the text is empty, or white space only",
+    "language": "none of the languages to keep is probable enough",
+    # the whole corpus
+    "duplicate": "an earlier document has exactly this text",
+    "near_duplicate": "an earlier document has nearly this text",
+    "repeated_paragraphs": "every paragraph of the text stood in earlier documents",
+    "contaminated": "overlaps with evaluation texts, and what is left between them is too little or too broken",
+}
+"""Why a document is not in the shards -> what that means; counted in documents (files, lines, records)."""
 
-unreadable      the file could not be opened
-undecodable     the file is not UTF-8 text
-bad_json        the line is not a JSON object
-missing_field   the record has no field of the name `data.text_field`
-field_not_text  that field is not a string
-empty_text      the text is empty, or white space only
-duplicate       an earlier document has exactly this text
-"""
-
-RepairReason = Literal["broken_utf8", "lone_surrogates", "not_nfc", "control_token"]
-"""What was mended in the text that was read.
-
-broken_utf8      bytes that are not UTF-8, replaced by U+FFFD (counted in sequences of bytes)
-lone_surrogates  halves of surrogate pairs, joined or replaced by U+FFFD (counted in documents)
-not_nfc          text brought to Unicode's composed form (counted in documents)
-control_token    end-of-text tokens spelled out in the text, made harmless (counted in occurrences)
-"""
+REPAIR_REASONS: dict[str, str] = {
+    "broken_utf8": "bytes that are not UTF-8, replaced by U+FFFD (counted in sequences of bytes)",
+    "lone_surrogates": "halves of surrogate pairs, joined or replaced by U+FFFD (counted in documents)",
+    "not_nfc": "text brought to Unicode's composed form (counted in documents)",
+    "control_characters": "control characters taken out (counted in characters)",
+    "control_token": "the tokenizer's control tokens spelled out in the text, made harmless (counted in occurrences)",
+    "repeated_paragraph": "paragraphs taken out because an earlier document has them (counted in paragraphs)",
+    "contaminated_span": "overlaps with evaluation texts that were cut out (counted in spans)",
+}
+"""What was mended in the text that was read -> what that means."""
 
 KEPT_PLACES = 20  # enough to find the cause; a corpus may hold millions of bad lines
+KEPT_TEXTS = 5  # of dropped documents, for a person to judge the reason by
+KEPT_CHARS = 2000
 
 
 @dataclass
@@ -41,22 +51,42 @@ class Count:
         if len(self.places) < KEPT_PLACES:
             self.places.append(place)
 
+    def merge(self, other: "Count") -> None:
+        self.count += other.count
+        self.places = (self.places + other.places)[:KEPT_PLACES]
+
     def __str__(self) -> str:
         return f"{self.count} (first at {self.places[0]})"
 
 
 @dataclass
 class Tally:
-    """Drops and repairs of one pass over the sources."""
+    """Drops and repairs of one pass over some text."""
 
     dropped: dict[str, Count] = field(default_factory=dict)
     repaired: dict[str, Count] = field(default_factory=dict)
+    samples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    """By drop reason, the first few documents: (id, beginning of the text)."""
 
-    def drop(self, reason: DropReason, place: str) -> None:
+    def drop(self, reason: str, place: str, text: str = "") -> None:
+        """Count a document that is left out; its text, where there is any, may be kept as a sample."""
+        assert reason in DROP_REASONS, reason
         self.dropped.setdefault(reason, Count()).add(place)
+        kept = self.samples.setdefault(reason, [])
+        if text and len(kept) < KEPT_TEXTS:
+            kept.append((place, text[:KEPT_CHARS]))
 
-    def repair(self, reason: RepairReason, place: str, count: int = 1) -> None:
+    def repair(self, reason: str, place: str, count: int = 1) -> None:
+        assert reason in REPAIR_REASONS, reason
         self.repaired.setdefault(reason, Count()).add(place, count)
+
+    def merge(self, other: "Tally") -> None:
+        """Add what came later."""
+        for mine, theirs in ((self.dropped, other.dropped), (self.repaired, other.repaired)):
+            for reason, count in theirs.items():
+                mine.setdefault(reason, Count()).merge(count)
+        for reason, texts in other.samples.items():
+            self.samples[reason] = (self.samples.get(reason, []) + texts)[:KEPT_TEXTS]
 
     def __str__(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in sorted(self.dropped.items())) or "nothing dropped"
