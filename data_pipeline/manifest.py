@@ -1,44 +1,35 @@
-"""manifest.json: what a folder of prepared data holds and where it came from. Written last, it makes the data real."""
+"""The manifests of prepared data: what a folder holds and where it came from.
+
+`manifest.json` is about the whole folder and is written last: it makes the data real. Every data set has one of its own
+beside its shards, with its sources and the count of every drop.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipeline.corpus import Split
-from data_pipeline.durable import write_atomically
+from data_pipeline.durable import write_synced
 from data_pipeline.settings import Settings
 from data_pipeline.tally import Count
 from trainer.config import UserError
 
 MANIFEST_FILE = "manifest.json"
+Portion = Literal["train", "heldout"]
+PORTIONS: tuple[Portion, ...] = ("train", "heldout")
 _CHUNK_BYTES = 1 << 20
 
+_R = TypeVar("_R", bound="Record")
 
-class _Record(BaseModel):
+
+class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class SplitRecord(_Record):
-    documents: int
-    tokens: int
-    """Token ids in the .bin, one end-of-text token per document included."""
-    text_bytes: int
-
-
-class SourceRecord(_Record):
-    source: str
-    """As in `data.sources`."""
-    origin: str
-    """What that was when it was read."""
-    documents: int
-    text_bytes: int
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     size_bytes: int
     xxh3_128: str
 
@@ -50,28 +41,88 @@ class FileRecord(_Record):
                 digest.update(chunk)
             return cls(size_bytes=handle.tell(), xxh3_128=digest.hexdigest())
 
+    def matches(self, path: Path) -> bool:
+        return path.is_file() and path.stat().st_size == self.size_bytes and FileRecord.of(path) == self
 
-class Manifest(_Record):
-    """The content of manifest.json."""
 
-    format_version: Literal[1] = 1
-    settings: Settings
+class PortionRecord(Record):
+    """What a data set has for training, or held out."""
+
+    documents: int
+    tokens: int
+    """Token ids in the .bin, one end-of-text token per document included."""
+    text_bytes: int
+
+
+class SourceRecord(Record):
+    """One split of the sources."""
+
+    split: str
+    """Its id, see `data_pipeline.sources`."""
+    place: str
+    content_hash: str
+    """xxh3-128 of its raw bytes."""
+    documents: int
+    """Clean ones, before copies were dropped."""
+
+
+class DatasetManifest(Record):
+    """NAME/manifest.json."""
+
+    name: str
     settings_fingerprint: str
     tokenizer_fingerprint: str
-    """xxh3-128 of tokenizer.json."""
-    vocab_size: int
-    """Of the tokenizer: the largest token id plus one."""
-    end_of_text_id: int
-    splits: dict[Split, SplitRecord]
+    portions: dict[Portion, PortionRecord]
     sources: list[SourceRecord]
     dropped: dict[str, Count]
     """By reason, see `data_pipeline.tally`."""
     repaired: dict[str, Count]
+    files: dict[str, FileRecord]
+    """By name, beside the manifest."""
+
+    def write(self, folder: Path) -> None:
+        _write(self, folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Raises:
+        UserError: there is none, or it is not one.
+        """
+        return _load(cls, folder)
+
+
+class BadSplit(Record):
+    """A split that failed every time, and was allowed to."""
+
+    split: str
+    place: str
+    reason: str
+
+
+class Manifest(Record):
+    """manifest.json."""
+
+    format_version: Literal[2] = 2
+    settings: Settings
+    settings_fingerprint: str
+    tokenizer_fingerprint: str
+    """xxh3-128 of the tokenizer's model file."""
+    vocab_size: int
+    """Of the tokenizer: the largest token id plus one."""
+    end_of_text_id: int
+    blend: dict[str, float] | None
+    """Weights of the data sets as configured; a run may say otherwise."""
+    datasets: dict[str, dict[Portion, PortionRecord]]
+    """In the order of the config."""
+    dropped: dict[str, int]
+    """Over all data sets."""
+    repaired: dict[str, int]
+    bad_splits: list[BadSplit]
     notes: list[str]
     """What the user should know about the sources."""
     files: dict[str, FileRecord]
     """By path in the folder; everything in it but this manifest."""
-    made_with: str
+    made_with: list[str]
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -80,21 +131,22 @@ class Manifest(_Record):
         Raises:
             UserError: there is none, or it is not one.
         """
-        path = folder / MANIFEST_FILE
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(
-                f"{folder} holds no prepared data ({MANIFEST_FILE}: {error.strerror}); run `broadgauge prepare`"
-            ) from error
-        except ValidationError as error:
-            raise UserError(
-                f"{path} is not a manifest of prepared data; remove {folder} and prepare it again"
-            ) from error
+        return _load(cls, folder)
 
     def write(self, folder: Path) -> None:
-        content = orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
-        write_atomically(folder / MANIFEST_FILE, content + b"\n")
+        _write(self, folder)
+
+    @property
+    def portions(self) -> dict[Portion, PortionRecord]:
+        """Sums over the data sets."""
+        return {
+            portion: PortionRecord(
+                documents=sum(portions[portion].documents for portions in self.datasets.values()),
+                tokens=sum(portions[portion].tokens for portions in self.datasets.values()),
+                text_bytes=sum(portions[portion].text_bytes for portions in self.datasets.values()),
+            )
+            for portion in PORTIONS
+        }
 
     def damage(self, folder: Path) -> list[str]:
         """Files of the manifest that are missing or changed, one line each; empty when all is well."""
@@ -120,13 +172,13 @@ class Manifest(_Record):
             raise UserError(f"{folder} is damaged: {'; '.join(problems)}; remove it and prepare it again")
 
 
-def check_enough(splits: Mapping[Split, SplitRecord], seq_length: int, min_train_tokens: int) -> None:
+def check_enough(portions: Mapping[Portion, PortionRecord], seq_length: int, min_train_tokens: int) -> None:
     """Refuse a corpus too small for one batch, or for one sequence of evaluation.
 
     Raises:
         UserError: it is.
     """
-    train, heldout = splits["train"], splits["heldout"]
+    train, heldout = portions["train"], portions["heldout"]
     window = seq_length + 1  # inputs and the targets one token later
     if train.tokens < max(window, min_train_tokens):
         raise UserError(
@@ -139,3 +191,20 @@ def check_enough(splits: Mapping[Split, SplitRecord], seq_length: int, min_train
             f"{heldout.documents + train.documents} documents and one sequence needs model.seq_length + 1 = {window}; "
             f"raise data.heldout_fraction, add documents, or lower model.seq_length"
         )
+
+
+def _write(manifest: Record, folder: Path) -> None:
+    tree = manifest.model_dump(mode="json")
+    write_synced(folder / MANIFEST_FILE, orjson.dumps(tree, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _load(kind: type[_R], folder: Path) -> _R:
+    path = folder / MANIFEST_FILE
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{folder} holds no prepared data ({MANIFEST_FILE}: {error.strerror}); run `broadgauge prepare`"
+        ) from error
+    except ValidationError as error:
+        raise UserError(f"{path} is not a manifest of prepared data; remove {folder} and prepare it again") from error

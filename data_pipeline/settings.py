@@ -1,6 +1,6 @@
 """What decides the bytes of the prepared data, the text itself aside."""
 
-from typing import Self
+from typing import Any, Self
 
 import orjson
 import xxhash
@@ -10,6 +10,7 @@ from trainer.config import DataConfig
 
 SPLIT_SEED = 0
 """Seed of the hash that picks held-out documents. Left alone, all runs hold out the same documents of a corpus."""
+_WITHOUT_EFFECT: dict[str, Any] = {"prepared": True, "blend": True, "max_bad_splits": True, "tokenizer": {"engine"}}
 
 
 class Settings(BaseModel):
@@ -17,10 +18,8 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sources: tuple[str, ...]
-    text_field: str
-    heldout_fraction: float
-    tokenizer: str | None
+    data: DataConfig
+    """With the fields that have no effect on the bytes at their defaults."""
     vocab_size: int
     seq_length: int
     seed: int
@@ -28,23 +27,33 @@ class Settings(BaseModel):
 
     @classmethod
     def of(cls, data: DataConfig, vocab_size: int, seq_length: int, seed: int = SPLIT_SEED) -> Self:
-        return cls(
-            sources=data.sources,
-            text_field=data.text_field,
-            heldout_fraction=data.heldout_fraction,
-            tokenizer=data.tokenizer,
-            vocab_size=vocab_size,
-            seq_length=seq_length,
-            seed=seed,
-        )
+        tree = data.model_dump(exclude=_WITHOUT_EFFECT)
+        tree |= {"sources": None, "datasets": {k: v.model_dump() for k, v in data.named_datasets.items()}}
+        tree["text_field"] = DataConfig.model_fields["text_field"].default
+        return cls(data=DataConfig(**tree), vocab_size=vocab_size, seq_length=seq_length, seed=seed)
 
     @property
     def fingerprint(self) -> str:
         return xxhash.xxh3_128_hexdigest(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS))
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether something must know the whole corpus before the text of a document is final or can be tokenized."""
+        data = self.data
+        return data.tokenizer.path is None or data.dedup.paragraphs or data.decontaminate.against is not None
+
     def differences(self, other: "Settings") -> list[str]:
         """One entry for each setting that differs, with both values."""
-        mine, theirs = self.model_dump(), other.model_dump()
+        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         return [
-            f"{name} {mine[name]!r} here, {theirs[name]!r} asked for" for name in mine if mine[name] != theirs[name]
+            f"{name} {mine.get(name)!r} here, {theirs.get(name)!r} asked for"
+            for name in mine | theirs
+            if mine.get(name) != theirs.get(name)
         ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,156 @@
+"""Parts: what the work on one split leaves on disk, whole or not at all.
+
+A part is a folder under its split's id. It is built under a name of its own, synced, described by `part.json`, and
+renamed: a folder of that name is a finished part, whoever was killed meanwhile. Going on after an interruption
+compares every file's size and hash with `part.json` and does again what differs.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import orjson
+import zstandard
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from data_pipeline.document import Document
+from data_pipeline.durable import sync_folder, write_synced
+from data_pipeline.manifest import FileRecord, Record
+from data_pipeline.tally import Tally
+
+PART_FILE = "part.json"
+_TEXT, _IDS, _DOCUMENTS = "text.zst", "ids.zst", "documents.npy"
+_ZSTD_LEVEL = 1
+_LENGTH_BYTES = 8  # before each frame
+
+DOCUMENT_DTYPE = np.dtype([("digest_high", "<u8"), ("digest_low", "<u8"), ("text_bytes", "<i8")])
+"""One clean document: its xxh3-128 and the bytes of its UTF-8."""
+
+
+class PartRecord(Record):
+    """The content of part.json."""
+
+    made_by: str
+    """Fingerprint of everything, the split aside, that the part depends on."""
+    content_hash: str
+    """xxh3-128 of the split's raw bytes."""
+    modified_ns: int | None
+    """Of the split's file, when it was read."""
+    documents: int
+    text_bytes: int
+    tally: Tally
+    notes: list[str]
+    files: dict[str, FileRecord]
+
+
+@contextmanager
+def new_part(folder: Path) -> Iterator[Path]:
+    """A folder to build a part in; `commit_part` gives it its name, otherwise nothing of it stays."""
+    temporary = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_part(temporary: Path, folder: Path, record: PartRecord) -> None:
+    """Sync the part's files, write its record, and give it its name."""
+    for path in temporary.iterdir():
+        with open(path, "rb") as handle:
+            os.fsync(handle.fileno())
+    write_synced(temporary / PART_FILE, orjson.dumps(record.model_dump(mode="json")))
+    sync_folder(temporary)
+    if folder.exists():  # damaged, or of another preparation
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    sync_folder(folder.parent)
+
+
+def records_of(temporary: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file in a folder, by name."""
+    return {path.name: FileRecord.of(path) for path in sorted(temporary.iterdir())}
+
+
+def find_part(folder: Path, made_by: str) -> PartRecord | None:
+    """The record of a whole part that was made in this way; None if there is none."""
+    try:
+        record = PartRecord.model_validate_json((folder / PART_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    if record.made_by != made_by or any(not file.matches(folder / name) for name, file in record.files.items()):
+        return None
+    return record
+
+
+class TextWriter:
+    """Streams clean documents into a part, a zstd frame for each batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+        self._handle = open(folder / _TEXT, "wb")  # noqa: SIM115  (closed by finish)
+
+    def add(self, texts: list[bytes]) -> None:
+        frame = self._compressor.compress(b"".join(texts))
+        self._handle.write(len(frame).to_bytes(_LENGTH_BYTES, "little"))
+        self._handle.write(frame)
+
+    def finish(self) -> None:
+        self._handle.close()
+
+
+class DocumentsWriter:
+    """Collects what a part keeps of every document beside its text: digest, size and id."""
+
+    def __init__(self) -> None:
+        self._rows: list[NDArray[np.void]] = []
+        self._ids: list[bytes] = []
+        self.num_documents = 0
+        self.text_bytes = 0
+
+    def add(self, batch: list[Document], digests: list[bytes], texts: list[bytes]) -> None:
+        rows = np.zeros(len(batch), DOCUMENT_DTYPE)
+        numbers = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
+        rows["digest_high"], rows["digest_low"] = numbers[:, 0], numbers[:, 1]
+        rows["text_bytes"] = [len(text) for text in texts]
+        self._rows.append(rows)
+        self._ids += [orjson.dumps(document.id) for document in batch]
+        self.num_documents += len(batch)
+        self.text_bytes += int(rows["text_bytes"].sum())
+
+    def finish(self, folder: Path) -> None:
+        np.save(folder / _DOCUMENTS, np.concatenate([np.zeros(0, DOCUMENT_DTYPE), *self._rows]))
+        (folder / _IDS).write_bytes(zstandard.compress(b"\n".join(self._ids), _ZSTD_LEVEL))
+
+
+def read_documents(folder: Path) -> NDArray[np.void]:
+    """[d] of `DOCUMENT_DTYPE`."""
+    rows: NDArray[np.void] = np.load(folder / _DOCUMENTS, mmap_mode="r")
+    return rows
+
+
+def read_ids(folder: Path) -> list[str]:
+    """[d] Where each document was found."""
+    lines = zstandard.decompress((folder / _IDS).read_bytes())
+    return [orjson.loads(line) for line in lines.split(b"\n")] if lines else []
+
+
+def read_texts(folder: Path) -> Iterator[list[str]]:
+    """The texts of a part in the batches that were written."""
+    sizes, first = read_documents(folder)["text_bytes"], 0
+    decompressor = zstandard.ZstdDecompressor()
+    with open(folder / _TEXT, "rb") as handle:
+        while header := handle.read(_LENGTH_BYTES):
+            data = decompressor.decompress(handle.read(int.from_bytes(header, "little")))
+            texts, position = [], 0
+            while position < len(data):
+                texts.append(data[position : position + int(sizes[first])].decode())
+                position += int(sizes[first])
+                first += 1
+            yield texts

@@ -1,0 +1,85 @@
+"""What travels between the driver and its workers: small tasks one way, progress and results the other.
+
+Text and tokens never do: a task names a split of the sources, and its result lies on disk.
+"""
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trainer.config import UserError
+
+
+@dataclass(frozen=True)
+class Advance:
+    """How far a task has come."""
+
+    input_bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: "Advance") -> "Advance":
+        return Advance(
+            self.input_bytes + other.input_bytes, self.documents + other.documents, self.tokens + other.tokens
+        )
+
+
+Report = Callable[[Advance], None]
+
+
+class Task(Protocol):
+    """Picklable; running it again, after a failure half-way, is safe."""
+
+    @property
+    def name(self) -> str:
+        """What it works on, for a person."""
+
+    def run(self, report: Report) -> Any:
+        """Do it. `report` takes what has been done so far, in all."""
+
+
+@dataclass(frozen=True)
+class Done:
+    result: Any
+    advance: Advance
+    """All that the task came through."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    reason: str
+    """One line."""
+    is_final: bool = False
+    """Trying again, or going on without it, makes no sense: the whole run ends."""
+    details: str = ""
+
+
+Outcome = Done | Failed
+
+
+class Workers(Protocol):
+    """Runs tasks in other processes."""
+
+    def run(self, tasks: list[Task], on_advance: Report) -> list[Outcome]:
+        """The outcome of every task, in their order. `on_advance` hears the sum over all tasks so far.
+
+        A task whose worker dies or that raises is tried again, up to `MAX_TRIES` times; a final failure ends the rest.
+
+        Raises:
+            UserError: a task failed for a reason that the user can mend, such as a full disk.
+        """
+
+
+MAX_TRIES = 3
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+def describe_failure(error: Exception, details: str) -> Failed:
+    """What to make of an exception that a task raised. Errors of reading have become others: an OSError is of writing."""
+    if isinstance(error, UserError):
+        return Failed(str(error), is_final=True)
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        reason = f"cannot write {error.filename or 'the prepared data'} ({error.strerror}); make room and run again"
+        return Failed(reason, is_final=True)
+    return Failed(f"{type(error).__name__}: {' '.join(str(error).split())}", details=details)

@@ -1,0 +1,130 @@
+"""Worker processes on this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import Self
+
+from data_pipeline.tasks import MAX_TRIES, Advance, Done, Failed, Outcome, Report, Task
+from trainer.config import UserError
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    job: "_Job | None" = None
+
+
+@dataclass
+class _Job:
+    index: int
+    task: Task
+    tries: int = 0
+    advance: Advance = field(default_factory=Advance)
+
+
+class LocalWorkers:
+    """So many processes, each with so many threads for encoders; a context manager that ends them."""
+
+    def __init__(self, num_workers: int, threads: int = 1) -> None:
+        self._threads = threads
+        self._workers = [self._start() for _ in range(num_workers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            self._end(worker)
+
+    def run(self, tasks: list[Task], on_advance: Report) -> list[Outcome]:
+        """See `data_pipeline.tasks.Workers`."""
+        jobs = [_Job(index, task) for index, task in enumerate(tasks)]
+        waiting, outcomes, finished = deque(jobs), dict[int, Outcome](), Advance()
+        while len(outcomes) < len(jobs):
+            for worker in self._workers:
+                if worker.job is None and waiting:
+                    self._give(worker, waiting.popleft())
+            busy = [worker for worker in self._workers if worker.job]
+            for ready in connection.wait([worker.connection for worker in busy]):
+                worker = next(worker for worker in busy if worker.connection is ready)
+                job, outcome = self._hear(worker)
+                if isinstance(outcome, Failed) and not outcome.is_final and job.tries < MAX_TRIES:
+                    job.advance = Advance()
+                    waiting.appendleft(job)
+                elif outcome is not None:
+                    _stop_if_final(outcome)
+                    outcomes[job.index] = outcome
+                    finished += job.advance
+            on_advance(sum((worker.job.advance for worker in self._workers if worker.job), finished))
+        return [outcomes[index] for index in range(len(jobs))]
+
+    def _give(self, worker: _Worker, job: _Job) -> None:
+        worker.job = job
+        job.tries += 1
+        try:
+            worker.connection.send(job.task)
+        except OSError:  # it has died while idle: hearing from it says so
+            pass
+
+    def _hear(self, worker: _Worker) -> tuple[_Job, Outcome | None]:
+        """The worker's job, and its outcome if it has ended; a dead worker is replaced."""
+        job = worker.job
+        assert job is not None
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            worker.job = None
+            outcome = Failed(f"the worker died ({_describe_end(worker.process)})")
+            self._end(worker)
+            self._workers[self._workers.index(worker)] = self._start()
+            return job, outcome
+        if isinstance(message, Advance):
+            job.advance = message
+            return job, None
+        worker.job = None
+        if isinstance(message, Done):
+            job.advance = message.advance
+        return job, message
+
+    def _start(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "RAYON_NUM_THREADS": str(self._threads),
+            "TOKENIZERS_PARALLELISM": "true" if self._threads > 1 else "false",
+            "OMP_NUM_THREADS": str(self._threads),
+            "OPENBLAS_NUM_THREADS": str(self._threads),
+        }
+        with theirs:
+            descriptor = theirs.fileno()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "data_pipeline.worker", str(descriptor)],
+                pass_fds=[descriptor],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+            )
+        return _Worker(process, Connection(ours.detach()))
+
+    def _end(self, worker: _Worker) -> None:
+        worker.connection.close()
+        worker.process.kill()
+        worker.process.wait()
+
+
+def _describe_end(process: subprocess.Popen[bytes]) -> str:
+    code = process.wait()
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _stop_if_final(outcome: Outcome) -> None:
+    if isinstance(outcome, Failed) and outcome.is_final:
+        raise UserError(outcome.reason)
