@@ -4,8 +4,10 @@ Text and tokens never do: a task names a split of the sources, and its result li
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.config import UserError
@@ -73,6 +75,21 @@ class Workers(Protocol):
 
 MAX_TRIES = 3
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+@contextmanager
+def without_room(out: Path) -> Iterator[None]:
+    """What is written to `out` in here may not fit.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(f"{out} cannot be written on ({error.strerror}); make room and run again to go on") from error
 
 
 def describe_failure(error: Exception, details: str) -> Failed:

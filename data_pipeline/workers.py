@@ -128,3 +128,8 @@ def _describe_end(process: subprocess.Popen[bytes]) -> str:
 def _stop_if_final(outcome: Outcome) -> None:
     if isinstance(outcome, Failed) and outcome.is_final:
         raise UserError(outcome.reason)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
