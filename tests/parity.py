@@ -20,7 +20,7 @@ from reference_gpt import train as train_reference
 from trainer import parallel
 from trainer.config import ModelConfig, RunConfig
 from trainer.config_file import override
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.model.init import initial_values
 from trainer.model.sharding import Box
 from trainer.pipeline import MicroBatch
@@ -209,14 +209,14 @@ def run_reference(config: RunConfig) -> tuple[list[tuple[float, float]], dict[st
 def train_rank(config: RunConfig, device: torch.device) -> tuple[list[tuple[float, float]], list[Any]]:
     """One rank's run: (loss, grad norm) of each step, and the blocks of the final weights that it owns."""
     engine = Engine(config, device)
-    engine.reset_state()
+    engine.state.reset()
     micro, replicas, replica = config.train.micro_batch_size, parallel.data_size(), parallel.data_rank()
     history = []
     for step, lr in enumerate(learning_rates(config)):
         mine = global_batch(config, step).view(-1, replicas, micro, config.model.seq_length + 1)[:, replica]
         stats = engine.train_step([MicroBatch(tokens) for tokens in mine], lr, step)
         history.append((stats.loss, stats.grad_norm))
-    blocks = [(f.box, f.tensors[MASTER].clone()) for f in engine.fragments() if f.is_main]
+    blocks = [(f.box, f.tensors[MASTER].clone()) for f in engine.state.fragments() if f.is_main]
     return history, blocks
 
 

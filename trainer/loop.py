@@ -12,7 +12,7 @@ from trainer import parallel, stability
 from trainer.checkpoint import sharded, store
 from trainer.config import RunConfig, UserError
 from trainer.data import ReadAhead, TrainingData, WindowReader, fingerprints
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.evaluate.heldout import HeldoutEvaluation
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule, Step, learning_rate
@@ -173,7 +173,7 @@ def roll_back(
 def load(engine: Engine, checkpoint: Path | None) -> tuple[int, StabilityState]:
     """Fill the engine from a checkpoint, or from the seed."""
     if checkpoint is None:
-        engine.reset_state()
+        engine.state.reset()
         return 0, StabilityState()
     manifest = sharded.load(engine, checkpoint)
     return manifest.step, StabilityState.from_tree(manifest.stability)

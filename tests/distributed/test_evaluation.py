@@ -21,7 +21,7 @@ from trainer.checkpoint import sharded
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data import WindowReader, heldout_windows
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.evaluate.frozen import FrozenModel
 from trainer.evaluate.heldout import HeldoutEvaluation, unigram_loss
 from trainer.training_state import MASTER
@@ -91,11 +91,11 @@ def checkpoint(reference: ReferenceGPT, tmp_path_factory: pytest.TempPathFactory
 
     def write(config: RunConfig, device: torch.device) -> None:
         engine = Engine(config, device)
-        engine.prepare_state(1)
-        for fragment in engine.fragments():
+        engine.state.prepare(1)
+        for fragment in engine.state.fragments():
             place = tuple(slice(o, o + n) for o, n in zip(fragment.box.offset, fragment.box.shape, strict=True))
             fragment.tensors[MASTER].copy_(whole[fragment.box.key][place])
-        engine.refresh_weights()
+        engine.state.refresh_weights()
         sharded.save(engine, folder, 1, 8)
 
     run_on_ranks(config_of("one rank"), write)

@@ -19,7 +19,7 @@ from trainer.checkpoint import store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.data import MicroBatch, TrainingData, WindowReader
-from trainer.engine import Engine, StepStats
+from trainer.engine.engine import Engine, StepStats
 from trainer.events import Event, EventLog, read_events, surviving_steps
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
@@ -52,7 +52,7 @@ def refuse_one(engine: Engine) -> None:
 
 def meet_nan(engine: Engine) -> None:
     """One rank's gradient of one parameter is not a number; both ranks must see it, although they would accept it."""
-    weight = next(p for p in engine._root.parameters() if p.requires_grad)
+    weight = next(engine.stages[0].module.parameters())
     hook = weight.register_hook(lambda gradient: gradient * math.nan) if dist.get_rank() == 0 else None
     stats = engine_step(engine, 7)
     if hook is not None:
@@ -62,12 +62,12 @@ def meet_nan(engine: Engine) -> None:
 
 def trace(engine: Engine, between: Sequence[Callable[[Engine], None]]) -> list[Any]:
     """Two steps from the seed with something in between: their losses and norms, and all of the state after them."""
-    engine.reset_state()
+    engine.state.reset()
     found: list[Any] = [engine_step(engine, 0)]
     for disturb in between:
         disturb(engine)
-    found += [engine_step(engine, 1), engine.num_updates]
-    found += [(f.box.key, kind, f.tensors[kind].clone()) for f in engine.fragments() for kind in STATE_KINDS]
+    found += [engine_step(engine, 1), engine.state.num_updates]
+    found += [(f.box.key, kind, f.tensors[kind].clone()) for f in engine.state.fragments() for kind in STATE_KINDS]
     batch = global_batch(engine.config, 9)[: engine.config.train.micro_batch_size]
     found.append(engine.evaluate([MicroBatch(batch)] * 2))  # by the weights that forward uses
     return found
