@@ -57,8 +57,8 @@ def remove_controls(text: str) -> tuple[str, int]:
     """Text whose only control characters are tabs and line feeds, and the number of characters taken out.
 
     Whatever ends a line (carriage return, form feed, vertical tab, next line: words on its two sides do not belong
-    together) becomes a line feed and does not count. Joiners (U+200C, U+200D) and other format characters stay: Persian,
-    the Indic scripts and emoji are spelled with them.
+    together) becomes a line feed and does not count. Joiners (U+200C, U+200D) and other format characters stay:
+    Persian, the Indic scripts and emoji are spelled with them.
     """
     data = text.encode()  # searching bytes costs a tenth of searching characters
     if len(data.translate(None, _C0_AND_DELETE)) == len(data) and (text.isascii() or not _C1.search(data)):

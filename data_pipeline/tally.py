@@ -14,7 +14,7 @@ DROP_REASONS: dict[str, str] = {
     "too_long": "the text is longer than `data.max_document_bytes`",
     # cleaning
     "empty_text": "the text is empty, or white space only",
-    "language": "none of the languages to keep is probable enough",
+    "language": "its most probable language is none to keep, or less probable than `data.language.keep` asks",
     # the whole corpus
     "duplicate": "an earlier document has exactly this text",
     "near_duplicate": "an earlier document has nearly this text",
