@@ -7,7 +7,7 @@ from data_pipeline.document import Document
 from data_pipeline.sources import Plan, plan_splits, read_split
 from data_pipeline.sources.plan import SPLIT_BYTES
 from data_pipeline.tally import Tally
-from trainer.config import DataConfig
+from trainer.data_config import DataConfig
 
 MAX_DOCUMENT_BYTES = 1_000_000
 

@@ -36,14 +36,22 @@ class HubName:
 
 def parse_name(source: str) -> HubName:
     """The parts of `hf:NAME@CONFIG#SPLIT`; a local path of that very name wins."""
-    name = source.removeprefix(PREFIX)
-    local = os.path.expanduser(name)
-    if os.path.exists(local):
-        return HubName(os.path.abspath(local), None, "train")
-    name, _, split = name.partition("#") if "#" in name else (name, "", "")
-    path, _, config = name.rpartition("@") if "@" in name else (name, "", "")
-    local = os.path.expanduser(path)
-    return HubName(os.path.abspath(local) if os.path.exists(local) else path, config or None, split or "train")
+    path, config, split = source.removeprefix(PREFIX), "", ""
+    if not _is_local(path):
+        path, split = _cut(path, "#")
+    if not _is_local(path):
+        path, config = _cut(path, "@")
+    path = os.path.abspath(os.path.expanduser(path)) if _is_local(path) else path
+    return HubName(path, config or None, split or "train")
+
+
+def _is_local(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))
+
+
+def _cut(text: str, sign: str) -> tuple[str, str]:
+    head, found, tail = text.rpartition(sign)
+    return (head, tail) if found else (text, "")
 
 
 def plan_hugging_face(dataset: str, source: str, text_field: str, where: str) -> list[Split]:

@@ -11,7 +11,8 @@ from data_pipeline.sources.find import FoundFile, find_files
 from data_pipeline.sources.parquet import row_group_bytes
 from data_pipeline.sources.split import KINDS, Split, format_of, hash_of, printable
 from data_pipeline.sources.storage import is_url, one_line
-from trainer.config import DataConfig, DatasetConfig, UserError
+from trainer.config import UserError
+from trainer.data_config import DataConfig, DatasetConfig
 
 SPLIT_BYTES = 64 << 20
 _MAX_BATCH_FILES = 1000

@@ -91,6 +91,7 @@ class Remote:
         self._where, self._url = where, url
         try:
             self._filesystem, self.path = fsspec.core.url_to_fs(url)
+            self._filesystem.invalidate_cache()  # of listings, which outlive this object
         except ImportError as error:
             package = getattr(error.__cause__ or error.__context__ or error, "name", None)
             fix = f"pip install {package}" if package else one_line(error)
