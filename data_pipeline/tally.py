@@ -6,8 +6,11 @@ DROP_REASONS: dict[str, str] = {
     # reading
     "unreadable": "the file could not be opened or read on",
     "undecodable": "the file is not UTF-8 text",
-    "truncated": "a compressed file or archive ends, or is damaged, in the middle; counted once a file",
+    "empty_file": "the file holds nothing",
+    "truncated": "a compressed file or archive ends, or is damaged, in the middle; counted once a gap",
+    "decompression_bomb": "the file expands beyond 1 GB and 100 times its size; what follows is not read",
     "bad_record": "a record of an archive or table cannot be read",
+    "not_text": "the record of an archive is neither HTML nor plain text",
     "bad_json": "the line is not a JSON object",
     "missing_field": "the record has no field of the name `text_field`",
     "field_not_text": "that field is not a string",

@@ -7,9 +7,16 @@ from pydoc_data import topics
 
 import pytest
 
-from data_pipeline.python_stdlib import PYTHON_STDLIB, check_stdlib, read_stdlib, split_docstrings, stdlib_root
-from data_pipeline.sources import check_sources, read_documents
+from data_pipeline.sources.python_stdlib import (
+    PYTHON_STDLIB,
+    check_stdlib,
+    plan_stdlib,
+    read_stdlib,
+    split_docstrings,
+    stdlib_root,
+)
 from data_pipeline.tally import Tally
+from read_sources import plan, read
 from trainer.config import UserError
 
 MODULE = '''\
@@ -88,12 +95,11 @@ def test_the_code_of_real_modules_is_otherwise_unchanged(name: str) -> None:
 
 
 def test_the_whole_library_is_about_12_mb_in_a_fixed_order() -> None:
-    tally = Tally()
     with warnings.catch_warnings(record=True) as caught:
-        documents = list(read_documents([PYTHON_STDLIB], "text", tally))
+        documents, tally = read(PYTHON_STDLIB, PYTHON_STDLIB)
     assert not caught
     assert not tally.dropped
-    assert check_sources([PYTHON_STDLIB]) == []
+    assert plan(PYTHON_STDLIB).notes == ()
     assert 10_000_000 < sum(len(document.text.encode()) for document in documents) < 16_000_000
 
     ids = [document.id for document in documents]
@@ -113,6 +119,18 @@ def test_a_docstring_is_in_one_document_only(tmp_path: Path) -> None:
     sentence = "Remove any common leading whitespace from every line in `text`."
     documents = list(read_stdlib(tmp_path, Tally()))
     assert [sentence in document.text for document in documents] == [True, False]
+
+
+def test_the_library_is_one_split_named_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "one/deep").mkdir(parents=True)
+    (tmp_path / "one/a.py").write_text("x = 1", encoding="utf-8")
+    (tmp_path / "one/deep/b.py").write_text("x = 2", encoding="utf-8")
+    before = plan_stdlib(tmp_path / "one", "text", "text")
+    assert before.size_bytes == 10
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert plan_stdlib(tmp_path / "two", "text", "text").id == before.id
+    (tmp_path / "two/a.py").write_text("y = 1", encoding="utf-8")
+    assert plan_stdlib(tmp_path / "two", "text", "text").id != before.id
 
 
 def test_slim_builds_are_named_and_read(tmp_path: Path) -> None:

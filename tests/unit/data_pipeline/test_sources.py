@@ -1,59 +1,73 @@
+"""Finding files, cutting them into splits, and the splits' names."""
+
 import os
+import pickle
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
 import pytest
 
-from data_pipeline.document import Document
-from data_pipeline.sources import check_sources, read_documents
-from data_pipeline.tally import KEPT_PLACES, Tally
+from data_pipeline.sources import PYTHON_STDLIB, Split, UnreadableSplit, content_hash, origin, plan_splits, read_split
+from data_pipeline.tally import Tally
+from read_sources import counts, places, plan, read, texts
 from trainer.config import UserError
+from trainer.data_config import DataConfig
 
 
-def read(*sources: Path | str, text_field: str = "text") -> tuple[list[Document], Tally]:
-    tally = Tally()
-    return list(read_documents([str(source) for source in sources], text_field, tally)), tally
+def write(path: Path, data: bytes = b"") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data or (orjson.dumps({"text": path.name}) if "json" in path.name else path.name.encode()))
+    return path
 
 
-def counts(tally: Tally) -> dict[str, int]:
-    return {reason: count.count for reason, count in tally.dropped.items()}
+def ids(splits: tuple[Split, ...]) -> list[str]:
+    return [split.id for split in splits]
 
 
-def test_folder_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.txt", "a/deep/c.jsonl", "a/ignored.md"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text('{"text": "from jsonl"}\n' if name.endswith("jsonl") else name, encoding="utf-8")
+def test_a_folder_is_read_recursively_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.ndjson", "a/deep/c.jsonl", "a/deep/d.json", "a/ignored.md", "a/.txt"):
+        write(tmp_path / name)
     documents, tally = read(tmp_path)
     assert [document.id for document in documents] == [
-        f"{tmp_path}/a/deep/c.jsonl:1",
-        f"{tmp_path}/a/z.txt",
+        f"{tmp_path}/a/deep/c.jsonl@0",
+        f"{tmp_path}/a/deep/d.json@0",
+        f"{tmp_path}/a/z.ndjson@0",
         f"{tmp_path}/b.txt",
     ]
-    assert [document.text for document in documents] == ["from jsonl", "a/z.txt", "b.txt"]
-    assert {document.source for document in documents} == {str(tmp_path)}
+    assert texts(documents) == ["c.jsonl", "d.json", "z.ndjson", "b.txt"]
     assert not tally.dropped
+    assert plan(tmp_path).notes[0].startswith(f"{tmp_path}: 2 files end neither in .jsonl")
 
 
 def test_globs_files_and_folders_name_each_file_once(tmp_path: Path) -> None:
     for name in ("one.txt", "two.txt", "three.jsonl"):
-        (tmp_path / name).write_text('{"text": "x"}' if name.endswith("jsonl") else name, encoding="utf-8")
-    documents, _ = read(tmp_path / "t*", tmp_path / "one.txt", tmp_path)
-    assert [Path(document.id).name for document in documents] == ["three.jsonl:1", "two.txt", "one.txt"]
+        write(tmp_path / name)
+    documents, _ = read(tmp_path / "t*", tmp_path / "one.txt", f"file://{tmp_path}")
+    assert texts(documents) == ["three.jsonl", "two.txt", "one.txt"]
+
+
+def test_of_a_file_in_two_data_sets_the_first_counts(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl")
+    write(tmp_path / "b.jsonl")
+    data = DataConfig.model_validate(
+        {"datasets": {"one": {"sources": str(tmp_path / "a.jsonl")}, "two": {"sources": str(tmp_path)}}}
+    )
+    splits = plan_splits(data).splits
+    assert [(split.dataset, split.name) for split in splits] == [("one", "a.jsonl"), ("two", "b.jsonl")]
 
 
 def test_recursive_globs_and_names_with_brackets(tmp_path: Path) -> None:
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "deep" / "er" / "a.txt").write_text("a", encoding="utf-8")
-    (tmp_path / "b[1].txt").write_text("b", encoding="utf-8")
-    assert [document.text for document in read(f"{tmp_path}/**/*.txt")[0]] == ["b", "a"]
-    assert [document.text for document in read(tmp_path / "b[1].txt")[0]] == ["b"]
+    write(tmp_path / "deep/er/a.txt")
+    write(tmp_path / "b[1].txt")
+    assert texts(read(f"{tmp_path}/**/*.txt")[0]) == ["b[1].txt", "a.txt"]
+    assert texts(read(tmp_path / "b[1].txt")[0]) == ["b[1].txt"]
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "a.txt").write_text("a", encoding="utf-8")
+    write(tmp_path / "elsewhere/a.txt")
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "link").symlink_to(tmp_path / "elsewhere")
@@ -62,77 +76,98 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
     assert [document.id for document in read(corpus)[0]] == [f"{corpus}/link/a.txt"]
 
 
-def test_every_unusable_line_is_counted_by_reason_and_place(tmp_path: Path) -> None:
-    path = tmp_path / "messy.jsonl"
-    path.write_bytes(
-        b'\xef\xbb\xbf{"text": "kept, after a byte-order mark"}\n'
-        b'{"text": "torn\n'
-        b"\n"
-        b'["not", "an", "object"]\n'
-        b'{"body": "no such field"}\n'
-        b'{"text": 17}\n'
-        b'{"text": null}\n' + b"[" * 5000 + b"\n"
-        b'{"text": "kept too"}'
-    )
-    documents, tally = read(path)
-    assert [document.id.rpartition(":")[2] for document in documents] == ["1", "9"]
-    assert documents[0].text == "kept, after a byte-order mark"
-    assert {reason: count.places for reason, count in tally.dropped.items()} == {
-        "bad_json": [f"{path}:2", f"{path}:4", f"{path}:8"],
-        "missing_field": [f"{path}:5"],
-        "field_not_text": [f"{path}:6", f"{path}:7"],
-    }
+def test_a_relative_source_keeps_its_name_and_can_be_read_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "corpus/a.txt")
+    write(tmp_path / "corpus/b/c.txt")
+    monkeypatch.chdir(tmp_path)
+    splits = plan("corpus", "corpus/a.txt").splits
+    monkeypatch.chdir("/")
+    documents = [document for split in splits for document in read_split(split, 1000, Tally())]
+    assert [document.id for document in documents] == ["corpus/a.txt", "corpus/b/c.txt"]
 
 
-def test_text_field_is_configurable(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"body": "words", "text": "other"}')
-    assert read(tmp_path, text_field="body")[0][0].text == "words"
+def test_a_name_that_is_no_unicode_is_readable_and_its_id_is_text(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"text")
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_bytes(b'{"text": "line"}')
+    assert [document.id for document in read(tmp_path)[0]] == [
+        f"{tmp_path}/caf\ufffd.jsonl@0",
+        f"{tmp_path}/caf\ufffd.txt",
+    ]
 
 
-def test_broken_utf8_and_escaped_surrogates_in_jsonl_are_kept_for_repair(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "half \\ud83d"}\n{"text": "whole \\ud83d\\ude42"}\n')
-    documents, tally = read(path)
-    assert [document.text for document in documents] == ["caf\ufffd", "half \ud83d", "whole \U0001f642"]
-    assert not tally.dropped
-    assert tally.repaired["broken_utf8"].count == 1
+def test_small_texts_share_a_split_and_lines_are_cut_by_bytes(tmp_path: Path) -> None:
+    for i in range(25):
+        write(tmp_path / f"{i:02}.txt", b"x" * 100)
+        write(tmp_path / f"{i:02}.jsonl", b'{"text": "x"}')
+    write(tmp_path / "long.jsonl", b'{"text": "x"}\n' * 100)
+    splits = plan(tmp_path, split_bytes=1000).splits
+    assert [(split.name, len(split.members)) for split in splits if split.format == "text"] == [
+        ("00.txt", 10),
+        ("10.txt", 10),
+        ("20.txt", 5),
+    ]
+    assert [(split.start, split.end) for split in splits if split.name == "long.jsonl"] == [(0, 1000), (1000, 1400)]
+    assert all(pickle.loads(pickle.dumps(split)) == split for split in splits)
+    assert len(read(tmp_path, split_bytes=1000)[0]) == 150
 
 
-def test_files_in_another_encoding_are_dropped_and_damaged_ones_repaired(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes(("Größe " * 30).encode("latin-1"))
-    (tmp_path / "wide.txt").write_bytes("wide".encode("utf-16"))
-    (tmp_path / "damaged.txt").write_bytes(b"a long and otherwise good text " * 20 + b"\xff")
-    documents, tally = read(tmp_path)
-    assert [Path(document.id).name for document in documents] == ["damaged.txt"]
-    assert tally.dropped["undecodable"].places == [f"{tmp_path}/latin.txt", f"{tmp_path}/wide.txt"]
-    assert tally.repaired["broken_utf8"].places == [f"{tmp_path}/damaged.txt"]
+def test_ids_name_what_is_held_and_not_where_or_when(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    for name in ("a.jsonl", "b.txt", "deep/c.jsonl.gz", "big.jsonl"):
+        write(corpus / name, b'{"text": "x"}\n' * 50_000 if name == "big.jsonl" else b"")
+    before = plan(corpus).splits
+    assert len(set(ids(before))) == 4
+    shutil.copytree(corpus, tmp_path / "elsewhere")
+    os.utime(tmp_path / "elsewhere/a.jsonl", ns=(5, 5))
+    after = plan(tmp_path / "elsewhere").splits
+    assert ids(after) == ids(before)
+    assert [split.modified_ns for split in after if split.name == "a.jsonl"] == [5]
+    assert ids(plan(f"{corpus}/**/*.*").splits) == ids(before)
+
+    assert not set(ids(plan(corpus, text_field="body").splits)) & set(ids(before))
+    with open(corpus / "big.jsonl", "r+b") as handle:  # the same size, and another byte in the middle
+        handle.seek(os.path.getsize(corpus / "big.jsonl") // 2 + 5)
+        handle.write(b"y")
+    changed = plan(corpus).splits
+    assert [old.name for old, new in zip(before, changed, strict=True) if old.id != new.id] == ["big.jsonl"]
 
 
-def test_a_file_that_vanishes_before_it_is_read_is_counted(tmp_path: Path) -> None:
-    for name in ("a.txt", "b.txt", "c.txt"):
-        (tmp_path / name).write_text(name, encoding="utf-8")
-    tally = Tally()
-    reading = read_documents([str(tmp_path)], "text", tally)
-    assert next(reading).text == "a.txt"
-    (tmp_path / "b.txt").unlink()
-    assert [document.text for document in reading] == ["c.txt"]
-    assert tally.dropped["unreadable"].places == [f"{tmp_path}/b.txt"]
+def test_two_copies_of_a_file_are_two_splits(tmp_path: Path) -> None:
+    write(tmp_path / "one/a.jsonl")
+    write(tmp_path / "two/a.jsonl")
+    first, second = plan(tmp_path / "one", tmp_path / "two").splits
+    assert first.id != second.id
+    assert first.fingerprint == second.fingerprint
 
 
-def test_places_are_bounded_and_counts_are_not(tmp_path: Path) -> None:
-    num_lines = 10 * KEPT_PLACES
-    (tmp_path / "a.jsonl").write_bytes(b"{\n" * num_lines)
-    _, tally = read(tmp_path)
-    assert counts(tally) == {"bad_json": num_lines}
-    assert len(tally.dropped["bad_json"].places) == KEPT_PLACES
+def test_the_hash_of_content_sees_every_byte_of_the_splits_lines_and_no_other(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b"".join(b'{"text": "%06d"}\n' % i for i in range(100)))
+    splits = plan(path, split_bytes=500).splits
+    before = [content_hash(split) for split in splits]
+    assert len(set(before)) == len(splits)
+    with open(path, "r+b") as handle:
+        handle.seek(501)  # in the line that begins in the first range and ends in the second
+        handle.write(b"9")
+    after = [content_hash(split) for split in splits]
+    assert [old != new for old, new in zip(before, after, strict=True)] == [True, *[False] * (len(splits) - 1)]
 
 
-def test_check_accepts_a_good_corpus_and_names_what_it_leaves_out(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(orjson.dumps({"text": "x"}))
-    assert check_sources([str(tmp_path)]) == []
-    (tmp_path / "README.md").write_text("about", encoding="utf-8")
-    (note,) = check_sources([str(tmp_path)])
-    assert "1 files are neither .txt nor .jsonl" in note
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.wet"])
+def test_the_hash_of_content_covers_whole_files(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, b"x" * 3_000_000)
+    (split,) = plan(path).splits
+    before = content_hash(split)
+    assert content_hash(split) == before
+    path.write_bytes(b"x" * 2_345_678 + b"y" + b"x" * 654_321)
+    assert content_hash(split) != before
+
+
+def test_messages_name_the_data_set_where_there_are_several(tmp_path: Path) -> None:
+    data = DataConfig.model_validate({"datasets": {"web": {"sources": str(tmp_path / "gone")}}})
+    with pytest.raises(UserError, match=r"^data\.datasets\.web\.sources: .*gone does not exist"):
+        plan_splits(data)
 
 
 def make_missing(folder: Path) -> Path:
@@ -148,8 +183,7 @@ def make_empty_folder(folder: Path) -> Path:
 
 
 def make_other_kind(folder: Path) -> Path:
-    (folder / "a.pdf").write_bytes(b"%PDF")
-    return folder / "a.pdf"
+    return write(folder / "a.pdf", b"%PDF")
 
 
 def make_folder_of_other_kinds(folder: Path) -> Path:
@@ -162,7 +196,6 @@ def make_empty_file(folder: Path) -> Path:
 
 
 def make_dangling_link(folder: Path) -> Path:
-    (folder / "good.txt").write_text("good", encoding="utf-8")
     (folder / "link.txt").symlink_to(folder / "gone")
     return folder
 
@@ -177,18 +210,60 @@ def make_pipe(folder: Path) -> Path:
     [
         (make_missing, "nowhere does not exist"),
         (make_unmatched_glob, "does not exist"),
-        (make_empty_folder, "holds no .txt or .jsonl file"),
-        (make_other_kind, "neither .txt nor .jsonl"),
-        (make_folder_of_other_kinds, "holds no .txt or .jsonl file"),
+        (make_empty_folder, "holds no file that ends in .jsonl"),
+        (make_other_kind, "ends neither in .jsonl"),
+        (make_folder_of_other_kinds, "holds no file that ends in .jsonl"),
         (make_empty_file, "is empty (0 bytes in 1 files)"),
-        (make_dangling_link, "link.txt cannot be read"),
+        (make_dangling_link, "nothing can be read"),
         (make_pipe, "not a regular file"),
     ],
 )
-def test_check_refuses_missing_empty_and_unreadable_corpora(
+def test_planning_refuses_missing_empty_and_unreadable_sources(
     make: Callable[[Path], Path], rule: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as refusal:
-        check_sources([str(make(tmp_path))])
+        plan(make(tmp_path))
     assert rule in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("make", [make_dangling_link, make_pipe])
+def test_an_unreadable_file_beside_others_is_a_split_that_fails(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    make(tmp_path)
+    write(tmp_path / "good.txt")
+    made = plan(tmp_path)
+    assert "1 files cannot be read" in made.notes[0]
+    good, bad = sorted(made.splits, key=lambda split: split.problem)
+    assert texts(list(read_split(good, 1000, Tally()))) == ["good.txt"]
+    tally = Tally()
+    with pytest.raises(UnreadableSplit, match=r"\.txt: (No such file|it is not a regular file)"):
+        list(read_split(bad, 1000, tally))
+    assert places(tally) == {"unreadable": [bad.place]}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_file_that_vanishes_fails_its_split(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, b"x" * 100)
+    (split,) = plan(tmp_path).splits
+    path.unlink()
+    tally = Tally()
+    with pytest.raises(UnreadableSplit, match=split.problem or "No such file"):  # a bad footer is seen by the plan
+        list(read_split(split, 1000, tally))
+    assert counts(tally) == {"unreadable": 1}
+
+
+def test_a_file_that_grew_since_the_plan_fails_its_split(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    (split,) = plan(path).splits
+    write(path, b'{"text": "another, longer line"}')
+    with pytest.raises(UnreadableSplit, match="had 18 when it was planned; run again"):
+        list(read_split(split, 1000, Tally()))
+    assert texts(list(read_split(replace(split, file_bytes=32, end=32), 1000, Tally()))) == ["another, longer line"]
+
+
+def test_origins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert origin("corpus") == f"{tmp_path}/corpus"
+    assert origin("s3://bucket/x") == "s3://bucket/x"
+    assert origin("hf:name") == "hf:name"
+    assert origin(PYTHON_STDLIB).startswith("standard library of Python 3.")

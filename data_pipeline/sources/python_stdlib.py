@@ -12,7 +12,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
+
 from data_pipeline.document import Document
+from data_pipeline.sources.split import Split, hash_of
+from data_pipeline.sources.storage import hash_local_file
+from data_pipeline.sources.streams import OnBytes
 from data_pipeline.tally import Tally
 from trainer.config import UserError
 
@@ -52,6 +57,46 @@ def check_stdlib(root: Path) -> list[str]:
     return notes
 
 
+def plan_stdlib(root: Path, dataset: str, text_field: str) -> Split:
+    """The one split of the library, named by the content of all its files."""
+    names, paths = [], [root / _TOPICS, *_source_paths(root)]
+    size_bytes = 0
+    for path in paths:
+        try:
+            file_bytes = path.stat().st_size
+            names += [path.relative_to(root).as_posix(), hash_local_file(str(path), file_bytes)]
+            size_bytes += file_bytes
+        except OSError:  # counted when it is read
+            continue
+    return Split(
+        dataset=dataset,
+        source=PYTHON_STDLIB,
+        name=PYTHON_STDLIB,
+        place=PYTHON_STDLIB,
+        path=str(root),
+        format="python_stdlib",
+        start=0,
+        end=1,
+        size_bytes=size_bytes,
+        file_bytes=None,
+        text_field=text_field,
+        fingerprint=hash_of(*names),
+    )
+
+
+def hash_stdlib(root: Path) -> str:
+    """Hash of every file, for `content_hash`."""
+    digest = xxhash.xxh3_128()
+    for path in [root / _TOPICS, *_source_paths(root)]:
+        if path.is_file():
+            digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def read_stdlib_split(split: Split, max_document_bytes: int, tally: Tally, on_bytes: OnBytes) -> Iterator[Document]:
+    yield from read_stdlib(stdlib_root(), tally)  # a worker's own, should it run on another machine
+
+
 def read_stdlib(root: Path, tally: Tally) -> Iterator[Document]:
     """Topics, then for every module its docstrings and its source, in sorted order."""
     yield from _read_topics(root)
@@ -69,8 +114,8 @@ def read_stdlib(root: Path, tally: Tally) -> Iterator[Document]:
             continue
         docstrings, code = split_docstrings(text, _module_name(name))
         if docstrings:
-            yield Document(f"{PYTHON_STDLIB}/docstrings/{name}", docstrings, PYTHON_STDLIB)
-        yield Document(source_id, code, PYTHON_STDLIB)
+            yield Document(f"{PYTHON_STDLIB}/docstrings/{name}", docstrings)
+        yield Document(source_id, code)
 
 
 def split_docstrings(text: str, module: str) -> tuple[str, str]:
@@ -97,7 +142,7 @@ def _read_topics(root: Path) -> Iterator[Document]:
     tree = ast.parse(path.read_bytes())
     topics = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
     for name in sorted(topics):
-        yield Document(f"{PYTHON_STDLIB}/topics/{name}", topics[name], PYTHON_STDLIB)
+        yield Document(f"{PYTHON_STDLIB}/topics/{name}", topics[name])
 
 
 def _source_paths(root: Path) -> list[Path]:
