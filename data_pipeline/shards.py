@@ -49,6 +49,11 @@ class TokenBatch:
     """`[d]`, tokens of each document; 0 for an empty one."""
 
     @classmethod
+    def of(cls, documents: Sequence[TokenIds]) -> Self:
+        """From the ids of each document, `[length]` each; at least one document."""
+        return cls.of_counts(np.concatenate(documents), np.array([len(ids) for ids in documents]))
+
+    @classmethod
     def of_counts(cls, ids: TokenIds, counts: NDArray[np.integer[Any]]) -> Self:
         """From lengths of any integer type.
 
