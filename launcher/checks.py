@@ -100,8 +100,8 @@ def check_prompt(config: RunConfig, run_dir: RunDir) -> None:
     """Raises:
     UserError: the run's prompt leaves no room in the context, which would only be seen after training.
     """
-    tokenizer = Tokenizer.load(run_dir.data_for(config) / TOKENIZER_FOLDER)
-    length = len(tokenizer.encode_batch([config.generate.prompt])[0])
+    tokenizer = Tokenizer.load(run_dir.data_for(config) / TOKENIZER_FOLDER, engine="reference")
+    length = len(tokenizer.encode_batch([config.generate.prompt]).ids)
     if length + 1 > config.model.seq_length:
         raise UserError(
             f"generate.prompt has {length} tokens, and with 1 new token it must fit model.seq_length "

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_pipeline.shards import ShardWriter, token_dtype
+from data_pipeline.shards import ShardWriter, TokenBatch, token_dtype
 from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint import sharded
@@ -67,7 +67,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, num_tokens, power in (("train", 2000, 2.0), ("heldout", NUM_WINDOWS * SEQ + 1 + 9, 1.5)):
         tokens = (VOCAB * draw.random(num_tokens - 1) ** power).astype(token_dtype(VOCAB))
         with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
-            writer.add([tokens])
+            writer.add(TokenBatch.of([tokens]))
             writer.finish()
             writer.commit()
     return folder

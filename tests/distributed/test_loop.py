@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, TokenBatch
 from ranks import run_on_ranks
 from trainer import loop
 from trainer.checkpoint import store
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, num_windows in (("train", 40), ("heldout", 9)):
         tokens = np.cumsum(draw.choice([1, 1, 1, 2], num_windows * SEQ)) % (VOCAB - 1)
         with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
-            writer.add([tokens.astype(np.uint16)])
+            writer.add(TokenBatch.of([tokens.astype(np.uint16)]))
             writer.finish()
             writer.commit()
     return folder

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, TokenBatch
 from parity import EPS, LEARNING_RATE, global_batch
 from ranks import run_on_ranks
 from trainer import loop, parallel
@@ -133,7 +133,7 @@ def clean_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, num_windows in (("train", NUM_WINDOWS), ("heldout", 64)):
         tokens = np.cumsum(draw.choice([1, 1, 1, 2], num_windows * SEQ + 1)) % (VOCAB - 1)
         with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
-            writer.add([tokens.astype(np.uint16)])
+            writer.add(TokenBatch.of([tokens.astype(np.uint16)]))
             writer.finish()
             writer.commit()
     return folder

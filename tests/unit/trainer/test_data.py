@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from numpy.typing import NDArray
 
-from data_pipeline.shards import ShardWriter, token_dtype
+from data_pipeline.shards import ShardWriter, TokenBatch, token_dtype
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data import (
@@ -333,8 +333,8 @@ def test_reads_what_megatron_wrote(dtype: Any, tmp_path: Path) -> None:
 def test_reads_what_the_data_pipeline_wrote(vocab_size: int, tmp_path: Path) -> None:
     top = vocab_size - 1
     with ShardWriter(tmp_path / "train", vocab_size, end_of_text_id=top) as writer:
-        writer.add([np.array(tokens, token_dtype(vocab_size)) for tokens in ([1, 2, 3], [], [4])])
-        writer.add([np.array([5, 6], token_dtype(vocab_size))])
+        writer.add(TokenBatch.of([np.array(tokens, token_dtype(vocab_size)) for tokens in ([1, 2, 3], [], [4])]))
+        writer.add(TokenBatch.of([np.array([5, 6], token_dtype(vocab_size))]))
         writer.finish()
         writer.commit()
     reader = WindowReader(tmp_path / "train", 4)
