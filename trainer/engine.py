@@ -20,7 +20,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from trainer import parallel
 from trainer.config import RunConfig
-from trainer.data import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.model.gpt import build_chunks
 from trainer.model.init import initial_values
 from trainer.model.sharding import Box, placements

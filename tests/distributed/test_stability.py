@@ -18,7 +18,7 @@ from trainer import loop, parallel
 from trainer.checkpoint import store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
-from trainer.data import MicroBatch, TrainingData, WindowReader
+from trainer.data.batches import MicroBatch, TrainingData, WindowReader
 from trainer.engine import Engine, StepStats
 from trainer.events import Event, EventLog, read_events, surviving_steps
 from trainer.run_dir import RunDir
