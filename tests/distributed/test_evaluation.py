@@ -20,7 +20,9 @@ from reference_gpt import ReferenceGPT
 from trainer.checkpoint import sharded
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
-from trainer.data import WindowReader, heldout_windows
+from trainer.data.batches import TrainingData, heldout_windows
+from trainer.data.prepared import PreparedFolder
+from trainer.data.windows import HeldoutReader, WindowReader
 from trainer.engine import Engine
 from trainer.evaluate.frozen import FrozenModel
 from trainer.evaluate.heldout import HeldoutEvaluation, unigram_loss
@@ -123,8 +125,8 @@ def evaluate_all_ways(checkpoint: Path, data: Path, tokens: Tensor) -> Callable[
     """Each rank's (result through the engine, result through the frozen model, logits or None)."""
 
     def rank(config: RunConfig, device: torch.device) -> Any:
-        readers = [WindowReader(data / name, SEQ) for name in ("train", "heldout")]
-        evaluation = HeldoutEvaluation(*readers, config, device)
+        folder = PreparedFolder.open(data)
+        evaluation = HeldoutEvaluation(TrainingData.open(folder, config), HeldoutReader(folder, SEQ), config, device)
         engine = Engine(config, device)
         sharded.load(engine, checkpoint)
         frozen = FrozenModel(config, checkpoint, device)
@@ -176,7 +178,7 @@ def test_evaluation_of_some_sequences(
     config = config_of("DP2 ZeRO-1", max_sequences=max_sequences)
     ((result, _, _), *_) = run_on_ranks(config, evaluate_all_ways(checkpoint, data, tokens))
     train, heldout = (WindowReader(data / name, SEQ).tokens for name in ("train", "heldout"))
-    windows = heldout_windows(WindowReader(data / "heldout", SEQ), config).tolist()
+    windows = heldout_windows(HeldoutReader(PreparedFolder.open(data), SEQ), config).tolist()
     labels = [token for number in windows for token in heldout[number * SEQ + 1 : number * SEQ + SEQ + 1].tolist()]
     assert result.tokens == len(labels) == min(max_sequences, NUM_WINDOWS) * SEQ
     assert result.loss == pytest.approx(plain_loss(reference, heldout, windows), rel=1e-6)
@@ -205,13 +207,33 @@ def test_another_architecture_is_refused_before_anything_is_read(checkpoint: Pat
     labels=st.lists(st.integers(0, 19), min_size=1, max_size=50),
 )
 def test_unigram_loss_equals_plain_python(train: list[int], labels: list[int]) -> None:
-    found = unigram_loss(np.array(train, np.uint16), np.array(labels, np.uint16), 20)
+    found = unigram_loss([np.array(train, np.uint16)], [1.0], np.array(labels, np.uint16), 20)
     assert found == pytest.approx(plain_unigram_loss(train, labels, 20), rel=1e-12)
 
 
 def test_unigram_loss_of_known_cases() -> None:
     even = np.tile(np.arange(8), 1000)
-    assert unigram_loss(even, even, 8) == pytest.approx(math.log(8), rel=1e-12)
-    assert unigram_loss(np.zeros(0, np.int32), even, 8) == pytest.approx(math.log(8), rel=1e-12)
+    assert unigram_loss([even], [1.0], even, 8) == pytest.approx(math.log(8), rel=1e-12)
+    assert unigram_loss([np.zeros(0, np.int32)], [1.0], even, 8) == pytest.approx(math.log(8), rel=1e-12)
     # seen 3 times and never: (3 + 1) / 5 and (0 + 1) / 5
-    assert unigram_loss(np.array([0, 0, 0]), np.array([0, 1]), 2) == pytest.approx(-math.log(0.8 * 0.2) / 2, rel=1e-12)
+    found = unigram_loss([np.array([0, 0, 0])], [1.0], np.array([0, 1]), 2)
+    assert found == pytest.approx(-math.log(0.8 * 0.2) / 2, rel=1e-12)
+
+
+def test_unigram_loss_of_several_data_sets_is_that_of_their_blend() -> None:
+    """10 zeros at 3/4 and 90 ones at 1/4: 75 and 25 of the 100 tokens, and one more of each."""
+    train = [np.zeros(10, np.uint16), np.ones(90, np.int32)]
+    found = unigram_loss(train, [0.75, 0.25], np.array([0, 1]), 2)
+    assert found == pytest.approx(-math.log(76 / 102 * 26 / 102) / 2, rel=1e-12)
+
+
+def test_unigram_loss_counts_a_bounded_sample_from_all_over() -> None:
+    """Sorted tokens, of which any part but one spread evenly would miss most."""
+    size, limit = 1 << 21, 1 << 20
+    whole = np.sort(np.random.default_rng(1).geometric(0.2, size) % 50).astype(np.uint16)
+    exact, sampled, too_few = (unigram_loss([whole], [1.0], whole, 50, n) for n in (size, limit, 1 << 10))
+    assert exact == pytest.approx(plain_unigram_loss(whole.tolist(), whole.tolist(), 50), rel=1e-9)
+    assert sampled == pytest.approx(exact, rel=0.05) and sampled != exact
+    assert too_few > 2 * exact
+    # a data set that fits its part of the limit is counted whole
+    assert unigram_loss([whole, whole], [1.0, 0.0], whole, 50, 2 * size) == pytest.approx(exact, rel=1e-5)
