@@ -145,7 +145,7 @@ def with_noise(clean: Path, folder: Path, steps: Sequence[int]) -> Path:
     shutil.copytree(clean, folder)
     config, draw = config_of(folder), np.random.default_rng(4)
     schedule, samples = Schedule(config), TrainingData.open(PreparedFolder.open(folder), config)
-    tokens = np.memmap(folder / "train.bin", dtype=samples.readers[0].tokens.dtype, mode="r+")
+    tokens = np.memmap(folder / "train.bin", dtype=samples.readers[0].shard.dtype, mode="r+")
     for step in steps:
         place = schedule.step_after(step - 1)
         _, windows = samples.sample_windows(np.arange(place.first_sample, place.first_sample + place.batch_size))

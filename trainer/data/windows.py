@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from trainer.config import UserError
-from trainer.data import shards
 from trainer.data.blend import num_windows
 from trainer.data.prepared import PreparedFolder
+from trainer.data.shards import Shard
 
 
 class WindowReader:
@@ -21,9 +21,9 @@ class WindowReader:
         Raises:
             UserError: a file is missing or is no shard.
         """
-        self.tokens = shards.open_tokens(prefix)
+        self.shard = Shard(prefix)
         self.seq_length = seq_length
-        self.num_windows = num_windows(len(self.tokens), seq_length)
+        self.num_windows = num_windows(self.shard.num_tokens, seq_length)
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Token ids [len(indices), seq_length + 1], int64."""
@@ -45,7 +45,7 @@ class HeldoutReader:
         self._ends = np.cumsum([reader.num_windows for reader in self.readers])
         self.num_windows = int(self._ends[-1])
         if self.num_windows < 1:
-            longest = max(len(reader.tokens) for reader in self.readers)
+            longest = max(reader.shard.num_tokens for reader in self.readers)
             raise UserError(
                 f"{folder.path} holds no held-out text of one sequence: the longest has {longest} tokens and "
                 f"model.seq_length {seq_length} + 1 are needed; raise data.heldout_fraction, add text or shorten the "
@@ -63,11 +63,13 @@ class HeldoutReader:
 def read_windows(readers: Sequence[WindowReader], which: np.ndarray, indices: np.ndarray) -> torch.Tensor:
     """Window `indices[i]` of `readers[which[i]]` in row i: token ids [len(indices), seq_length + 1], int64.
 
-    Every window is converted as it is copied, in one pass over the memory.
+    Raises:
+        UserError: a shard ends before a window that it held when it was opened.
     """
     length = readers[0].seq_length
     rows = np.empty((len(indices), length + 1), dtype=np.int64)
-    arrays = [reader.tokens for reader in readers]
-    for row, reader, start in zip(rows, which.tolist(), (indices.astype(np.int64) * length).tolist(), strict=True):
-        row[:] = arrays[reader][start : start + length + 1]
+    buffers = [np.empty(length + 1, reader.shard.dtype) for reader in readers]
+    for row, number, index in zip(rows, which.tolist(), indices.tolist(), strict=True):
+        readers[number].shard.read(index * length, buffers[number])
+        row[:] = buffers[number]
     return torch.from_numpy(rows)

@@ -18,6 +18,7 @@ Evaluate = Callable[[Sequence[MicroBatch]], tuple[float, int]]
 MAX_COUNTED_TOKENS = 1 << 27
 """Training tokens counted for the unigram baseline, split evenly over the data sets; each rank counts for itself."""
 _CHUNK_TOKENS = 1 << 18  # counted at once: small enough to spread a sample, large enough to read well
+_MIN_PIECES = 64  # of a sample, however small
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class HeldoutEvaluation:
         self.heldout = heldout
         self.uniform_loss = math.log(config.model.vocab_size)
         labels = heldout.windows(heldout_windows(heldout, config))[:, 1:].flatten().numpy()
-        tokens = [reader.tokens for reader in train.readers]
+        tokens = [reader.shard.mapped() for reader in train.readers]
         self.unigram_loss = unigram_loss(tokens, train.blend.shares, labels, config.model.vocab_size)
 
     def run(self, evaluate: Evaluate) -> HeldoutResult:
@@ -81,7 +82,7 @@ def _pieces(tokens: np.ndarray, max_tokens: int) -> Iterator[np.ndarray]:
         starts = range(0, len(tokens), _CHUNK_TOKENS)
         size = _CHUNK_TOKENS
     else:
-        size = min(_CHUNK_TOKENS, max_tokens)
+        size = min(_CHUNK_TOKENS, max_tokens // _MIN_PIECES)
         starts = np.linspace(0, len(tokens) - size, max_tokens // size).astype(np.int64).tolist()
     yield from (tokens[start : start + size] for start in starts)
 

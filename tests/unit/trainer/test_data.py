@@ -1,6 +1,7 @@
 """The data order: which tokens the n-th sample of a run is, on whichever rank, in whichever layout."""
 
 import math
+import os
 import struct
 import threading
 from pathlib import Path
@@ -353,7 +354,7 @@ def test_reads_what_megatron_wrote(dtype: Any, tmp_path: Path) -> None:
     documents = [[5, 100, 7], [1], [2, 3, 4, 5, 6, 127], [0, 9]]
     reader = WindowReader(write_megatron(tmp_path / "a.b", documents, dtype), 3)
     flat = np.concatenate(documents)
-    assert reader.tokens.dtype == dtype and np.array_equal(reader.tokens, flat)
+    assert reader.shard.mapped().dtype == dtype and np.array_equal(reader.shard.mapped(), flat)
     assert reader.num_windows == 3
     assert reader.windows([2, 0]).tolist() == [flat[6:10].tolist(), flat[0:4].tolist()]
 
@@ -367,7 +368,7 @@ def test_reads_what_the_data_pipeline_wrote(vocab_size: int, tmp_path: Path) -> 
         writer.finish()
         writer.commit()
     reader = WindowReader(tmp_path / "train", 4)
-    assert reader.tokens.tolist() == [1, 2, 3, top, top, 4, top, 5, 6, top]
+    assert reader.shard.mapped().tolist() == [1, 2, 3, top, top, 4, top, 5, 6, top]
     assert reader.windows([0, 1]).tolist() == [[1, 2, 3, top, top], [top, 4, top, 5, 6]]
 
 
@@ -383,9 +384,7 @@ def test_less_than_a_window(tmp_path: Path) -> None:
     for name in ("train", "heldout"):
         write_megatron(tmp_path / name, [list(range(SEQ))])
     assert WindowReader(tmp_path / "train", SEQ).num_windows == 0
-    with pytest.raises(
-        UserError, match=r"set text holds 5 training tokens, .* 5 \+ 1; add text or shorten the sequence$"
-    ):
+    with pytest.raises(UserError, match=r"text holds 5 training tokens, .* 5 \+ 1; add text or shorten the sequence$"):
         TrainingData.open(folder, config_of())
     with pytest.raises(UserError, match=r"the longest has 5 tokens and model\.seq_length 5 \+ 1 are needed; raise"):
         HeldoutReader(folder, SEQ)
@@ -430,7 +429,25 @@ def test_data_set_without_a_document(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"")
     (tmp_path / "train.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQq", 1, 4, 0, 1, 0))
     reader = WindowReader(tmp_path / "train", SEQ)
-    assert (len(reader.tokens), reader.num_windows) == (0, 0)
+    assert (reader.shard.num_tokens, reader.num_windows) == (0, 0)
+
+
+def test_shard_cut_off_while_it_is_open(tmp_path: Path) -> None:
+    reader = WindowReader(write_megatron(tmp_path / "train", [list(range(3 * SEQ + 1))]), SEQ)
+    os.truncate(tmp_path / "train.bin", 4 * 2 * SEQ)
+    assert reader.windows([0])[0].tolist() == list(range(SEQ + 1))
+    for window in (1, 2):
+        with pytest.raises(UserError, match=r"train\.bin has been cut off since it was opened; prepare the data again"):
+            reader.windows([window])
+
+
+def test_a_shard_is_closed_with_its_reader(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "train", [list(range(20))])
+    before = len(os.listdir("/proc/self/fd"))
+    readers = [WindowReader(tmp_path / "train", SEQ) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before + 5
+    del readers
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("suffix", ["idx", "bin"])
