@@ -229,9 +229,10 @@ def test_unigram_loss_of_several_data_sets_is_that_of_their_blend() -> None:
 
 
 def test_unigram_loss_counts_a_bounded_sample_from_all_over() -> None:
-    """Sorted tokens, of which any part but one spread evenly would miss most."""
+    """The text changes half way, so that any sample but one from all over would miss much of it."""
     size = 1 << 21
-    whole = np.sort(np.random.default_rng(1).geometric(0.2, size) % 50).astype(np.uint16)
+    whole = (np.random.default_rng(1).geometric(0.2, size) % 25).astype(np.uint16)
+    whole[size // 2 :] += 25
     exact = unigram_loss([whole], [1.0], whole, 50, size)
     assert exact == pytest.approx(plain_unigram_loss(whole.tolist(), whole.tolist(), 50), rel=1e-9)
     for limit in (size // 2, size // 10, size // 100):
