@@ -9,6 +9,7 @@ from data_pipeline.tokenization import Tokenizer
 from launcher.job import check_embedded
 from trainer.checkpoint import store
 from trainer.config import RunConfig, UserError
+from trainer.data.prepared import fingerprints
 from trainer.run_dir import RunDir
 
 
@@ -86,12 +87,10 @@ def check_resume_from(config: RunConfig, run_dir: RunDir) -> None:
     """
     if not config.checkpoint.resume_from or store.steps(run_dir.checkpoints):
         return
-    from trainer.data import fingerprints  # imports torch, and few runs come here
-
     checkpoint = store.find(Path(config.checkpoint.resume_from))
     manifest = store.read_manifest(checkpoint)
     store.check_continues(manifest, config, checkpoint)
-    data = fingerprints(run_dir.data_for(config))
+    data = fingerprints(config, run_dir.data_for(config))
     if data:  # otherwise it is still to be prepared, and the ranks look at it
         store.check_tokenizer(manifest, data, checkpoint)
 

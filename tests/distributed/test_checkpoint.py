@@ -19,7 +19,7 @@ from trainer.checkpoint import sharded, store
 from trainer.checkpoint.global_tensors import GlobalTensors
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
-from trainer.data import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.engine.engine import Engine
 from trainer.model.gpt import build_chunks
 from trainer.model.sharding import placements

@@ -17,7 +17,7 @@ from trainer import parallel
 from trainer.checkpoint import sharded, store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
-from trainer.data import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.engine.engine import Engine
 from trainer.model.attention import CausalAttention
 from trainer.model.gpt import transformer_config

@@ -265,6 +265,29 @@ def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> Non
     run_on_ranks(config, refuses(run_dir, r"data has changed since .*step-00000007 was written; bring the old data"))
 
 
+def test_a_blended_run_does_not_go_on_with_another_blend(data: Path, tmp_path: Path) -> None:
+    """The weights are those of the folder, so that the config of the run stays the same."""
+    folder = tmp_path / "blended"
+    for name in ("a", "b"):
+        shutil.copytree(data, folder / name)
+
+    def state(blend: dict[str, float] | None) -> None:
+        files = {f"{name}/train.bin": {"xxh3_128": name} for name in "ab"}
+        stated = {"datasets": {"a": {}, "b": {}}, "tokenizer_fingerprint": "aa", "files": files, "blend": blend}
+        (folder / "manifest.json").write_bytes(orjson.dumps(stated))
+
+    config, run_dir = config_of("one rank", folder), RunDir(tmp_path / "run")
+    state({"a": 3, "b": 1})
+    events = train(config, run_dir)
+    assert of_kind(events, "evaluated")[-1]["loss"] < of_kind(events, "evaluated")[0]["loss"]
+    assert of_kind(events, "evaluated")[0]["tokens"] == 2 * 9 * SEQ  # of both, whatever their weights
+    state({"a": 6, "b": 2})
+    assert train(config, run_dir)[0]["step"] == NUM_STEPS
+    state({"a": 1, "b": 1})
+    reason = "step-00000007 was trained on the blend a 49152, b 16384 of 65536, and that of .* is now a 32768, b 32768"
+    run_on_ranks(config, refuses(run_dir, reason))
+
+
 # ---------------------------------------------------------------------------------------------------------- resume_from
 
 

@@ -12,7 +12,7 @@ from ranks import run_on_ranks
 from trainer import parallel
 from trainer.config import RunConfig
 from trainer.config_file import override
-from trainer.data import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.engine.engine import Engine
 from trainer.engine.zero import REDUCE_BUCKET_ELEMENTS
 from trainer.model.context_parallel import local_positions

@@ -18,7 +18,8 @@ from trainer import loop, parallel
 from trainer.checkpoint import store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
-from trainer.data import MicroBatch, TrainingData, WindowReader
+from trainer.data.batches import MicroBatch, TrainingData
+from trainer.data.prepared import PreparedFolder
 from trainer.engine.engine import Engine, StepStats
 from trainer.events import Event, EventLog, read_events, surviving_steps
 from trainer.run_dir import RunDir
@@ -143,11 +144,12 @@ def with_noise(clean: Path, folder: Path, steps: Sequence[int]) -> Path:
     """A copy in which the windows of these steps hold tokens drawn at random."""
     shutil.copytree(clean, folder)
     config, draw = config_of(folder), np.random.default_rng(4)
-    schedule, samples = Schedule(config), TrainingData(WindowReader(folder / "train", SEQ), config)
-    tokens = np.memmap(folder / "train.bin", dtype=samples.reader.tokens.dtype, mode="r+")
+    schedule, samples = Schedule(config), TrainingData.open(PreparedFolder.open(folder), config)
+    tokens = np.memmap(folder / "train.bin", dtype=samples.readers[0].shard.dtype, mode="r+")
     for step in steps:
         place = schedule.step_after(step - 1)
-        for window in samples.sample_windows(np.arange(place.first_sample, place.first_sample + place.batch_size)):
+        _, windows = samples.sample_windows(np.arange(place.first_sample, place.first_sample + place.batch_size))
+        for window in windows:
             tokens[window * SEQ + 1 : (window + 1) * SEQ] = draw.integers(0, VOCAB - 1, SEQ - 1)
     tokens.flush()
     return folder

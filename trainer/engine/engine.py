@@ -13,7 +13,7 @@ import torch
 
 from trainer import parallel
 from trainer.config import RunConfig
-from trainer.data import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.engine.state import TrainingState
 from trainer.engine.zero import Zero
 from trainer.model.gpt import build_chunks
