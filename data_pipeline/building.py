@@ -8,12 +8,13 @@ from typing import Any
 
 import xxhash
 
-from data_pipeline import decisions, publishing
+from data_pipeline import publishing
 from data_pipeline.cleaning import CleanTask
-from data_pipeline.decontamination import EvaluationNgrams
+from data_pipeline.decisions import PartDecisions, decide, tally_copies
+from data_pipeline.decontamination import read_evaluation
 from data_pipeline.durable import move_into_place
-from data_pipeline.finishing import FinishTask, TrainTokenizerTask
-from data_pipeline.joining import TokenPart
+from data_pipeline.finishing import DecidedText, FinishTask, TrainTokenizerTask
+from data_pipeline.joining import TokenPart, without_copies
 from data_pipeline.manifest import PORTIONS, BadSplit, FileRecord, Manifest, check_enough
 from data_pipeline.parts import PartRecord
 from data_pipeline.progress import Progress, meter
@@ -22,11 +23,12 @@ from data_pipeline.settings import Settings
 from data_pipeline.sources import Plan, Split
 from data_pipeline.tally import Tally
 from data_pipeline.tasks import Failed, Task, Workers
-from data_pipeline.tokenization import Tokenizer, control_tokens, install_tokenizer
+from data_pipeline.tokenization import Tokenizer, control_tokens_of, install_tokenizer
 from data_pipeline.workers import LocalWorkers, num_cores
 from trainer.config import DataConfig, UserError
 
 _WORK_FOLDER = ".work"
+_NGRAMS = "ngrams.npy"
 _VERSION = 1  # of what the passes do: finished parts of another one are not used
 
 
@@ -60,15 +62,21 @@ class Build:
         """See `data_pipeline.pipeline.prepare`."""
         self._make_work_folder()
         given = self._install_tokenizer() if self._settings.data.tokenizer.path is not None else None
-        cleaned, bad = self._clean(given)
+        grams = self._read_evaluation()
+        cleaned, bad = self._clean(given, grams)
         if not any(part.record.documents for part in cleaned):
             raise UserError(f"data.sources: no usable text ({_merged(p.record.tally for p in cleaned)}); replace them")
         decided = self._decide(cleaned)
-        tokenizer = given or self._train_tokenizer(cleaned, decided)
         if self._settings.needs_text:
-            finished = self._finish(cleaned, decided, tokenizer)
+            texts = [
+                DecidedText(part.folder, number, decided, grams, self._settings) for number, part in enumerate(cleaned)
+            ]
+            tokenizer = given or self._train_tokenizer(cleaned, texts, decided)
+            finished = self._finish(cleaned, texts, decided, tokenizer)
         else:
-            finished = [self._without_copies(part, decided, tokenizer) for part in cleaned]
+            assert given is not None
+            tokenizer = given
+            finished = self._without_copies(cleaned, decided, tokenizer)
         return self._publish(finished, bad, tokenizer, min_train_tokens)
 
     # --------------------------------------------------------------------------------------------------------- passes
@@ -84,15 +92,23 @@ class Build:
         source = Path(str(self._settings.data.tokenizer.path)).expanduser()
         return self._once("tokenizer", lambda folder: install_tokenizer(source, folder, self._settings.seq_length))
 
-    def _clean(self, tokenizer: Path | None) -> tuple[list[_Part], list[BadSplit]]:
-        settings, grams = self._settings, None
-        if settings.data.decontaminate.against is not None:
-            found = EvaluationNgrams.read(settings.data.decontaminate)
-            self._notes += found.notes
-            grams = self._once(f"evaluation-{found.fingerprint}", found.save)
+    def _read_evaluation(self) -> Path | None:
+        """File of the evaluation texts' n-grams, if the corpus is to be kept apart from any."""
+        if self._settings.data.decontaminate.against is None:
+            return None
+        found = read_evaluation(self._settings.data.decontaminate)
+        if found.num_short:
+            self._notes.append(
+                f"data.decontaminate: {found.num_short} of {found.num_strings} evaluation strings have fewer than "
+                f"{found.ngram} words and cannot be looked for"
+            )
+        return self._once(f"evaluation-{found.fingerprint}", lambda folder: found.save(folder / _NGRAMS)) / _NGRAMS
+
+    def _clean(self, tokenizer: Path | None, grams: Path | None) -> tuple[list[_Part], list[BadSplit]]:
+        settings = self._settings
         fused = None if settings.needs_text else tokenizer
-        literals = Tokenizer.load(tokenizer, "reference").control_tokens if tokenizer else control_tokens(settings.data)
-        made_by = _hash(self._made_by, grams.name if grams else "")
+        literals = Tokenizer.load(tokenizer, "reference").control_tokens if tokenizer else self._tokens_to_be()
+        made_by = _hash(self._made_by, grams.parent.name if grams else "")
         folder = self._work / "clean"
         folder.mkdir(exist_ok=True)
         tasks = [
@@ -100,7 +116,7 @@ class Build:
                 split=split,
                 settings=settings,
                 made_by=made_by,
-                control_tokens=tuple(literals),
+                control_tokens=literals,
                 evaluation_ngrams=grams,
                 tokenizer=fused,
                 engine=self._data.tokenizer.engine,
@@ -108,7 +124,9 @@ class Build:
             )
             for split in self._plan.splits
         ]
-        outcomes = self._workers.run(tasks, meter(self._progress, "clean", sum(s.size_bytes for s in self._plan.splits)))
+        outcomes = self._workers.run(
+            tasks, meter(self._progress, "clean", sum(s.size_bytes for s in self._plan.splits))
+        )
         cleaned, bad = [], []
         for task, outcome in zip(tasks, outcomes, strict=True):
             if isinstance(outcome, Failed):
@@ -123,44 +141,43 @@ class Build:
             first = f"{bad[0].place}: {bad[0].reason}"
             raise PreparationFailed(
                 f"{len(bad)} of {len(self._plan.splits)} splits failed and data.max_bad_splits allows "
-                f"{self._data.max_bad_splits} (first {first}); the others are kept: mend it and run again, or allow more"
+                f"{self._data.max_bad_splits} (first {first}); the rest is kept: mend it and run again, or allow more"
             )
 
     def _decide(self, cleaned: Sequence[_Part]) -> Path:
         folders = [part.folder for part in cleaned]
         key = _hash(self._made_by, *(f"{part.split.id} {part.record.content_hash}" for part in cleaned))
         return self._once(
-            f"decisions-{key}", lambda folder: decisions.decide(folders, self._settings.data, folder, self._progress)
+            f"decisions-{key}", lambda folder: decide(folders, self._settings.data, folder, self._progress)
         )
 
-    def _train_tokenizer(self, cleaned: Sequence[_Part], decided: Path) -> Path:
+    def _train_tokenizer(self, cleaned: Sequence[_Part], texts: Sequence[DecidedText], decided: Path) -> Path:
         total = sum(part.record.text_bytes for part in cleaned)
-        share = min(1.0, self._settings.data.tokenizer.train_bytes / max(total, 1))
-        texts = tuple((part.folder, decided / part.folder.name) for part in cleaned)
+        share = min(1.0, self._settings.data.tokenizer.train_bytes / total)
 
         def train(folder: Path) -> None:
-            task = TrainTokenizerTask(texts, share, self._settings, folder)
+            task = TrainTokenizerTask(tuple(texts), share, self._settings, folder)
             with LocalWorkers(1, threads=num_cores()) as one:
                 self._run_all(one, [task], "train tokenizer", int(total * share))
 
         return self._once(decided.name.replace("decisions", "tokenizer"), train)
 
-    def _finish(self, cleaned: Sequence[_Part], decided: Path, tokenizer: Path) -> list[Finished]:
+    def _finish(
+        self, cleaned: Sequence[_Part], texts: Sequence[DecidedText], decided: Path, tokenizer: Path
+    ) -> list[Finished]:
         folder = self._work / "tokens"
         folder.mkdir(exist_ok=True)
         made_by = _hash(decided.name, Tokenizer.load(tokenizer, "reference").fingerprint)
         tasks = [
             FinishTask(
-                place=part.split.place,
-                text_part=part.folder,
-                decisions=decided / part.folder.name,
-                settings=self._settings,
+                name=part.split.place,
+                text=text,
                 tokenizer=tokenizer,
                 engine=self._data.tokenizer.engine,
                 made_by=made_by,
                 folder=folder / part.folder.name,
             )
-            for part in cleaned
+            for part, text in zip(cleaned, texts, strict=True)
         ]
         records = self._run_all(self._workers, tasks, "tokenize", sum(part.record.text_bytes for part in cleaned))
         return [
@@ -168,11 +185,15 @@ class Build:
             for part, task, record in zip(cleaned, tasks, records, strict=True)
         ]
 
-    def _without_copies(self, part: _Part, decided: Path, tokenizer: Path) -> Finished:
+    def _without_copies(self, cleaned: Sequence[_Part], decided: Path, tokenizer_folder: Path) -> list[Finished]:
         """Where the first pass made tokens: those of the documents that are kept."""
-        tally = Tally()
-        tokens = decisions.kept_tokens(part.folder, decided / part.folder.name, self._settings.data, tokenizer, tally)
-        return Finished(part.split, part.record, tokens, tally, [])
+        data, tokenizer, finished = self._settings.data, Tokenizer.load(tokenizer_folder, "reference"), []
+        for number, part in enumerate(cleaned):
+            mine = PartDecisions.read(decided, number, part.folder, data, None)
+            tokens = without_copies(part.folder, mine.verdicts, data.heldout_fraction)
+            tally = tally_copies(mine, part.folder, data.heldout_fraction, tokenizer)
+            finished.append(Finished(part.split, part.record, tokens, tally, part.record.notes))
+        return finished
 
     def _publish(
         self, finished: Sequence[Finished], bad: Sequence[BadSplit], tokenizer_folder: Path, min_train_tokens: int
@@ -224,9 +245,13 @@ class Build:
             results.append(outcome.result)
         return results
 
+    def _tokens_to_be(self) -> tuple[str, ...]:
+        """Control tokens of the tokenizer that will be trained."""
+        return control_tokens_of(self._settings.data.tokenizer.kind)
+
 
 def _hash(*parts: object) -> str:
-    return xxhash.xxh3_128_hexdigest("\0".join(map(str, parts)))
+    return xxhash.xxh3_128_hexdigest("\0".join(map(str, parts)).encode())
 
 
 def _named_files(data: DataConfig) -> Iterable[str]:

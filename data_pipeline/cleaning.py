@@ -5,26 +5,27 @@ evaluation texts) is decided later, from what this pass leaves beside the text.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
-from data_pipeline import overlaps, parts
-from data_pipeline.dedup.index import IndexWriter
+from data_pipeline import parts
+from data_pipeline.decisions import OverlapWriter
+from data_pipeline.dedup import IndexWriter
 from data_pipeline.document import Document, Step
-from data_pipeline.filters.classifier import ClassifierFilter
+from data_pipeline.filters.classifier import Classifier, ClassifierFilter
 from data_pipeline.filters.language import LanguageFilter
 from data_pipeline.filters.quality import QualityRules
+from data_pipeline.manifest import Portion, PortionRecord
 from data_pipeline.normalize import Normalizer
 from data_pipeline.parts import PartRecord
 from data_pipeline.settings import Settings
-from data_pipeline.sources import Split, content_hash, modified_ns, read_split
+from data_pipeline.sources import Split, content_hash, is_unchanged, read_split
 from data_pipeline.tally import Tally
 from data_pipeline.tasks import Advance, Report
-from data_pipeline.token_parts import TokenWriter
-from data_pipeline.tokenization import EngineMismatch, Tokenizer
+from data_pipeline.token_parts import TokenWriter, encoded_part
+from data_pipeline.tokenization import Engine, SplitEncoder, Tokenizer
 from trainer.data_config import DataConfig
 
 _BATCH_CHARS = 1 << 20  # bounds what a worker holds; a longer document is a batch of its own
@@ -42,7 +43,7 @@ class CleanTask:
     evaluation_ngrams: Path | None
     tokenizer: Path | None
     """Folder of the tokenizer where the part is to hold tokens; None where it is to hold text."""
-    engine: str
+    engine: Engine
     folder: Path
 
     @property
@@ -61,11 +62,8 @@ class CleanTask:
             if self.tokenizer is None:
                 record = self._fill(temporary, report, None)
             else:
-                record = fill_with_tokens(
-                    Tokenizer.load(self.tokenizer, self.engine),
-                    self.split.id,
-                    lambda encoder: self._fill(temporary, report, encoder),
-                )
+                tokenizer = Tokenizer.load(self.tokenizer, self.engine)
+                record = encoded_part(tokenizer, self.split.id, lambda encoder: self._fill(temporary, report, encoder))
             parts.commit_part(temporary, self.folder, record)
         return record
 
@@ -97,13 +95,10 @@ class CleanTask:
             text_bytes=cleaned.documents.text_bytes,
             portions=portions,
             tally=tally,
-            notes=[],
             files=parts.records_of(folder),
         )
 
-    def _clean_batches(
-        self, tally: Tally, cleaned: "_CleanedDocuments", report: Report
-    ) -> Iterator[list[Document]]:
+    def _clean_batches(self, tally: Tally, cleaned: "_CleanedDocuments", report: Report) -> Iterator[list[Document]]:
         input_bytes = 0
 
         def on_bytes(num: int) -> None:
@@ -129,7 +124,8 @@ def clean_steps(data: DataConfig, control_tokens: Iterable[str]) -> list[Step]:
     if data.quality.rules:
         steps.append(QualityRules(data.quality.rules))
     if data.quality.classifier is not None:
-        steps.append(ClassifierFilter.load(Path(data.quality.classifier).expanduser(), data.quality.pareto_alpha))
+        classifier = Classifier.load(Path(data.quality.classifier).expanduser())
+        steps.append(ClassifierFilter(classifier, data.quality.pareto_alpha))
     return steps
 
 

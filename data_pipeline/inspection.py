@@ -22,11 +22,10 @@ def documents(out: Path, dataset: str | None, portion: Portion, first: int, coun
     """
     folder = _dataset_folder(out, dataset)
     tokenizer = Tokenizer.load(out / TOKENIZER_FOLDER, "reference")
-    index = read_index(folder / f"{portion}.idx")
-    tokens = np.memmap(folder / f"{portion}.bin", dtype=index.dtype, mode="r") if index.num_documents else np.zeros(0)
-    for number in range(first, min(first + count, index.num_documents)):
-        start, length = index.place(number)
-        ids = tokens[start : start + length - 1]  # without its end-of-text token
+    lengths, offsets = read_index(folder / f"{portion}.idx")
+    for number in range(first, min(first + count, len(lengths))):
+        length = int(lengths[number]) - 1  # without its end-of-text token
+        ids = np.fromfile(folder / f"{portion}.bin", tokenizer.dtype, length, offset=int(offsets[number]))
         yield f"{folder.name}, {portion}, document {number} ({length} tokens)", tokenizer.decode(ids)
 
 

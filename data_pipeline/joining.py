@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import token_parts
-from data_pipeline.manifest import PORTIONS, Portion, PortionRecord
+from data_pipeline import parts, token_parts
+from data_pipeline.dedup import Verdict
+from data_pipeline.manifest import Portion, PortionRecord
 from data_pipeline.shards import append_ranges, write_index
 from data_pipeline.tasks import Advance, Report
 
@@ -41,34 +42,32 @@ class JoinTask:
         return f"{self.dataset}, {self.portion}"
 
     def run(self, report: Report) -> PortionRecord:
-        itemsize, num_tokens = np.dtype(self.dtype).itemsize, 0
-        with open(self.folder / f"{self.portion}.bin", "wb") as out:
+        dtype, num_tokens = np.dtype(self.dtype), 0
+        with open(self.folder / f"{self.portion}.bin", "wb", buffering=0) as out:
             for part in self.token_parts:
-                append_ranges(out.fileno(), token_parts.bin_path(part.folder, self.portion), self._ranges(part, itemsize))
+                source = token_parts.bin_path(part.folder, self.portion)
+                append_ranges(out.fileno(), source, self._ranges(part, dtype.itemsize))
                 num_tokens += part.portions[self.portion].tokens
                 report(Advance(tokens=num_tokens))
             os.fsync(out.fileno())
         total = _total([part.portions[self.portion] for part in self.token_parts])
-        with open(self.folder / f"{self.portion}.idx", "wb") as out:
-            write_index(out, self._lengths, total.documents, np.dtype(self.dtype))
-            out.flush()
-            os.fsync(out.fileno())
+        written = write_index(self.folder / f"{self.portion}.idx", dtype, self._lengths(), total.documents)
+        assert written == total.tokens, f"{written} tokens joined of {total.tokens}"
         return total
 
     def _ranges(self, part: TokenPart, itemsize: int) -> NDArray[np.int64]:
         """Byte ranges [r, 2] of the part's .bin that go in."""
-        lengths = np.load(token_parts.lengths_path(part.folder, self.portion), mmap_mode="r")
+        lengths = token_parts.read_lengths(part.folder, self.portion)
         ends = np.cumsum(lengths, dtype=np.int64) * itemsize
         if part.kept is None:
-            return np.array([[0, ends[-1]]], np.int64) if len(ends) else np.zeros((0, 2), np.int64)
-        starts = ends - lengths * itemsize
+            return np.array([[0, ends[-1] if len(ends) else 0]], np.int64)
         kept = part.kept[self.portion]
-        return np.stack([starts[kept], ends[kept]], axis=1)
+        return np.stack([(ends - lengths * itemsize)[kept], ends[kept]], axis=1)
 
     def _lengths(self) -> Iterator[NDArray[np.int32]]:
         for part in self.token_parts:
-            lengths = np.load(token_parts.lengths_path(part.folder, self.portion), mmap_mode="r")
-            yield np.asarray(lengths if part.kept is None else lengths[part.kept[self.portion]])
+            lengths = token_parts.read_lengths(part.folder, self.portion)
+            yield lengths if part.kept is None else lengths[part.kept[self.portion]]
 
 
 def _total(records: Sequence[PortionRecord]) -> PortionRecord:
@@ -77,3 +76,23 @@ def _total(records: Sequence[PortionRecord]) -> PortionRecord:
         tokens=sum(record.tokens for record in records),
         text_bytes=sum(record.text_bytes for record in records),
     )
+
+
+def without_copies(part: Path, verdicts: NDArray[np.uint8], heldout_fraction: float) -> TokenPart:
+    """Of a part that the first pass has tokenized: the documents that are no copies."""
+    rows = parts.read_documents(part)
+    is_heldout, is_kept = parts.is_heldout(rows, heldout_fraction), verdicts == Verdict.KEEP
+    kept: dict[Portion, NDArray[np.bool_]] = {"train": is_kept[~is_heldout], "heldout": is_kept[is_heldout]}
+    text_bytes: dict[Portion, int] = {
+        "train": int(rows["text_bytes"][~is_heldout & is_kept].sum()),
+        "heldout": int(rows["text_bytes"][is_heldout & is_kept].sum()),
+    }
+    portions = {
+        portion: PortionRecord(
+            documents=int(np.count_nonzero(chosen)),
+            tokens=int(token_parts.read_lengths(part, portion)[chosen].sum(dtype=np.int64)),
+            text_bytes=text_bytes[portion],
+        )
+        for portion, chosen in kept.items()
+    }
+    return TokenPart(part, portions, None if is_kept.all() else kept)

@@ -37,18 +37,22 @@ class PartRecord(Record):
 
     made_by: str
     """Fingerprint of everything, the split aside, that the part depends on."""
-    content_hash: str
-    """xxh3-128 of the split's raw bytes."""
-    modified_ns: int | None
-    """Of the split's file, when it was read."""
+    content_hash: str = ""
+    """xxh3-128 of the split's raw bytes; in the first pass only, as the next."""
+    modified_ns: int | None = None
+    """Of the split's files, when they were read."""
     documents: int
     """In the part: clean ones, copies included, in the first pass; what is trained on or held out in the second."""
     text_bytes: int
     portions: dict[Portion, PortionRecord]
     """What is in the part as tokens; empty in a part of text."""
     tally: Tally
-    notes: list[str]
+    notes: tuple[str, ...] = ()
     files: dict[str, FileRecord]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(portion.tokens for portion in self.portions.values())
 
 
 @contextmanager

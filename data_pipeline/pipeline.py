@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from data_pipeline.building import TOKENIZER_FOLDER as TOKENIZER_FOLDER
 from data_pipeline.building import Build
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_enough
 from data_pipeline.progress import NoProgress, Progress
+from data_pipeline.publishing import TOKENIZER_FOLDER as TOKENIZER_FOLDER
 from data_pipeline.settings import SPLIT_SEED, Settings
 from data_pipeline.sources import Plan, plan_splits
 from data_pipeline.tasks import Workers, without_room
@@ -91,7 +91,7 @@ def preflight(settings: Settings, out: Path) -> Plan:
         if names and not names & {_LOCK_FILE, MANIFEST_FILE}:
             raise UserError(f"{out} holds files that are no prepared data ({min(names)}, ...); use another folder")
     if settings.data.tokenizer.path is None:
-        check_vocab_size(settings.vocab_size, settings.data.tokenizer.kind)
+        check_vocab_size(settings.vocab_size, settings.data.tokenizer)
     else:
         check_tokenizer(Path(settings.data.tokenizer.path).expanduser(), settings.vocab_size)
     return plan_splits(settings.data)

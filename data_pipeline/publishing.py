@@ -1,15 +1,13 @@
 """The last pass: parts of tokens become shards, the shards get their manifests, and everything its place."""
 
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import orjson
-import tokenizers
+import tokenizers as tokenizers_library
 
-from data_pipeline.durable import move_into_place, temporary_path, write_synced
+from data_pipeline.durable import move_into_place, write_synced
 from data_pipeline.joining import JoinTask, TokenPart
 from data_pipeline.manifest import (
     MANIFEST_FILE,
@@ -24,9 +22,8 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.parts import PartRecord
 from data_pipeline.settings import Settings
-from data_pipeline.shards import token_dtype
 from data_pipeline.sources import Split
-from data_pipeline.tally import Tally
+from data_pipeline.tally import Count, Tally
 from data_pipeline.tokenization import Tokenizer
 from trainer.config import UserError
 
@@ -47,7 +44,9 @@ class Finished:
     notes: Sequence[str]
 
 
-def join_tasks(finished: Sequence[Finished], datasets: Iterable[str], tokenizer: Tokenizer, work: Path) -> list[JoinTask]:
+def join_tasks(
+    finished: Sequence[Finished], datasets: Iterable[str], tokenizer: Tokenizer, work: Path
+) -> list[JoinTask]:
     """One for every portion of every data set, in their order; each data set has a folder in `work`."""
     tasks = []
     for name in datasets:
@@ -127,7 +126,7 @@ def describe(
         bad_splits=list(bad),
         notes=list(notes),
         files=files,
-        made_with=[f"tokenizers {tokenizers.__version__}", tokenizer.engine_name],
+        made_with=[f"tokenizers {tokenizers_library.__version__}", tokenizer.engine_name],
     )
 
 
@@ -143,3 +142,11 @@ def publish(manifest: Manifest, tokenizer_folder: Path, joined: Path, out: Path)
     for name in manifest.datasets:
         move_into_place(joined / name, out / name)
     manifest.write(out)
+
+
+def _sums(counts: Iterable[Mapping[str, Count]]) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for each in counts:
+        for reason, count in each.items():
+            sums[reason] = sums.get(reason, 0) + count.count
+    return dict(sorted(sums.items()))

@@ -172,6 +172,17 @@ def write_index(
     return tokens
 
 
+def read_index(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Tokens of each document `[d]`, its end-of-text token included, and its offset in the .bin `[d]` in bytes: maps."""
+    first = len(_MAGIC) + _HEADER.size
+    with open(path, "rb") as handle:
+        _, _, num_documents, _ = _HEADER.unpack(handle.read(first)[len(_MAGIC) :])
+    if not num_documents:
+        return np.zeros(0, np.int32), np.zeros(0, np.int64)
+    lengths = np.memmap(path, "<i4", "r", offset=first, shape=(num_documents,))
+    return lengths, np.memmap(path, "<i8", "r", offset=first + 4 * num_documents, shape=(num_documents,))
+
+
 def read_lengths(paths: Iterable[Path]) -> Iterator[NDArray[np.int32]]:
     """Document lengths from files of little-endian int32, one file after another, in blocks."""
     for path in paths:

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -44,7 +46,7 @@ class LocalWorkers:
         for worker in self._workers:
             self._end(worker)
 
-    def run(self, tasks: list[Task], on_advance: Report) -> list[Outcome]:
+    def run(self, tasks: Sequence[Task], on_advance: Report) -> list[Outcome]:
         """See `data_pipeline.tasks.Workers`."""
         jobs = [_Job(index, task) for index, task in enumerate(tasks)]
         waiting, outcomes, finished = deque(jobs), dict[int, Outcome](), Advance()
@@ -69,10 +71,8 @@ class LocalWorkers:
     def _give(self, worker: _Worker, job: _Job) -> None:
         worker.job = job
         job.tries += 1
-        try:
+        with suppress(OSError):  # it may have died while idle: hearing from it says so
             worker.connection.send(job.task)
-        except OSError:  # it has died while idle: hearing from it says so
-            pass
 
     def _hear(self, worker: _Worker) -> tuple[_Job, Outcome | None]:
         """The worker's job, and its outcome if it has ended; a dead worker is replaced."""

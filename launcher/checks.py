@@ -77,7 +77,7 @@ def check_prepared(config: RunConfig, run_dir: RunDir) -> Manifest:
             f"{folder} was tokenized with {manifest.vocab_size} tokens and model.vocab_size is "
             f"{config.model.vocab_size}; set it to {manifest.vocab_size}, or prepare the data again"
         )
-    check_enough(manifest.splits, config.model.seq_length, config.tokens_per_step + 1)
+    check_enough(manifest.portions, config.model.seq_length, config.tokens_per_step + 1)
     return manifest
 
 

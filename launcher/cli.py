@@ -29,6 +29,7 @@ config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(prepare_cli.app, name="prepare")
 app.add_typer(config_app, name="config")
 
+
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
     """`--debug` is read by `main`, before or after the command's name."""

@@ -7,7 +7,7 @@ from data_pipeline.tally import DROP_REASONS, REPAIR_REASONS
 
 
 def tables(manifest: Manifest) -> list[Table]:
-    """What is in the data by data set, and what was left out or mended by reason; the second only where there is any."""
+    """What is in the data by data set, and, where there is any, what was left out or mended by reason."""
     made = [_datasets(manifest)]
     if manifest.dropped or manifest.repaired:
         made.append(_reasons(manifest))

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
@@ -24,7 +23,7 @@ _DEFAULT = "corpus"
 class _DefaultVerb(TyperGroup):
     """`prepare CONFIG` is short for `prepare corpus CONFIG`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "--help"}:
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)
@@ -128,9 +127,9 @@ def train_classifier(
 
     Example: `broadgauge prepare train-classifier --positive books/ --negative crawl/*.wet.gz --out quality.npz`
     """
-    from data_pipeline import classifier_training
+    from data_pipeline.filters import classifier_training
 
-    report = classifier_training.train(positive, negative, out, text_field, max_documents, seed)
+    report = classifier_training.train_classifier(positive, negative, out, text_field, seed)
     print(f"{out}: {report}")
 
 

@@ -6,7 +6,7 @@ folder by the workers themselves.
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -37,9 +37,9 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
         )
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out") from (
-            error
-        )
+        raise UserError(
+            f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out"
+        ) from (error)
     try:
         yield RayWorkers()
     finally:
@@ -49,7 +49,7 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
 class RayWorkers:
     """See `data_pipeline.tasks.Workers`. Progress counts finished tasks alone."""
 
-    def run(self, tasks: list[Task], on_advance: Report) -> list[Outcome]:
+    def run(self, tasks: Sequence[Task], on_advance: Report) -> list[Outcome]:
         waiting, tries = deque(enumerate(tasks)), [0] * len(tasks)
         running: dict[ray.ObjectRef, int] = {}
         outcomes, finished = dict[int, Outcome](), Advance()

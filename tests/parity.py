@@ -29,8 +29,8 @@ from trainer.support import FEATURES, combined, pairs
 from trainer.training_state import MASTER
 
 NUM_STEPS = 10
-# Largest relative differences allowed. A bias starts at zero: after ten steps it is ten updates and nothing else, so that
-# bf16's noise of some percent in a gradient shows in it whole.
+# Largest relative differences allowed. A bias starts at zero: after ten steps it is ten updates and nothing else, so
+# that bf16's noise of some percent in a gradient shows in it whole.
 TOLERANCES = {
     "fp32": {"loss": 2e-6, "grad_norm": 2e-6, "weights": 2e-6, "biases": 2e-6},
     "bf16": {"loss": 1e-3, "grad_norm": 1e-3, "weights": 1e-3, "biases": 5e-2},

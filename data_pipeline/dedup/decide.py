@@ -25,7 +25,7 @@ from data_pipeline.dedup.minhash import least_agreement
 from data_pipeline.dedup.runs import MergedRuns, Records
 from data_pipeline.durable import publish, temporary_path
 from data_pipeline.words import Int64s
-from trainer.config import DedupConfig, FuzzyConfig
+from trainer.data_config import DedupConfig, FuzzyConfig
 
 WINDOW = 16
 """Documents of the same band key that one is compared with."""

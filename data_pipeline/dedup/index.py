@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import rensa  # type: ignore[import-untyped]
+import rensa
 
 from data_pipeline.dedup.minhash import UInt32s, band_keys, signatures
 from data_pipeline.dedup.paragraphs import paragraph_digests
 from data_pipeline.dedup.runs import BAND, EXACT, PARAGRAPH, MergedRuns, Records, Run, sorted_records
 from data_pipeline.words import Int64s, WordTable
-from trainer.config import DedupConfig, FuzzyConfig
+from trainer.data_config import DedupConfig, FuzzyConfig
 
 EXACT_FILE = "exact.npy"
 """[d] One EXACT record per document, sorted."""

@@ -9,11 +9,11 @@ Shapes: `d` documents, `w` words, `p` permutations (hash functions).
 """
 
 import numpy as np
-import rensa  # type: ignore[import-untyped]
+import rensa
 from numpy.typing import NDArray
 
 from data_pipeline.words import UInt64s, WordTable, mix
-from trainer.config import FuzzyConfig
+from trainer.data_config import FuzzyConfig
 
 UInt32s = NDArray[np.uint32]
 

@@ -17,15 +17,21 @@ from data_pipeline.tokenization.folder import (
     read_tokenizer,
     write_folder,
 )
-from data_pipeline.tokenization.sentencepiece_training import check_sentencepiece_size, train_sentencepiece
-from data_pipeline.tokenization.tokenizer import Tokenizer
-from trainer.config import TokenizerConfig, UserError
+from data_pipeline.tokenization.sentencepiece_training import (
+    SENTENCEPIECE_CONTROLS,
+    check_sentencepiece_size,
+    train_sentencepiece,
+)
+from data_pipeline.tokenization.tokenizer import Engine, Tokenizer
+from trainer.config import UserError
+from trainer.data_config import TokenizerConfig
 
 __all__ = [
     "CONFIG_FILE",
     "END_OF_TEXT",
     "SENTENCEPIECE_FILE",
     "TOKENIZER_FILE",
+    "Engine",
     "Fallback",
     "FastEngineWarning",
     "SplitEncoder",
@@ -33,6 +39,7 @@ __all__ = [
     "Tokenizer",
     "check_tokenizer",
     "check_vocab_size",
+    "control_tokens_of",
     "encode_split",
     "install_tokenizer",
     "train_tokenizer",
@@ -82,6 +89,11 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
             f"set model.vocab_size to {tokenizer.vocab_size}"
         )
     tokenizer.encode_batch(ADVERSARIAL_TEXTS)
+
+
+def control_tokens_of(kind: str) -> tuple[str, ...]:
+    """Control tokens that a tokenizer trained here will have."""
+    return (END_OF_TEXT,) if kind == "bpe" else SENTENCEPIECE_CONTROLS
 
 
 def check_vocab_size(vocab_size: int, config: TokenizerConfig) -> None:

@@ -66,6 +66,7 @@ class SplitEncoder:
     def __init__(self, tokenizer: "Tokenizer", seed: int, threads: int, fast: bool) -> None:
         self.compared_documents = 0
         self.compared_chars = 0
+        self.end_of_text_id = tokenizer.end_of_text_id
         self._tokenizer = tokenizer
         self._threads = threads
         self._fast = tokenizer.fast if fast else None

@@ -11,7 +11,8 @@ import sentencepiece
 from data_pipeline.tokenization.folder import sentencepiece_as_json, write_folder
 from trainer.config import UserError
 
-MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, <unk>, <s> and </s>, and a piece
+SENTENCEPIECE_CONTROLS = ("</s>", "<s>", "<unk>")
+MIN_VOCAB_SIZE = 256 + len(SENTENCEPIECE_CONTROLS) + 1  # every byte, the controls, and a piece
 _SENTENCE_CHARS = 1000  # at most 4000 bytes; the trainer skips sentences of more than 4192
 _SKIPPED_WITH_ITS_SENTENCE = "▅"  # U+2585 stands for the unknown inside the trainer
 _TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")

@@ -7,7 +7,7 @@ from typing import Literal
 import tokenizers
 import xxhash
 
-from data_pipeline.shards import TokenBatch, TokenIds
+from data_pipeline.shards import TokenBatch, TokenIds, token_dtype
 from data_pipeline.tokenization.adversarial import ADVERSARIAL_TEXTS
 from data_pipeline.tokenization.agreement import Fallback, require_equal
 from data_pipeline.tokenization.engines import FastEngine, FastEngineError, ReferenceEngine
@@ -37,6 +37,8 @@ class Tokenizer:
         """Encodes splits, under watch (`encode_split`); None: the reference does."""
         self.fallback: Fallback | None = None
         """Why there is no fast encoder, where one was asked for."""
+        self.dtype = token_dtype(self.vocab_size)
+        """Of the ids in shards."""
         self._backend = backend
         self._reference = ReferenceEngine(backend, self.vocab_size)
 

@@ -22,7 +22,8 @@ from data_pipeline.dedup import (
 from data_pipeline.dedup.decide import WINDOW
 from data_pipeline.dedup.minhash import band_keys, least_agreement, signatures
 from data_pipeline.words import WordTable
-from trainer.config import FUZZY_PRESETS, DedupConfig, FuzzyConfig
+from trainer.config import FUZZY_PRESETS
+from trainer.data_config import DedupConfig, FuzzyConfig
 
 EVERYTHING = DedupConfig(fuzzy=FuzzyConfig(), paragraphs=True, min_paragraph_chars=30)
 VOCABULARY = [f"{first}{second}" for first in "bdfgklmnprstvz" for second in ("a", "eno", "illi", "or", "uste", "yné")]

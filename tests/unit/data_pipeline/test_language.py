@@ -3,7 +3,8 @@ import pytest
 from data_pipeline.document import Document
 from data_pipeline.filters.language import LanguageFilter, excerpt, identify
 from data_pipeline.tally import Tally
-from trainer.config import LanguageConfig, UserError
+from trainer.config import UserError
+from trainer.data_config import LanguageConfig
 
 TEXTS = {
     "ko": [

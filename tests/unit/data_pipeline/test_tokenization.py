@@ -24,7 +24,8 @@ from data_pipeline.tokenization import (
     train_tokenizer,
 )
 from data_pipeline.tokenization.adversarial import ADVERSARIAL_TEXTS
-from trainer.config import TokenizerConfig, UserError
+from trainer.config import UserError
+from trainer.data_config import TokenizerConfig
 from unit.data_pipeline.tokenizer_texts import ANY_TEXT, TEXTS
 
 VOCAB_SIZE = 320

@@ -15,7 +15,8 @@ from data_pipeline.tokenization import Tokenizer, check_tokenizer, install_token
 from data_pipeline.tokenization.adversarial import ADVERSARIAL_TEXTS
 from data_pipeline.tokenization.sentencepiece_conversion import SPACE
 from data_pipeline.tokenization.sentencepiece_training import sentences
-from trainer.config import TokenizerConfig, UserError
+from trainer.config import UserError
+from trainer.data_config import TokenizerConfig
 from unit.data_pipeline.tokenizer_texts import ANY_TEXT, TEXTS
 
 VOCAB_SIZE = 320
