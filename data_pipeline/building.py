@@ -24,10 +24,10 @@ from data_pipeline.sources import Plan, Split
 from data_pipeline.tally import Tally
 from data_pipeline.tasks import Failed, Task, Workers
 from data_pipeline.tokenization import Tokenizer, control_tokens_of, install_tokenizer
-from data_pipeline.workers import LocalWorkers, num_cores
 from trainer.config import DataConfig, UserError
 
-_WORK_FOLDER = ".work"
+WORK_FOLDER = ".work"
+"""In the folder of the prepared data, while it is being made."""
 _NGRAMS = "ngrams.npy"
 _VERSION = 1  # of what the passes do: finished parts of another one are not used
 
@@ -56,7 +56,7 @@ class Build:
         self._workers, self._progress = workers, progress
         self._notes = list(plan.notes)
         self._made_by = _hash(_VERSION, settings.fingerprint, *_named_files(settings.data))
-        self._work = out / _WORK_FOLDER / self._made_by
+        self._work = out / WORK_FOLDER / self._made_by
 
     def run(self, min_train_tokens: int) -> Manifest:
         """See `data_pipeline.pipeline.prepare`."""
@@ -157,8 +157,7 @@ class Build:
 
         def train(folder: Path) -> None:
             task = TrainTokenizerTask(tuple(texts), share, self._settings, folder)
-            with LocalWorkers(1, threads=num_cores()) as one:
-                self._run_all(one, [task], "train tokenizer", int(total * share))
+            self._run_all([task], "train tokenizer", int(total * share))
 
         return self._once(decided.name.replace("decisions", "tokenizer"), train)
 
@@ -179,7 +178,7 @@ class Build:
             )
             for part, text in zip(cleaned, texts, strict=True)
         ]
-        records = self._run_all(self._workers, tasks, "tokenize", sum(part.record.text_bytes for part in cleaned))
+        records = self._run_all(tasks, "tokenize", sum(part.record.text_bytes for part in cleaned))
         return [
             Finished(part.split, part.record, TokenPart(task.folder, record.portions), record.tally, record.notes)
             for part, task, record in zip(cleaned, tasks, records, strict=True)
@@ -201,7 +200,7 @@ class Build:
         settings, tokenizer = self._settings, Tokenizer.load(tokenizer_folder, "reference")
         names, joined = list(settings.data.datasets), self._work / "joined"
         tasks = publishing.join_tasks(finished, names, tokenizer, joined)
-        portions = self._run_all(self._workers, tasks, "join", 0)
+        portions = self._run_all(tasks, "join", None)
         made = {(task.dataset, task.portion): portion for task, portion in zip(tasks, portions, strict=True)}
         datasets = [
             publishing.describe_dataset(
@@ -215,7 +214,6 @@ class Build:
         )
         check_enough(manifest.portions, settings.seq_length, min_train_tokens)
         publishing.publish(manifest, tokenizer_folder, joined, self._out)
-        shutil.rmtree(self._work.parent)
         return manifest
 
     # --------------------------------------------------------------------------------------------------------- helpers
@@ -231,14 +229,14 @@ class Build:
             move_into_place(temporary, folder)
         return folder
 
-    def _run_all(self, workers: Workers, tasks: Sequence[Task], stage: str, total_bytes: int) -> list[Any]:
+    def _run_all(self, tasks: Sequence[Task], stage: str, total_bytes: int | None) -> list[Any]:
         """Results of tasks none of which may fail.
 
         Raises:
             PreparationFailed: one did, every time.
         """
         results = []
-        outcomes = workers.run(list(tasks), meter(self._progress, stage, total_bytes))
+        outcomes = self._workers.run(tasks, meter(self._progress, stage, total_bytes))
         for task, outcome in zip(tasks, outcomes, strict=True):
             if isinstance(outcome, Failed):
                 raise PreparationFailed(f"{stage}: {task.name} failed ({outcome.reason}); run again to go on")

@@ -10,11 +10,12 @@ nobody's data, and preparing it again goes on with the parts that are whole.
 """
 
 import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from data_pipeline.building import Build
+from data_pipeline.building import WORK_FOLDER, Build
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_enough
 from data_pipeline.progress import NoProgress, Progress
 from data_pipeline.publishing import TOKENIZER_FOLDER as TOKENIZER_FOLDER
@@ -51,14 +52,15 @@ def prepare(
     """
     settings = Settings.of(data, vocab_size, seq_length, seed)
     manifest = find_prepared(settings, out)
-    if manifest is None:
-        plan = preflight(settings, out)
+    plan = preflight(settings, out) if manifest is None else None
+    if plan or (out / WORK_FOLDER).exists():
         with _locked(out):
             manifest = find_prepared(settings, out)  # another process may have been faster
             if manifest is None:
                 with _pool(workers) as pool, without_room(out):
-                    build = Build(data, settings, plan, out, pool, progress or NoProgress())
+                    build = Build(data, settings, plan or preflight(settings, out), out, pool, progress or NoProgress())
                     manifest = build.run(min_train_tokens)
+            shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
     check_enough(manifest.portions, seq_length, min_train_tokens)
     return manifest
 

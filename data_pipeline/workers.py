@@ -33,10 +33,9 @@ class _Job:
 
 
 class LocalWorkers:
-    """So many processes, each with so many threads for encoders; a context manager that ends them."""
+    """So many processes; a context manager that ends them."""
 
-    def __init__(self, num_workers: int, threads: int = 1) -> None:
-        self._threads = threads
+    def __init__(self, num_workers: int) -> None:
         self._workers = [self._start() for _ in range(num_workers)]
 
     def __enter__(self) -> Self:
@@ -96,14 +95,7 @@ class LocalWorkers:
 
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "RAYON_NUM_THREADS": str(self._threads),
-            "TOKENIZERS_PARALLELISM": "true" if self._threads > 1 else "false",
-            "OMP_NUM_THREADS": str(self._threads),
-            "OPENBLAS_NUM_THREADS": str(self._threads),
-        }
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
             descriptor = theirs.fileno()
             process = subprocess.Popen(

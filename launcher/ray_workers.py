@@ -17,7 +17,6 @@ from trainer.config import UserError
 
 _AHEAD = 2  # tasks queued for every CPU, so that none waits for the driver
 _POLL_SECONDS = 0.2
-_ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
             address=address,
             log_to_driver=False,
             configure_logging=False,
-            runtime_env={"env_vars": _ONE_THREAD | _path_of_this_code()},
+            runtime_env={"env_vars": _path_of_this_code()},
         )
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
