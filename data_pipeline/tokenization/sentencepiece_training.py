@@ -9,6 +9,7 @@ from typing import Literal
 import sentencepiece
 
 from data_pipeline.tokenization.folder import sentencepiece_as_json, write_folder
+from data_pipeline.tokenization.sentencepiece_conversion import CONTROL_CHARS
 from trainer.config import UserError
 
 MIN_VOCAB_SIZE = 256 + 3 + 1  # every byte, <unk>, <s> and </s>, and a piece
@@ -46,6 +47,7 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
+            required_chars="".join(sorted(CONTROL_CHARS)),  # a unigram model's tokenizer.json needs them
             num_threads=1,
             minloglevel=2,  # errors only, which are raised as well
         )

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.tokenization import Tokenizer, check_tokenizer, install_tokenizer, train_tokenizer
 from data_pipeline.tokenization.adversarial import ADVERSARIAL_TEXTS
-from data_pipeline.tokenization.sentencepiece_conversion import SPACE
+from data_pipeline.tokenization.sentencepiece_conversion import CONTROL_CHARS, SPACE
 from data_pipeline.tokenization.sentencepiece_training import sentences
 from trainer.config import TokenizerConfig, UserError
 from unit.data_pipeline.tokenizer_texts import ANY_TEXT, TEXTS
 
-VOCAB_SIZE = 320
+VOCAB_SIZE = 345
 SEQ_LENGTH = 32
 KINDS = ["sentencepiece_bpe", "sentencepiece_unigram"]
 SP_TEXT = ANY_TEXT.filter(lambda text: SPACE not in text)
@@ -147,18 +147,22 @@ def test_a_model_alone_is_installed_as_the_same_tokenizer(folder: Path, tokenize
 
 def save_model(folder: Path, **options: Any) -> None:
     model = io.BytesIO()
-    settings = {"model_type": "bpe", "vocab_size": 310, "byte_fallback": True, "minloglevel": 2} | options
+    settings = {"model_type": "bpe", "vocab_size": VOCAB_SIZE, "byte_fallback": True, "minloglevel": 2} | options
+    settings.setdefault("normalization_rule_name", "identity")
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **settings)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
-@pytest.mark.parametrize("options", [{}, {"normalization_rule_name": "identity"}, {"model_type": "unigram"}], ids=str)
-def test_models_that_normalize_are_used_as_they_are(options: dict[str, Any], tmp_path: Path) -> None:
-    save_model(tmp_path, **options)
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_models_that_trim_spaces_as_llamas_does_are_used_as_they_are(model_type: str, tmp_path: Path) -> None:
+    required = "".join(sorted(CONTROL_CHARS))
+    save_model(tmp_path, model_type=model_type, normalization_rule_name="identity", required_chars=required)
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tokenizer = Tokenizer.load(tmp_path, engine="reference")
-    for text in ("  the  quick ", "ﬁne ① ｶﾞ Größe", "dog</s>"):
-        assert tokenizer.encode_batch([text]).ids.tolist() == model.encode(text)
+    for text in ("  the  quick ", "dog \n dog\n", " ", "", "dog</s><0x41>"):
+        ids = tokenizer.encode_batch([text]).ids
+        assert ids.tolist() == model.encode(text)
+        assert tokenizer.decode(ids) == model.decode(ids.tolist())
 
 
 @pytest.mark.parametrize(
@@ -167,6 +171,8 @@ def test_models_that_normalize_are_used_as_they_are(options: dict[str, Any], tmp
         ({"byte_fallback": False, "vocab_size": 90}, "no byte fallback"),
         ({"user_defined_symbols": ["<sep>"]}, "user-defined"),
         ({"model_type": "char", "hard_vocab_limit": False}, "neither a BPE nor a unigram model"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text by a table"),
+        ({"model_type": "unigram"}, "lacks pieces for single characters"),
         ({"treat_whitespace_as_suffix": True}, "marks spaces in another way"),
     ],
 )
@@ -207,5 +213,5 @@ def test_long_texts_are_cut_for_the_trainer_without_losing_any(text: str) -> Non
 
 def test_what_stands_late_in_a_long_text_is_learned(tmp_path: Path) -> None:
     text = "ab " * 3000 + "unmistakable " * 100
-    train_tokenizer([text], TokenizerConfig(kind="sentencepiece_bpe"), 285, tmp_path, SEQ_LENGTH)
+    train_tokenizer([text], TokenizerConfig(kind="sentencepiece_bpe"), 310, tmp_path, SEQ_LENGTH)
     assert len(Tokenizer.load(tmp_path).encode_batch([" unmistakable"]).ids) == 1
