@@ -31,9 +31,10 @@ _DIFFICULT = [
     "==",
     " dog",
 ]
+_FAMILIAR = ["ther", "ing", " whoever", "number", " every step", "function(argument)", "e", "r", "th", "n", " o", "a"]
 
 ANY_TEXT = st.lists(
-    st.sampled_from((*_CONTROL, *_DIFFICULT)) | st.text(max_size=12),
+    st.sampled_from((*_CONTROL, *_DIFFICULT, *_FAMILIAR)) | st.text(max_size=12),
     max_size=12,
 ).map("".join)
 """Valid Unicode (no lone surrogates), with control tokens spelled out."""
