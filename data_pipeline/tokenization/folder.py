@@ -1,5 +1,6 @@
 """A tokenizer's folder, which `transformers.AutoTokenizer` opens with no code of ours."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -60,14 +61,14 @@ def end_of_text_of(backend: tokenizers.Tokenizer) -> str:
     return next(token for token in _ENDS_OF_TEXT if backend.token_to_id(token) is not None)
 
 
-def sentencepiece_as_json(content: bytes) -> bytes:
-    """tokenizer.json of a tokenizer.model, compared with `sentencepiece` itself on difficult texts.
+def sentencepiece_as_json(content: bytes, texts: Sequence[str] = ()) -> bytes:
+    """tokenizer.json of a tokenizer.model, compared with `sentencepiece` itself on these and on difficult texts.
 
     Raises:
         ConversionError: there is no exact counterpart.
     """
     backend = convert_sentencepiece(content)
-    verify_conversion(content, backend, ADVERSARIAL_TEXTS)
+    verify_conversion(content, backend, [*ADVERSARIAL_TEXTS, *texts])
     return backend.to_str(pretty=True).encode()
 
 

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers
 SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
-_UNKNOWN_PENALTY = 10.0  # below the least score: unigram_model.cc of SentencePiece, and `tokenizers` alike
-_BYTE_NAME_CHARS = len("<0x00>")
+CONTROL_CHARS = frozenset("<s></s><unk><0x0123456789ABCDEF>")
+"""What the names of control and byte pieces are spelled with."""
 
 
 class ConversionError(ValueError):
@@ -84,6 +84,8 @@ def _check_supported(proto: Any) -> None:
         raise ConversionError("it has no byte fallback, so some text would be lost; train one with byte_fallback")
     if any(piece.type in (_USER_DEFINED, _UNUSED) for piece in proto.pieces):
         raise ConversionError("it has user-defined or unused pieces; save it as tokenizer.json with transformers")
+    if proto.normalizer_spec.precompiled_charsmap:
+        raise ConversionError("it normalizes text by a table, which `tokenizers` applies in another way")
     if proto.trainer_spec.treat_whitespace_as_suffix or not proto.normalizer_spec.escape_whitespaces:
         raise ConversionError("it marks spaces in another way than by a leading ▁")
 
@@ -109,21 +111,24 @@ def _bpe(proto: Any) -> models.BPE:
 def _unigram(proto: Any) -> models.Unigram:
     """Scores as they are, but for what is no text: `tokenizers` would take a literal `<0x41>` of a text for the byte.
 
-    Those get a score below any way to write them with other pieces.
+    Those get a score below any way to write them with other pieces, so there must be one. Unknown characters then
+    cost more than in SentencePiece, which changes nothing where no piece holds one.
     """
+    normal = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
+    if not set("".join(normal)) | CONTROL_CHARS <= normal:
+        raise ConversionError("it lacks pieces for single characters that it needs")
     least = min(piece.score for piece in proto.pieces if piece.type == _NORMAL)
-    never = (least - _UNKNOWN_PENALTY) * (_BYTE_NAME_CHARS + 1)
+    never = least * (max(len(piece.piece) for piece in proto.pieces if piece.type != _NORMAL) + 1)
     scores = [(piece.piece, piece.score if piece.type == _NORMAL else never) for piece in proto.pieces]
     unknown_id = next(index for index, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)
     return models.Unigram(scores, unk_id=unknown_id, byte_fallback=True)
 
 
 def _normalizers(proto: Any) -> list[Any]:
-    spec = proto.normalizer_spec
-    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
+    steps: list[Any] = []
+    if proto.normalizer_spec.remove_extra_whitespaces:  # of which it also takes a literal sign at the end
+        steps += [normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if proto.normalizer_spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     return [*steps, normalizers.Replace(" ", SPACE)]
 

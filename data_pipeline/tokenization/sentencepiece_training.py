@@ -9,11 +9,13 @@ from typing import Literal
 import sentencepiece
 
 from data_pipeline.tokenization.folder import sentencepiece_as_json, write_folder
+from data_pipeline.tokenization.sentencepiece_conversion import CONTROL_CHARS
 from trainer.config import UserError
 
 SENTENCEPIECE_CONTROLS = ("</s>", "<s>", "<unk>")
 MIN_VOCAB_SIZE = 256 + len(SENTENCEPIECE_CONTROLS) + 1  # every byte, the controls, and a piece
 _SENTENCE_CHARS = 1000  # at most 4000 bytes; the trainer skips sentences of more than 4192
+_SAMPLED_SENTENCES = 200
 _SKIPPED_WITH_ITS_SENTENCE = "▅"  # U+2585 stands for the unknown inside the trainer
 _TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
 _TOO_LARGE = re.compile(r"Vocabulary size too high .* value <= (\d+)")
@@ -47,15 +49,16 @@ def train_sentencepiece(
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
+            required_chars="".join(sorted(CONTROL_CHARS)),  # a unigram model's tokenizer.json needs them
             num_threads=1,
             minloglevel=2,  # errors only, which are raised as well
         )
     except RuntimeError as error:
         if source.error is not None:
             raise source.error from None
-        raise _refusal(vocab_size, source.num_sentences, error) from error
+        raise _refusal(vocab_size, bool(source.sample), error) from error
     content = model.getvalue()
-    write_folder(folder, sentencepiece_as_json(content), seq_length, content)
+    write_folder(folder, sentencepiece_as_json(content, source.sample), seq_length, content)
 
 
 def check_sentencepiece_size(vocab_size: int) -> None:
@@ -86,7 +89,8 @@ class _Sentences:
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.error: Exception | None = None
-        self.num_sentences = 0
+        self.sample: list[str] = []
+        """The first sentences, to compare encoders on."""
         self._texts = texts
 
     def __iter__(self) -> Iterator[str]:
@@ -94,16 +98,17 @@ class _Sentences:
             for text in self._texts:
                 for part in text.split(_SKIPPED_WITH_ITS_SENTENCE):
                     for sentence in sentences(part):
-                        self.num_sentences += 1
+                        if len(self.sample) < _SAMPLED_SENTENCES:
+                            self.sample.append(sentence)
                         yield sentence
         except Exception as error:
             self.error = error
             raise
 
 
-def _refusal(vocab_size: int, num_sentences: int, error: RuntimeError) -> Exception:
+def _refusal(vocab_size: int, any_text: bool, error: RuntimeError) -> Exception:
     """The error for what the trainer says; only its texts tell what is wrong."""
-    if not num_sentences:
+    if not any_text:
         return UserError(f"model.vocab_size {vocab_size}: there is no text to train the tokenizer on; add text")
     if found := _TOO_SMALL.search(str(error)):
         return UserError(

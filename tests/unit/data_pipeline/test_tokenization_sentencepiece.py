@@ -13,23 +13,22 @@ from hypothesis import strategies as st
 
 from data_pipeline.tokenization import Tokenizer, check_tokenizer, install_tokenizer, train_tokenizer
 from data_pipeline.tokenization.adversarial import ADVERSARIAL_TEXTS
-from data_pipeline.tokenization.sentencepiece_conversion import SPACE
+from data_pipeline.tokenization.sentencepiece_conversion import CONTROL_CHARS, SPACE
 from data_pipeline.tokenization.sentencepiece_training import sentences
 from trainer.config import UserError
 from trainer.data_config import TokenizerConfig
 from unit.data_pipeline.tokenizer_texts import ANY_TEXT, TEXTS
 
-VOCAB_SIZE = 320
+VOCAB_SIZES = {"sentencepiece_bpe": 480, "sentencepiece_unigram": 345}  # near what the texts allow
 SEQ_LENGTH = 32
-KINDS = ["sentencepiece_bpe", "sentencepiece_unigram"]
 SP_TEXT = ANY_TEXT.filter(lambda text: SPACE not in text)
 NO_CONTROL = SP_TEXT.filter(lambda text: not any(token in text for token in ("<s>", "</s>", "<unk>")))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=VOCAB_SIZES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / request.param
-    train_tokenizer(TEXTS, TokenizerConfig(kind=request.param), VOCAB_SIZE, folder, SEQ_LENGTH)
+    train_tokenizer(TEXTS, TokenizerConfig(kind=request.param), VOCAB_SIZES[request.param], folder, SEQ_LENGTH)
     return folder
 
 
@@ -53,7 +52,7 @@ def in_transformers(
     beside = tmp_path_factory.mktemp("beside")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (beside / name).write_bytes((folder / name).read_bytes())
-    transformers.AutoConfig.for_model(request.param, vocab_size=VOCAB_SIZE).save_pretrained(beside)
+    transformers.AutoConfig.for_model(request.param, vocab_size=VOCAB_SIZES[folder.name]).save_pretrained(beside)
     return transformers.AutoTokenizer.from_pretrained(beside)
 
 
@@ -83,12 +82,12 @@ def test_transformers_encodes_and_decodes_as_we_do(
 
 
 def test_transformers_knows_the_control_tokens(
-    tokenizer: Tokenizer, in_transformers: transformers.PreTrainedTokenizerBase
+    folder: Path, tokenizer: Tokenizer, in_transformers: transformers.PreTrainedTokenizerBase
 ) -> None:
     theirs = in_transformers
     assert (theirs.bos_token, theirs.eos_token, theirs.unk_token) == ("<s>", "</s>", "<unk>")
     assert theirs.eos_token_id == tokenizer.end_of_text_id == 2
-    assert len(theirs) == tokenizer.vocab_size == VOCAB_SIZE
+    assert len(theirs) == tokenizer.vocab_size == VOCAB_SIZES[folder.name]
     assert theirs.model_max_length == SEQ_LENGTH
     assert theirs("</s>")["input_ids"] == [2], "at inference the literal is the token"
 
@@ -130,7 +129,7 @@ def test_the_fast_encoder_gives_the_same_ids(tokenizer: Tokenizer, texts: list[s
 
 
 def test_training_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    train_tokenizer(TEXTS, TokenizerConfig(kind=folder.name), VOCAB_SIZE, tmp_path, SEQ_LENGTH)
+    train_tokenizer(TEXTS, TokenizerConfig(kind=folder.name), VOCAB_SIZES[folder.name], tmp_path, SEQ_LENGTH)
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -139,7 +138,7 @@ def test_a_model_alone_is_installed_as_the_same_tokenizer(folder: Path, tokenize
     given_folder = tmp_path / "given"
     given_folder.mkdir()
     (given_folder / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
-    check_tokenizer(given_folder, VOCAB_SIZE)
+    check_tokenizer(given_folder, tokenizer.vocab_size)
     assert Tokenizer.load(given_folder, engine="reference").fingerprint == tokenizer.fingerprint
     install_tokenizer(given_folder, tmp_path / "installed", SEQ_LENGTH)
     for path in folder.iterdir():
@@ -148,18 +147,22 @@ def test_a_model_alone_is_installed_as_the_same_tokenizer(folder: Path, tokenize
 
 def save_model(folder: Path, **options: Any) -> None:
     model = io.BytesIO()
-    settings = {"model_type": "bpe", "vocab_size": 310, "byte_fallback": True, "minloglevel": 2} | options
+    settings = {"model_type": "bpe", "vocab_size": 345, "byte_fallback": True, "minloglevel": 2} | options
+    settings.setdefault("normalization_rule_name", "identity")
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **settings)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
-@pytest.mark.parametrize("options", [{}, {"normalization_rule_name": "identity"}, {"model_type": "unigram"}], ids=str)
-def test_models_that_normalize_are_used_as_they_are(options: dict[str, Any], tmp_path: Path) -> None:
-    save_model(tmp_path, **options)
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_models_that_trim_spaces_as_llamas_does_are_used_as_they_are(model_type: str, tmp_path: Path) -> None:
+    required = "".join(sorted(CONTROL_CHARS))
+    save_model(tmp_path, model_type=model_type, normalization_rule_name="identity", required_chars=required)
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tokenizer = Tokenizer.load(tmp_path, engine="reference")
-    for text in ("  the  quick ", "ﬁne ① ｶﾞ Größe", "dog</s>"):
-        assert tokenizer.encode_batch([text]).ids.tolist() == model.encode(text)
+    for text in ("  the  quick ", "dog \n dog\n", " ", "", "dog</s><0x41>"):
+        ids = tokenizer.encode_batch([text]).ids
+        assert ids.tolist() == model.encode(text)
+        assert tokenizer.decode(ids) == model.decode(ids.tolist())
 
 
 @pytest.mark.parametrize(
@@ -168,13 +171,15 @@ def test_models_that_normalize_are_used_as_they_are(options: dict[str, Any], tmp
         ({"byte_fallback": False, "vocab_size": 90}, "no byte fallback"),
         ({"user_defined_symbols": ["<sep>"]}, "user-defined"),
         ({"model_type": "char", "hard_vocab_limit": False}, "neither a BPE nor a unigram model"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text by a table"),
+        ({"model_type": "unigram"}, "lacks pieces for single characters"),
         ({"treat_whitespace_as_suffix": True}, "marks spaces in another way"),
     ],
 )
 def test_models_without_an_exact_counterpart_are_refused(options: dict[str, Any], rule: str, tmp_path: Path) -> None:
     save_model(tmp_path, **options)
     with pytest.raises(UserError, match=rf"tokenizer\.model cannot be used: .*{rule}"):
-        check_tokenizer(tmp_path, VOCAB_SIZE)
+        check_tokenizer(tmp_path, 400)
 
 
 def test_a_vocabulary_smaller_than_the_characters_is_refused_with_the_size_that_works(tmp_path: Path) -> None:
@@ -187,7 +192,7 @@ def test_a_vocabulary_smaller_than_the_characters_is_refused_with_the_size_that_
 
 def test_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no text to train the tokenizer on"):
-        train_tokenizer([], TokenizerConfig(kind="sentencepiece_bpe"), VOCAB_SIZE, tmp_path, SEQ_LENGTH)
+        train_tokenizer([], TokenizerConfig(kind="sentencepiece_bpe"), 400, tmp_path, SEQ_LENGTH)
 
 
 def test_an_error_of_the_texts_comes_through(tmp_path: Path) -> None:
@@ -196,7 +201,7 @@ def test_an_error_of_the_texts_comes_through(tmp_path: Path) -> None:
         raise UserError("the disk is gone")
 
     with pytest.raises(UserError, match="the disk is gone"):
-        train_tokenizer(texts(), TokenizerConfig(kind="sentencepiece_bpe"), VOCAB_SIZE, tmp_path, SEQ_LENGTH)
+        train_tokenizer(texts(), TokenizerConfig(kind="sentencepiece_bpe"), 400, tmp_path, SEQ_LENGTH)
 
 
 @given(st.lists(ANY_TEXT | st.just("x" * 1500) | st.just(" word" * 300), max_size=6).map("".join))
@@ -208,5 +213,5 @@ def test_long_texts_are_cut_for_the_trainer_without_losing_any(text: str) -> Non
 
 def test_what_stands_late_in_a_long_text_is_learned(tmp_path: Path) -> None:
     text = "ab " * 3000 + "unmistakable " * 100
-    train_tokenizer([text], TokenizerConfig(kind="sentencepiece_bpe"), 285, tmp_path, SEQ_LENGTH)
+    train_tokenizer([text], TokenizerConfig(kind="sentencepiece_bpe"), 310, tmp_path, SEQ_LENGTH)
     assert len(Tokenizer.load(tmp_path).encode_batch([" unmistakable"]).ids) == 1
