@@ -112,12 +112,18 @@ class TextMeasures:
         is_first[1:] &= ~is_inside[:-1]
         token_starts = np.flatnonzero(is_first)
         has_letter = np.zeros(len(token_starts), bool)
-        num_digits = self._in_words(_IS_DIGIT[self._data])
-        starts_with_letters = self.words.starts[num_digits < self.words.ends - self.words.starts]
-        has_letter[np.searchsorted(token_starts, starts_with_letters, side="right") - 1] = True
+        is_number = self._in_words(_IS_DIGIT[self._data]) == self.words.ends - self.words.starts
+        starts = self.words.starts[~is_number & ~self._begin_with_symbols]
+        has_letter[np.searchsorted(token_starts, starts, side="right") - 1] = True
         first_tokens = np.searchsorted(token_starts, self.words.first_bytes)
         sums = np.concatenate([[0], np.cumsum(has_letter)])
         return np.diff(sums[first_tokens]) / np.maximum(np.diff(first_tokens), 1)
+
+    @property
+    def _begin_with_symbols(self) -> Bools:
+        """[w] Words that begin with one of U+2080 to U+2BFF (arrows, boxes, ...) or U+1F000 to U+1FFFF (emoji)."""
+        first, second = self._data[self.words.starts], self._data[self.words.starts + 1]
+        return ((first == 0xE2) & (second >= 0x82) & (second <= 0xAF)) | ((first == 0xF0) & (second == 0x9F))
 
     def num_distinct(self, word_hashes: UInt64s) -> Int64s:
         """How many of some words each document has."""
