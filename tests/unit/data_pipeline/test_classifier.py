@@ -1,5 +1,7 @@
 import math
 import random
+import subprocess
+import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -204,3 +206,8 @@ def test_weights_that_would_unpickle_are_refused(fitted: tuple[Classifier, Repor
         archive.writestr("weights.npy", (tmp_path / "objects.npy").read_bytes())
     with pytest.raises(UserError, match="Object arrays cannot be loaded"):
         Classifier.load(path)
+
+
+def test_scoring_needs_numpy_alone() -> None:
+    code = "import sys, data_pipeline.filters.classifier; print({'sklearn', 'scipy', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
