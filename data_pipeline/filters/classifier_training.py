@@ -60,7 +60,8 @@ def fit(positive_texts: Iterable[str], negative_texts: Iterable[str], seed: int 
     """Logistic regression on nine texts in ten, measured by the tenth; which those are depends on the text alone.
 
     Both kinds weigh the same however many there are of each, so that 0.5 is where a text is as likely to be of one as
-    of the other. Texts (valid Unicode) are read once; their features are held in memory, 12 bytes a distinct word.
+    of the other. Texts (valid Unicode) are read once; their features are held in memory, 12 bytes for every distinct
+    word of a text.
 
     Raises:
         UserError: too few texts of a kind.
@@ -77,9 +78,13 @@ def fit(positive_texts: Iterable[str], negative_texts: Iterable[str], seed: int 
                 f"train-classifier: {num_train} {name} texts to train on and {num_heldout} to measure by; "
                 f"give {LEAST_TEXTS} in all at least, different ones"
             )
-    regression = LogisticRegression(C=_INVERSE_PENALTY, class_weight="balanced", max_iter=1000)
-    regression.fit(train.matrix(), train.labels)
-    classifier = Classifier(regression.coef_[0].astype(np.float32), float(regression.intercept_[0]))
+    regression = LogisticRegression(C=_INVERSE_PENALTY, class_weight="balanced", max_iter=1000, tol=1e-6)
+    matrix = train.matrix()
+    seen = np.unique(matrix.indices)  # what no text has gets no weight
+    regression.fit(matrix[:, seen], train.labels)
+    weights = np.zeros(1 << FEATURE_BITS, np.float32)
+    weights[seen] = regression.coef_[0]
+    classifier = Classifier(weights, float(regression.intercept_[0]))
     labels, margins = np.array(heldout.labels), heldout.matrix() @ classifier.weights + classifier.bias
     is_right = (margins > 0) == labels
     report = Report(
@@ -104,8 +109,8 @@ class _Examples:
         from scipy.sparse import csr_matrix
 
         features = Features.of(texts)
-        values = features.values.astype(np.float32), (features.document, features.indices)
-        self._rows.append(csr_matrix(values, (len(texts), 1 << FEATURE_BITS)))
+        entries = features.values, (features.document, features.indices)
+        self._rows.append(csr_matrix(entries, (len(texts), 1 << FEATURE_BITS)))
         self.labels += [label] * len(texts)
 
     def count(self, label: bool) -> int:

@@ -21,7 +21,7 @@ from data_pipeline.words import UInt64s, WordTable
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 _WIDE_SCRIPT = 0.1  # of the characters: with more one-character words, the mean length falls below 3
-_ASCII_SCRIPT = 0.9  # of the characters: English has more, and texts with fewer need no identification
+_ASCII_SCRIPT = 0.995  # of the characters: English has more; most texts with accents need no identification
 
 
 def _odd_word_length(measures: TextMeasures) -> Bools:

@@ -21,8 +21,8 @@ class LanguageFilter:
     the text byte by byte in Python, and more text makes it no more accurate (see `excerpt`). Its probabilities are
     normalised over all languages, also those not to keep; digits and symbols alone belong to none (`zxx`).
 
-    There is no faster first stage: resiliparse's detector decides alike only for one document in ten, those with a
-    distance between its first two guesses (over 80) at which the two agree.
+    There is no faster first stage: resiliparse's detector, 20 times as fast, is right wherever this one is only where
+    its first two guesses lie far apart (over 120), which is one document in twelve.
     """
 
     def __init__(self, config: LanguageConfig) -> None:
@@ -57,9 +57,9 @@ def identify(text: str) -> tuple[str, float]:
 def excerpt(text: str) -> str:
     """Pieces from the beginning, the middle and the end, 450 characters in all.
 
-    On 1,560 pages of Debian's manuals in 19 languages, 300 to 600 characters from three places were identified as well
-    (98.7 to 99.1 %) as the first 1,000 (97.2 %, misled by what stands at the top of a page in English) or as the whole
-    text (97.6 %), in less time.
+    On 1,560 pages of Debian's manuals in 19 languages (some left in English) 98.4 % come out as labelled,
+    and 98.3 to 99.1 % for 300 to 1,000 characters from three places; but 97.2 % for the first 1,000, misled by what
+    stands at the top of a page, and 97.6 % for the whole text, at a fraction of the speed.
     """
     if len(text) <= _EXCERPT_PIECES * _PIECE_CHARS:
         return text

@@ -89,6 +89,8 @@ class TextMeasures:
     @cached_property
     def wide_letters(self) -> Floats:
         """Fraction of the words' characters from U+0800 on: Hangul, kana, Chinese, Thai, the Indic scripts."""
+        if self._is_ascii:
+            return np.zeros(len(self.texts))
         return self._fractions(self._in_words(self._data >= 0xE0))
 
     @cached_property
@@ -112,12 +114,18 @@ class TextMeasures:
         is_first[1:] &= ~is_inside[:-1]
         token_starts = np.flatnonzero(is_first)
         has_letter = np.zeros(len(token_starts), bool)
-        num_digits = self._in_words(_IS_DIGIT[self._data])
-        starts_with_letters = self.words.starts[num_digits < self.words.ends - self.words.starts]
-        has_letter[np.searchsorted(token_starts, starts_with_letters, side="right") - 1] = True
+        is_number = self._in_words(_IS_DIGIT[self._data]) == self.words.ends - self.words.starts
+        starts = self.words.starts[~is_number & ~self._begin_with_symbols]
+        has_letter[np.searchsorted(token_starts, starts, side="right") - 1] = True
         first_tokens = np.searchsorted(token_starts, self.words.first_bytes)
         sums = np.concatenate([[0], np.cumsum(has_letter)])
         return np.diff(sums[first_tokens]) / np.maximum(np.diff(first_tokens), 1)
+
+    @property
+    def _begin_with_symbols(self) -> Bools:
+        """[w] Words that begin with one of U+2080 to U+2BFF (arrows, boxes, ...) or U+1F000 to U+1FFFF (emoji)."""
+        first, second = self._data[self.words.starts], self._data[self.words.starts + 1]
+        return ((first == 0xE2) & (second >= 0x82) & (second <= 0xAF)) | ((first == 0xF0) & (second == 0x9F))
 
     def num_distinct(self, word_hashes: UInt64s) -> Int64s:
         """How many of some words each document has."""
@@ -152,6 +160,11 @@ class TextMeasures:
         return fractions
 
     @cached_property
+    def _is_ascii(self) -> bool:
+        """Of the whole batch: characters are bytes."""
+        return all(map(str.isascii, self.texts))
+
+    @cached_property
     def _data(self) -> NDArray[np.uint8]:
         """[b + 1] The bytes that WordTable's offsets count."""
         return np.frombuffer("\n".join([*self.texts, ""]).encode() + b"\n", np.uint8)
@@ -164,13 +177,15 @@ class TextMeasures:
     @cached_property
     def _word_chars(self) -> Int64s:
         """[w]"""
+        if self._is_ascii:
+            return self.words.ends - self.words.starts
         return self._in_words((self._data & 0xC0) != 0x80)  # not the second to fourth byte of a character
 
     def _in_words(self, flags: Bools) -> Int64s:
         """[w] How many of each word's bytes are flagged; flags are [b + 1]."""
-        sums = np.zeros(len(flags) + 1, np.int64)
-        np.cumsum(flags, out=sums[1:])
-        return sums[self.words.ends] - sums[self.words.starts]
+        sums = np.zeros(len(flags) + 1, np.int32)  # of half the size is twice as fast; a batch is far below 2 GB
+        np.cumsum(flags, dtype=np.int32, out=sums[1:])
+        return (sums[self.words.ends] - sums[self.words.starts]).astype(np.int64)
 
     def _sums(self, of_words: Int64s) -> Int64s:
         sums = np.concatenate([[0], np.cumsum(of_words)])
