@@ -1,7 +1,7 @@
 """Decompression in bounded memory, one member at a time, that goes on behind damage.
 
 A .gz file is a sequence of members and a .zst file one of frames, each of which can be read alone; "member" means both.
-Nothing here trusts a declared size: output comes in blocks of at most a megabyte.
+Nothing here trusts a declared size: output comes in blocks of about a megabyte.
 """
 
 import re
@@ -14,8 +14,10 @@ from isal import igzip_lib
 from data_pipeline.sources.split import Compression
 from data_pipeline.tally import Tally
 
-BLOCK_BYTES = 1 << 20  # of output at a time
-INPUT_BYTES = 64 << 10  # small, as each member of a Common Crawl archive copies what is left of it
+BLOCK_BYTES = 1 << 20  # of output at a time, at most
+_FULL_BYTES = BLOCK_BYTES // 4  # less is put together: the members of a Common Crawl archive are small
+MIN_INPUT_BYTES = 16 << 10  # small, as each member of a Common Crawl archive copies what is left of it
+MAX_INPUT_BYTES = 256 << 10
 MAX_WINDOW_BYTES = 1 << 27  # what `zstd -d` itself allows without --long
 MAX_RATIO = 100  # text compresses 3 to 10 times, logs up to 50; deflate allows 1,032 (zlib's technical notes)
 MAX_SUSPECT_BYTES = 1 << 30  # what a file may expand to whatever its ratio
@@ -43,54 +45,78 @@ class ZstdMember:
     def __init__(self) -> None:
         self._decoder = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
         self._input = b""
+        self._piece = b""  # what is decoded right now
         self._checksum_bytes = -1  # -1: the frame's header has not come yet
-        self.needs_input, self.eof, self.unused_data = True, False, b""
+        self._skip_bytes = 0  # of a skippable frame, still to come
+        self.needs_input, self.eof = True, False
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._input
+
+    @property
+    def suspects(self) -> bytes:
+        """After damage: input in which another frame may begin."""
+        return self._piece[1:] + self._input
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         if data:
             self._input += data
-        num_bytes = self._next_bytes()
-        self.needs_input = num_bytes > len(self._input)
+        if self._skip_bytes:
+            return self._skip()
+        num_bytes = self._header_bytes() if self._checksum_bytes < 0 else self._block_bytes()
+        self.needs_input = num_bytes == 0 or num_bytes > len(self._input)
         if self.needs_input:
             return b""
-        piece, self._input = self._input[:num_bytes], self._input[num_bytes:]
-        output: bytes = self._decoder.decompress(piece) if piece[:4] not in _SKIPPABLE else b""
-        if self._is_last or piece[:4] in _SKIPPABLE:
-            self.eof, self.unused_data = True, self._input
+        self._piece, self._input = self._input[:num_bytes], self._input[num_bytes:]
+        if self._skip_bytes:
+            return self._skip()
+        output: bytes = self._decoder.decompress(self._piece)
+        self.eof = bool(self._decoder.eof)
         return output
 
-    _is_last = False
+    def _skip(self) -> bytes:
+        skipped = min(self._skip_bytes, len(self._input))
+        self._input = self._input[skipped:]
+        self._skip_bytes -= skipped
+        self.eof = self._skip_bytes == 0
+        self.needs_input = not self.eof
+        return b""
 
-    def _next_bytes(self) -> int:
-        """Size of the next thing to decode, the frame's header or a block; too large a number if that is unknown."""
-        data, unknown = self._input, len(self._input) + 1
-        if self._checksum_bytes < 0:
-            return self._header_bytes(unknown)
-        if len(data) < 3:
-            return unknown
-        header = int.from_bytes(data[:3], "little")  # last block?, type, size
-        is_repeated_byte = header >> 1 & 3 == 1
-        self._is_last = bool(header & 1)
-        return 3 + (1 if is_repeated_byte else header >> 3) + (self._checksum_bytes if self._is_last else 0)
-
-    def _header_bytes(self, unknown: int) -> int:
+    def _header_bytes(self) -> int:
+        """Size of the frame's header; 0 if that is not known yet."""
         data = self._input
         if len(data) < 8:
-            return unknown
+            return 0
         if data[:4] in _SKIPPABLE:
-            return 8 + int.from_bytes(data[4:8], "little")
-        if len(data) < 18 and zstandard.frame_header_size(data) > len(data):
-            return unknown
-        parameters = zstandard.get_frame_parameters(data[:18])
+            self._skip_bytes = int.from_bytes(data[4:8], "little")
+            self.eof = self._skip_bytes == 0
+            return 8
+        num_bytes = zstandard.frame_header_size(data)
+        if num_bytes > len(data):
+            return 0
+        parameters = zstandard.get_frame_parameters(data[:num_bytes])
         if parameters.window_size > MAX_WINDOW_BYTES:
             raise OSError(
                 f"it needs a window of {parameters.window_size >> 20} MB to decompress, more than "
                 f"{MAX_WINDOW_BYTES >> 20}; compress it again without --long"
             )
         self._checksum_bytes = 4 if parameters.has_checksum else 0
-        return zstandard.frame_header_size(data)
+        return num_bytes
+
+    def _block_bytes(self) -> int:
+        """Size of a block, with the checksum behind the last; 0 if that is not known yet."""
+        if len(self._input) < 3:
+            return 0
+        header = int.from_bytes(self._input[:3], "little")  # from the lowest bit: is it the last, type, size
+        is_last, is_one_byte, size = header & 1, header >> 1 & 3 == 1, header >> 3
+        if size > _MAX_ZSTD_BLOCK_BYTES and not is_one_byte:
+            self._piece = b""
+            raise zstandard.ZstdError(f"a block claims {size} bytes")
+        return 3 + (1 if is_one_byte else size) + (self._checksum_bytes if is_last else 0)
 
 
+_MAX_ZSTD_BLOCK_BYTES = 128 << 10
 _SKIPPABLE = {bytes([0x50 + i, 0x2A, 0x4D, 0x18]) for i in range(16)}  # RFC 8878, 3.1.2
 
 _NEW_MEMBER: dict[Compression, Callable[[], Member]] = {
@@ -119,7 +145,8 @@ class DecompressedStream:
         self._place, self._tally = place, tally
         self._member: Member | None = None
         self._input = b""  # read, and not given to a member yet
-        self._suspects = b""  # given to the member that proved damaged, where another one may begin
+        self._member_bytes = 0  # of input, given to the present member
+        self._suspects, self._first_suspect = b"", 0  # last given to it; from where another member may begin
         self._input_bytes = 0
         self._false_starts = 0
         self._ended = self._at_gap = False
@@ -129,54 +156,60 @@ class DecompressedStream:
 
     def read(self) -> bytes:
         """The next bytes, up to `BLOCK_BYTES`; none at the end or at damage."""
-        while not self._ended and not self._at_gap:
+        outputs, start = [], self.offset
+        while not self._ended and not self._at_gap and self.offset - start < _FULL_BYTES:
             try:
                 output = self._step()
             except _DAMAGE:
-                self._at_gap = True
                 self._note_damage()
                 break
-            if output:
-                self.offset += len(output)
-                self._give_up_on_a_bomb()
-                return output
-        return b""
+            outputs.append(output)
+            self.offset += len(output)
+            self._give_up_on_a_bomb()
+        return b"".join(outputs)
 
     def resume(self) -> bool:
         """Go on with the next member behind damage; False where there is none."""
         if not self._at_gap:
             return False
-        data = self._suspects + self._input
+        data = self._find_suspects() + self._input
         while self._false_starts < _MAX_FALSE_STARTS:
             if found := self._member_start.search(data):
-                self._input, self._member, self._suspects = data[found.start() :], None, b""
+                self._input, self._member = data[found.start() :], None
                 self._at_gap = False
                 self._false_starts += 1
                 return True
-            more = self._fetch()
+            more = self._fetch(MAX_INPUT_BYTES)
             if not more:
                 break
             data = data[1 - _START_BYTES :] + more
         self._at_gap, self._ended = False, True
         return False
 
-    def _fetch(self) -> bytes:
-        data = self._read_input(INPUT_BYTES)
+    def _find_suspects(self) -> bytes:
+        """Input that the damaged member has swallowed and in which another one may begin."""
+        if isinstance(self._member, ZstdMember):
+            return self._member.suspects
+        return self._suspects[self._first_suspect :]
+
+    def _fetch(self, num_bytes: int) -> bytes:
+        data = self._read_input(num_bytes)
         self._input_bytes += len(data)
         return data
 
     def _step(self) -> bytes:
         if self._member is None or self._member.needs_input:
-            data = self._input or self._fetch()
+            data = self._input or self._fetch(max(MIN_INPUT_BYTES, min(self._member_bytes, MAX_INPUT_BYTES)))
             self._input = b""
             if not data:
-                self._ended = True
+                self._ended = self._member is None
                 if self._member is not None:  # it should have gone on
                     self._note_damage()
                 return b""
             if self._member is None:
                 return self._begin_member(data)
-            self._suspects = data
+            self._suspects, self._first_suspect = data, 0
+            self._member_bytes += len(data)
         else:
             data = b""
         return self._decode(self._member, data)
@@ -186,18 +219,19 @@ class DecompressedStream:
         if not data:
             return b""
         self._member = self._new_member()
-        self._suspects = data[1:]
+        self._suspects, self._first_suspect = data, 1
+        self._member_bytes = len(data)
         return self._decode(self._member, data)
 
     def _decode(self, member: Member, data: bytes) -> bytes:
-        output = member.decompress(data, BLOCK_BYTES)
+        output = member.decompress(data, BLOCK_BYTES - _FULL_BYTES)
         if member.eof:
             self._input, self._member = member.unused_data, None
             self._false_starts = 0
         return output
 
     def _note_damage(self) -> None:
-        self.is_damaged = True
+        self.is_damaged = self._at_gap = True
         if self._false_starts == 0:  # what follows damage and is no member either is the same damage
             self._tally.drop("truncated", f"{self._place}@{self.offset}")
 

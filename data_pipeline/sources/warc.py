@@ -21,14 +21,16 @@ _RECORD_START = re.compile(rb"WARC/[01]\.\d+\r?\n")
 _START_BYTES = 16
 _MAX_HEADER_BYTES = 64 << 10
 _HEADER_END = b"\r\n\r\n"
+_TYPE, _CONTENT_LENGTH, _CONTENT_TYPE = (
+    re.compile(rb"\r\n%s:([^\r\n]*)" % name, re.IGNORECASE)
+    for name in (b"warc-type", b"content-length", b"content-type")
+)
 _HTML = ("text/html", "application/xhtml+xml")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     place: str
-    headers: dict[bytes, bytes]
-    """By name, in lower case."""
     head: bytes
     """The lines of the header as they stand, with the empty one."""
     body: bytes
@@ -57,8 +59,7 @@ def read_records(stream: Stream, max_body_bytes: int, place: str, tally: Tally) 
     while window.skip_newlines():
         offset, length = window.offset, None
         if head := window.take_header():
-            headers = _parse_headers(head)
-            length = _content_length(headers)
+            length = _content_length(head)
         if not head or length is None:
             if not stream.is_damaged:
                 tally.drop("bad_record", f"{place}@{offset}")
@@ -67,7 +68,7 @@ def read_records(stream: Stream, max_body_bytes: int, place: str, tally: Tally) 
             tally.drop("too_long", f"{place}@{offset}")
             window.seek_record()  # the length may be a lie, and then the next records would be lost
         elif (body := window.take_body(length)) is not None:
-            yield Record(f"{place}@{offset}", headers, head, body)
+            yield Record(f"{place}@{offset}", head, body)
         else:
             if not stream.is_damaged:
                 tally.drop("truncated" if window.is_short_of(length) else "bad_record", f"{place}@{offset}")
@@ -154,21 +155,22 @@ class _Window:
         return grown
 
 
-def _parse_headers(head: bytes) -> dict[bytes, bytes]:
-    fields = (line.partition(b":") for line in head.split(b"\r\n")[1:])
-    return {name.strip().lower(): value.strip() for name, _, value in fields}
-
-
-def _content_length(headers: dict[bytes, bytes]) -> int | None:
-    value = headers.get(b"content-length", b"")
+def _content_length(head: bytes) -> int | None:
+    value = _field(head, _CONTENT_LENGTH)
     return int(value) if value.isdigit() and len(value) < 20 else None
 
 
+def _field(head: bytes, pattern: re.Pattern[bytes]) -> bytes:
+    """A named field's value, in lower case; empty if there is none."""
+    found = pattern.search(head)
+    return found[1].strip().lower() if found else b""
+
+
 def _text_of(record: Record, max_document_bytes: int, tally: Tally) -> str | None:
-    kind = record.headers.get(b"warc-type", b"").lower()
+    kind = _field(record.head, _TYPE)
     if kind == b"conversion":
         return decode_text(record.body, record.place, tally)
-    if kind != b"response" or not record.headers.get(b"content-type", b"").lower().startswith(b"application/http"):
+    if kind != b"response" or not _field(record.head, _CONTENT_TYPE).startswith(b"application/http"):
         return None
     try:
         page = WarcRecord.from_bytes(record.head + record.body + _HEADER_END)

@@ -112,6 +112,21 @@ def test_damage_costs_its_member_only(suffix: str, where: float, tmp_path: Path)
     assert len(got) < 9000
 
 
+@pytest.mark.parametrize("claim", [100_000, 2_000_000])
+def test_a_block_that_lies_about_its_size_swallows_no_other_frame(claim: int, tmp_path: Path) -> None:
+    """The frames behind it are small, and so in what has been read in search of the block's end."""
+    frames = [
+        zstd(json.dumps({"text": f"{i} {random.Random(i).randbytes(99).hex()}"}).encode() + b"\n") for i in range(100)
+    ]
+    header_bytes = zstandard.frame_header_size(frames[10])
+    lie = bytearray(frames[10])
+    lie[header_bytes : header_bytes + 3] = (claim << 3 | 2 << 1).to_bytes(3, "little")
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join([*frames[:10], lie, *frames[11:]]))
+    documents, tally = read(tmp_path)
+    assert [int(document.text.split()[0]) for document in documents] == [*range(10), *range(11, 100)]
+    assert counts(tally) == {"truncated": 1}
+
+
 @both
 def test_a_lost_checksum_is_damage(suffix: str, tmp_path: Path) -> None:
     lines = made_up_lines(2, 10)

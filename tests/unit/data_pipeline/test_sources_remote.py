@@ -38,7 +38,7 @@ def memory() -> Iterator[Any]:
 
 def test_folders_globs_and_files_of_a_store(memory: Any) -> None:
     documents, tally = read("memory://corpus", split_bytes=1000)
-    assert texts(documents) == TEXTS + ["a text"] + TEXTS
+    assert texts(documents) == [*TEXTS, "a text", *TEXTS]
     assert documents[0].id == "memory:///corpus/b.jsonl.gz@0"
     assert documents[1000].id == "memory:///corpus/c.txt"
     assert documents[1001].id == "memory:///corpus/deep/a.jsonl@0"

@@ -74,6 +74,7 @@ def test_pages_give_their_main_text_in_any_declared_encoding(tmp_path: Path) -> 
                 (utf8, html("text/html; charset=UTF-8")),
                 (latin, html("text/html; charset=ISO-8859-1")),
                 (latin, html()),
+                (utf8, html("text/html; charset=no-such")),
                 (utf8, html("application/xhtml+xml")),
                 (gzip.compress(utf8), html("text/html", ("Content-Encoding", "gzip"))),
                 (chunked, html("text/html", ("Transfer-Encoding", "chunked"))),
@@ -81,7 +82,7 @@ def test_pages_give_their_main_text_in_any_declared_encoding(tmp_path: Path) -> 
         )
     )
     documents, tally = read(tmp_path)
-    assert texts(documents) == [MAIN_TEXT] * 6
+    assert texts(documents) == [MAIN_TEXT] * 7
     assert not tally.dropped
 
 
