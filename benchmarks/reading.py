@@ -1,15 +1,18 @@
 """Reading training samples beside megatron-core's own data sets: `python -m benchmarks.reading`.
 
-1. Samples per second of 2,048 tokens on one core, from the page cache: five data sets blended as GPT-3's, ours in
-   batches of 512 as a rank reads them, megatron-core's BlendedDataset of GPTDatasets item by item (a loader would
+1. Samples of 2,048 tokens per second of a core's time, from the page cache: five data sets blended as GPT-3's, ours
+   in batches of 512 as a rank reads them, megatron-core's BlendedDataset of GPTDatasets item by item (a loader would
    still have to collate them); the same shards, taking turns. And what each built before its first sample.
-2. Going on at sample 1,000,000,000: opening the shards and reading one batch, beside the same at sample 0.
-3. Memory of a rank on a million and on a billion documents, in processes of their own. The shards are simulated:
+2. Windows per second, by the clock, from shards that are not in the page cache: by system call as we read them, and
+   through a memory map.
+3. Going on at sample 1,000,000,000: opening the shards and reading one batch, beside the same at sample 0.
+4. Memory of a rank on a million and on a billion documents, in processes of their own. The shards are simulated:
    sparse files in which only what opening them reads is written.
 """
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import struct
 import tempfile
@@ -30,6 +33,7 @@ from trainer.config_file import from_tree
 from trainer.data import blend as blends
 from trainer.data.batches import TrainingData
 from trainer.data.prepared import PreparedFolder
+from trainer.data.shards import Shard
 
 SEQ_LENGTH, BATCH, VOCAB = 2048, 512, 50257
 DOCUMENT_TOKENS = 1000
@@ -111,10 +115,11 @@ def megatron_items(folder: PreparedFolder, cache: Path, num_samples: int) -> Ite
 
 
 def samples_per_second(reads: Iterator[int], num_samples: int) -> float:
-    started, done = time.perf_counter(), 0
+    """Of processor time, all threads and the kernel's part included; what else runs on the machine counts less."""
+    started, done = time.process_time(), 0
     while done < num_samples:
         done += next(reads)
-    return done / (time.perf_counter() - started)
+    return done / (time.process_time() - started)
 
 
 def compare_speed(folder: PreparedFolder, rounds: int) -> None:
@@ -136,7 +141,7 @@ def compare_speed(folder: PreparedFolder, rounds: int) -> None:
                 rate = samples_per_second(reads[name], num_samples)
                 if round_number:  # the first round warms up
                     rates[name].append(rate)
-    print(f"samples of {SEQ_LENGTH} tokens per second, five data sets, median of {rounds} rounds (least to most)")
+    print(f"samples of {SEQ_LENGTH} tokens per processor second, five data sets, median of {rounds} rounds (from, to)")
     for name, found in rates.items():
         spread = f"({min(found):,.0f} to {max(found):,.0f})"
         print(
@@ -145,6 +150,40 @@ def compare_speed(folder: PreparedFolder, rounds: int) -> None:
     ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["megatron-core"], strict=True)]
     print(f"ratio {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})")
     print(f"index on disk for 100,000 samples: ours none, megatron-core {index_bytes / 1e6:.1f} MB")
+
+
+def compare_cold(prefix: Path, rounds: int, num_windows: int = 300) -> None:
+    """On 400 MB: of much less, a map has soon read all, which real data sets do not let it."""
+    with ShardWriter(prefix, VOCAB, end_of_text_id=VOCAB - 1) as writer:
+        for _ in range(20):
+            writer.add([np.arange(10_000_000).astype(np.uint16)])
+        writer.finish()
+        writer.commit()
+    shard = Shard(prefix)
+    window, rates = np.empty(SEQ_LENGTH + 1, shard.dtype), {"system calls": list[float](), "memory map": list[float]()}
+    draw = np.random.default_rng(2)
+    for _ in range(rounds):
+        for name, found in rates.items():
+            forget(prefix.with_name(f"{prefix.name}.bin"))
+            tokens = shard.mapped()  # anew: what is mapped is not forgotten
+            starts = draw.integers(0, shard.num_tokens - SEQ_LENGTH, num_windows).tolist()
+            started = time.perf_counter()
+            for start in starts:
+                if name == "memory map":
+                    window[:] = tokens[start : start + SEQ_LENGTH + 1]
+                else:
+                    shard.read(start, window)
+            found.append(num_windows / (time.perf_counter() - started))
+    print(f"\nwindows per second that are not in the page cache, median of {rounds} rounds (least to most)")
+    for name, found in rates.items():
+        print(f"{name:14}{statistics.median(found):9,.0f}  ({min(found):,.0f} to {max(found):,.0f})")
+
+
+def forget(path: Path) -> None:
+    """Take a file out of the page cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # -------------------------------------------------------------------------------------------------- resuming and memory
@@ -169,7 +208,6 @@ def memory(num_documents: int, answer: Connection) -> None:
     settings = from_tree({"model": {"seq_length": SEQ_LENGTH}, "train": {"global_batch_size": BATCH}})
     with tempfile.TemporaryDirectory() as folder:
         prepared = simulate_shards(Path(folder), num_documents)
-        np.zeros(1 << 20).sum()
         before, started = _private_bytes(), time.perf_counter()
         samples = TrainingData.open(prepared, settings)
         for step in range(20):
@@ -202,9 +240,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         dist.init_process_group("gloo", init_method=f"file://{temporary}/rendezvous", rank=0, world_size=1)
-        (Path(temporary) / "data").mkdir()
-        folder = write_shards(Path(temporary) / "data", arguments.documents)
+        folder = write_shards(Path(temporary), arguments.documents)
         compare_speed(folder, arguments.rounds)
+        compare_cold(Path(temporary) / "cold", arguments.rounds)
         measure_resuming(folder, arguments.rounds)
         dist.destroy_process_group()
     print("\nprivate memory of opening the data and reading 20 batches (the layout of the blend, and one batch)")

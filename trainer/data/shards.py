@@ -37,8 +37,8 @@ class Shard:
         """Fill `tokens` [n], of this shard's type, with those from `start` on. Any number of threads may read.
 
         By system call, not through a map: a page fault reads some 30 pages around the one that is missing, and for
-        windows in shuffled order that is 30 times too much (on a cold disk a map gave 200 windows a second, this
-        5,000).
+        windows in shuffled order that is 30 times too much (from a cold disk a map is 24 times slower, and from the
+        page cache a quarter faster; `benchmarks/reading.py`).
 
         Raises:
             UserError: the file ends before.
