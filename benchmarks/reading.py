@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.shards import ShardWriter
-from trainer.config import BLENDS, RunConfig
+from trainer.config import RunConfig
+from trainer.data_config import BLENDS
 from trainer.config_file import from_tree
 from trainer.data import blend as blends
 from trainer.data.batches import TrainingData

@@ -22,7 +22,7 @@ from data_pipeline.dedup import (
 from data_pipeline.dedup.decide import WINDOW
 from data_pipeline.dedup.minhash import band_keys, least_agreement, signatures
 from data_pipeline.words import WordTable
-from trainer.config import FUZZY_PRESETS
+from trainer.data_config import FUZZY_PRESETS
 from trainer.data_config import DedupConfig, FuzzyConfig
 
 EVERYTHING = DedupConfig(fuzzy=FuzzyConfig(), paragraphs=True, min_paragraph_chars=30)

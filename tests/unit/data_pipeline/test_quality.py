@@ -9,7 +9,7 @@ from data_pipeline.filters.c4 import cut_boilerplate_lines, has_sentences
 from data_pipeline.filters.measures import TextMeasures
 from data_pipeline.filters.quality import RULE_SETS, QualityRules, RuleSet
 from data_pipeline.tally import DROP_REASONS, Tally
-from trainer.config import QualityConfig
+from trainer.data_config import QualityConfig
 
 ENGLISH = (
     "The town lies where the river meets the sea, and most of its people have lived with the water all their lives. "

@@ -13,7 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.shards import ShardWriter
-from trainer.config import BLENDS, RunConfig, UserError
+from trainer.config import RunConfig, UserError
+from trainer.data_config import BLENDS
 from trainer.config_file import from_tree
 from trainer.data.batches import TrainingData, heldout_windows
 from trainer.data.blend import PERIOD, Blend, blend_in_force, epochs, quantize
