@@ -131,12 +131,16 @@ def _lower(text: str, encoded: bytes) -> bytes:
     """
     if len(text) == len(encoded):
         return encoded
+    unified = text
     for variant in _SIGMAS[:2]:  # which of its two lower cases a capital sigma gets depends on its neighbours
-        text = text.replace(variant, _SIGMAS[2])
-    lowered = text.lower().encode()
+        unified = unified.replace(variant, _SIGMAS[2])
+    lower_text = unified.lower()
+    if lower_text == text:
+        return encoded
+    lowered = lower_text.encode()
     if len(lowered) == len(encoded) and np.array_equal(_is_inner(lowered), _is_inner(encoded)):
         return lowered
-    pieces = _changes_length().split(text)
+    pieces = _changes_length().split(unified)
     pieces[::2] = [piece.lower() for piece in pieces[::2]]
     return "".join(pieces).encode()
 

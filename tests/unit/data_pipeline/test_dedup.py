@@ -1,5 +1,6 @@
 import random
 import re
+import tracemalloc
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -169,6 +170,20 @@ def test_decisions_do_not_depend_on_the_memory_allowed(tmp_path: Path, max_memor
     for name, config in {"all": EVERYTHING, "copies": DedupConfig(exact=False, fuzzy=FuzzyConfig())}.items():
         small = decisions(tmp_path / name / "small", texts, sizes, config, max_memory_bytes)
         assert small == decisions(tmp_path / name / "large", texts, sizes, config)
+
+
+def test_memory_stays_within_what_is_allowed(tmp_path: Path) -> None:
+    """The index holds 6 MB; a decision that is allowed 1 MB holds hardly more."""
+    draw, config = random.Random(12), DedupConfig(fuzzy=FuzzyConfig(), paragraphs=True, min_paragraph_chars=10)
+    texts = [" ".join(made_up_words(draw, 12)) for _ in range(5000)]
+    texts += [f"{text} end" for text in texts[::2]] + texts[::4]
+    parts = write_parts(tmp_path, texts, [3000, 3000, len(texts) - 6000], config)
+    assert sum(path.stat().st_size for part in parts for path in part.iterdir()) > 6_000_000
+    tracemalloc.start()
+    decide(parts, config, tmp_path, max_memory_bytes=1_000_000)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1_200_000
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 40, (40,), (0, 15, 0, 25, 0), (3, 37)], ids=["ones", "all", "empty", "two"])
