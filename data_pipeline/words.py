@@ -28,6 +28,8 @@ _UNSPACED_RANGES = ((0x3000, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFD))  # k
 _NUM_KINDS = 0x40000  # no letters are assigned beyond
 _SIGMAS = "\N{GREEK CAPITAL LETTER SIGMA}\N{GREEK SMALL LETTER FINAL SIGMA}\N{GREEK SMALL LETTER SIGMA}"
 _MAX_GATHERED_BYTES = 64  # longer words (hardly ever language) are hashed one by one
+_BLOCK_CHARS = 1 << 20  # lower-cased at a time: Python takes 12 bytes a character for it
+_BLOCK_WORDS = 1 << 16  # hashed at a time: what it takes stays in the cache, and small beside the text
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class WordTable:
         first_bytes = np.zeros(len(texts) + 1, np.int64)
         np.cumsum([len(part) + 1 for part in encoded], out=first_bytes[1:])
         starts, ends = _word_bounds(_joined(encoded))
-        lowered = _joined([_lower(text, part) for text, part in zip(texts, encoded, strict=True)])
-        hashes = _hash_spans(lowered.translate(_LOWER_ASCII), starts, ends)
+        encoded = [_lower(text, part) for text, part in zip(texts, encoded, strict=True)]
+        hashes = _hash_spans(_joined(encoded).translate(_LOWER_ASCII), starts, ends)
         return cls(hashes, starts, ends, np.searchsorted(starts, first_bytes), first_bytes)
 
     @property
@@ -102,10 +104,14 @@ def _word_bounds(text: bytes) -> tuple[Int64s, Int64s]:
     is_edge = np.zeros(len(kinds), bool)  # between it and the byte before, a word begins or ends, or both
     if not text.isascii():
         _mark_wide_characters(np.frombuffer(text, np.uint8), kinds, is_edge)
+    has_unspaced = bool(is_edge.any())
     is_word = kinds != _SEPARATOR
     is_edge[:1] |= is_word[:1]
     is_edge[1:] |= is_word[1:] != is_word[:-1]
+    del kinds
     edges = np.flatnonzero(is_edge)
+    if not has_unspaced:  # beginnings and ends take turns
+        return edges[::2], edges[1::2]
     begins = np.flatnonzero(is_word[edges])
     return edges[begins], edges[begins + 1]
 
@@ -134,7 +140,7 @@ def _lower(text: str, encoded: bytes) -> bytes:
     unified = text
     for variant in _SIGMAS[:2]:  # which of its two lower cases a capital sigma gets depends on its neighbours
         unified = unified.replace(variant, _SIGMAS[2])
-    lower_text = unified.lower()
+    lower_text = "".join(unified[at : at + _BLOCK_CHARS].lower() for at in range(0, len(unified), _BLOCK_CHARS))
     if lower_text == text:
         return encoded
     lowered = lower_text.encode()
@@ -153,16 +159,23 @@ def _is_inner(encoded: bytes) -> NDArray[np.bool_]:
 def _hash_spans(data: bytes, starts: Int64s, ends: Int64s) -> UInt64s:
     """One hash a span, from its bytes eight at a time; the work is on spans, not on bytes."""
     eights = np.ndarray(len(data), "<u8", data + bytes(8), strides=(1,))  # [b] overlapping: from each byte on
-    lengths = ends - starts
+    hashes = np.empty(len(starts), np.uint64)
+    for first in range(0, len(starts), _BLOCK_WORDS):
+        block = slice(first, first + _BLOCK_WORDS)
+        hashes[block] = _hash_block(eights, starts[block], ends[block] - starts[block])
+    for word in np.flatnonzero(ends - starts > _MAX_GATHERED_BYTES):
+        hashes[word] = xxhash.xxh3_64_intdigest(data[starts[word] : ends[word]])
+    return hashes
+
+
+def _hash_block(eights: UInt64s, starts: Int64s, lengths: Int64s) -> UInt64s:
     hashes = mix(eights[starts] & _LOW_BYTES[np.minimum(lengths, 8)])
     for num_done in range(8, _MAX_GATHERED_BYTES, 8):
         longer = np.flatnonzero(lengths > num_done)
         if not len(longer):
-            return hashes
+            break
         words = eights[starts[longer] + num_done] & _LOW_BYTES[np.minimum(lengths[longer] - num_done, 8)]
         hashes[longer] = mix(hashes[longer] * _BASE ^ words)
-    for word in np.flatnonzero(lengths > _MAX_GATHERED_BYTES):
-        hashes[word] = xxhash.xxh3_64_intdigest(data[starts[word] : ends[word]])
     return hashes
 
 
