@@ -28,6 +28,8 @@ _UNSPACED_RANGES = ((0x3000, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFD))  # k
 _NUM_KINDS = 0x40000  # no letters are assigned beyond
 _SIGMAS = "\N{GREEK CAPITAL LETTER SIGMA}\N{GREEK SMALL LETTER FINAL SIGMA}\N{GREEK SMALL LETTER SIGMA}"
 _MAX_GATHERED_BYTES = 64  # longer words (hardly ever language) are hashed one by one
+_BLOCK_CHARS = 1 << 20  # lower-cased at a time: Python takes 12 bytes a character for it
+_BLOCK_WORDS = 1 << 16  # hashed at a time: what it takes stays in the cache, and small beside the text
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,13 @@ class WordTable:
     @classmethod
     def of(cls, texts: Sequence[str]) -> Self:
         """Texts must be valid Unicode (no lone surrogates: UnicodeEncodeError)."""
-        joined = "".join([text + "\n" for text in texts])
+        encoded = [text.encode() for text in texts]
         first_bytes = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum([len(text) + 1 for text in texts], out=first_bytes[1:])
-        if joined.isascii():
-            lowered = joined.encode().translate(_LOWER_ASCII)
-            starts, ends = _word_bounds(np.frombuffer(lowered.translate(_ASCII_KINDS), np.uint8))
-        else:
-            code_points = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
-            encoded = joined.encode()
-            first_byte = np.flatnonzero(~_is_inner(encoded + b"\n"))  # [c + 1] of every character
-            starts, ends = (first_byte[at] for at in _word_bounds(_kinds()[np.minimum(code_points, _NUM_KINDS - 1)]))
-            first_bytes = first_byte[first_bytes]
-            lowered = _lower(joined, encoded)
-        return cls(_hash_spans(lowered, starts, ends), starts, ends, np.searchsorted(starts, first_bytes), first_bytes)
+        np.cumsum([len(part) + 1 for part in encoded], out=first_bytes[1:])
+        starts, ends = _word_bounds(_joined(encoded))
+        encoded = [_lower(text, part) for text, part in zip(texts, encoded, strict=True)]
+        hashes = _hash_spans(_joined(encoded).translate(_LOWER_ASCII), starts, ends)
+        return cls(hashes, starts, ends, np.searchsorted(starts, first_bytes), first_bytes)
 
     @property
     def num_documents(self) -> int:
@@ -99,31 +94,59 @@ def _rolled(hashes: UInt64s, n: int) -> UInt64s:
     return whole if n % 2 == 0 else whole[: num - 1] * _BASE + hashes[n - 1 :]
 
 
-def _word_bounds(kinds: UInt8s) -> tuple[Int64s, Int64s]:
-    """Offsets of the words' starts and ends in kinds of characters [c]; the last character is a separator."""
+def _joined(parts: Sequence[bytes]) -> bytes:
+    return b"\n".join([*parts, b""])
+
+
+def _word_bounds(text: bytes) -> tuple[Int64s, Int64s]:
+    """Byte offsets of the words' starts and ends; the last byte is a separator."""
+    kinds = np.frombuffer(bytearray(text.translate(_ASCII_KINDS)), np.uint8)
+    is_edge = np.zeros(len(kinds), bool)  # between it and the byte before, a word begins or ends, or both
+    if not text.isascii():
+        _mark_wide_characters(np.frombuffer(text, np.uint8), kinds, is_edge)
+    has_unspaced = bool(is_edge.any())
     is_word = kinds != _SEPARATOR
-    is_edge = np.empty(len(kinds), bool)  # between it and the character before, a word begins or ends, or both
-    is_edge[:1] = is_word[:1]
-    np.not_equal(is_word[1:], is_word[:-1], out=is_edge[1:])
-    is_unspaced = kinds == _UNSPACED
-    if not is_unspaced.any():
-        edges = np.flatnonzero(is_edge)
-        return edges[::2], edges[1::2]
-    is_edge |= is_unspaced
-    is_edge[1:] |= is_unspaced[:-1]
+    is_edge[:1] |= is_word[:1]
+    is_edge[1:] |= is_word[1:] != is_word[:-1]
+    del kinds
     edges = np.flatnonzero(is_edge)
+    if not has_unspaced:  # beginnings and ends take turns
+        return edges[::2], edges[1::2]
     begins = np.flatnonzero(is_word[edges])
     return edges[begins], edges[begins + 1]
 
 
+def _mark_wide_characters(data: UInt8s, kinds: UInt8s, is_edge: NDArray[np.bool_]) -> None:
+    """Fill in the kinds of all bytes of characters beyond ASCII, and the edges on both sides of unspaced ones."""
+    for num_bytes, first_lead, last_lead in ((2, 0xC2, 0xDF), (3, 0xE0, 0xEF), (4, 0xF0, 0xF4)):
+        at = np.flatnonzero((data >= first_lead) & (data <= last_lead))
+        code_points = data[at].astype(np.uint32) & np.uint32(0x7F >> num_bytes)
+        for inner in range(1, num_bytes):
+            code_points = code_points << np.uint32(6) | (data[at + inner] & np.uint8(0x3F))
+        found = _kinds()[np.minimum(code_points, _NUM_KINDS - 1)]
+        for inner in range(num_bytes):
+            kinds[at + inner] = found
+        unspaced = at[found == _UNSPACED]
+        is_edge[unspaced] = is_edge[unspaced + num_bytes] = True
+
+
 def _lower(text: str, encoded: bytes) -> bytes:
-    """UTF-8 of the text in lower case, every character as long as before and whatever stands beside it."""
+    """UTF-8 of the text in lower case, every character as long as before and whatever stands beside it.
+
+    Text in ASCII comes back as it is; `_LOWER_ASCII` is faster on many of them at once.
+    """
+    if len(text) == len(encoded):
+        return encoded
+    unified = text
     for variant in _SIGMAS[:2]:  # which of its two lower cases a capital sigma gets depends on its neighbours
-        text = text.replace(variant, _SIGMAS[2])
-    lowered = text.lower().encode()
+        unified = unified.replace(variant, _SIGMAS[2])
+    lower_text = "".join(unified[at : at + _BLOCK_CHARS].lower() for at in range(0, len(unified), _BLOCK_CHARS))
+    if lower_text == text:
+        return encoded
+    lowered = lower_text.encode()
     if len(lowered) == len(encoded) and np.array_equal(_is_inner(lowered), _is_inner(encoded)):
         return lowered
-    pieces = _changes_length().split(text)
+    pieces = _changes_length().split(unified)
     pieces[::2] = [piece.lower() for piece in pieces[::2]]
     return "".join(pieces).encode()
 
@@ -136,16 +159,23 @@ def _is_inner(encoded: bytes) -> NDArray[np.bool_]:
 def _hash_spans(data: bytes, starts: Int64s, ends: Int64s) -> UInt64s:
     """One hash a span, from its bytes eight at a time; the work is on spans, not on bytes."""
     eights = np.ndarray(len(data), "<u8", data + bytes(8), strides=(1,))  # [b] overlapping: from each byte on
-    lengths = ends - starts
+    hashes = np.empty(len(starts), np.uint64)
+    for first in range(0, len(starts), _BLOCK_WORDS):
+        block = slice(first, first + _BLOCK_WORDS)
+        hashes[block] = _hash_block(eights, starts[block], ends[block] - starts[block])
+    for word in np.flatnonzero(ends - starts > _MAX_GATHERED_BYTES):
+        hashes[word] = xxhash.xxh3_64_intdigest(data[starts[word] : ends[word]])
+    return hashes
+
+
+def _hash_block(eights: UInt64s, starts: Int64s, lengths: Int64s) -> UInt64s:
     hashes = mix(eights[starts] & _LOW_BYTES[np.minimum(lengths, 8)])
     for num_done in range(8, _MAX_GATHERED_BYTES, 8):
         longer = np.flatnonzero(lengths > num_done)
         if not len(longer):
-            return hashes
+            break
         words = eights[starts[longer] + num_done] & _LOW_BYTES[np.minimum(lengths[longer] - num_done, 8)]
         hashes[longer] = mix(hashes[longer] * _BASE ^ words)
-    for word in np.flatnonzero(lengths > _MAX_GATHERED_BYTES):
-        hashes[word] = xxhash.xxh3_64_intdigest(data[starts[word] : ends[word]])
     return hashes
 
 

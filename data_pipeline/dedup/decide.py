@@ -4,7 +4,8 @@
 2. Near duplicates, among those left: candidates agree on a band. Sorted by the band's key, the signature entry behind
    it and the document number, each is compared with the `WINDOW` before it that have its key, so that a key shared by
    very many documents costs linear time. A pair is the same if enough signature entries are equal
-   (`minhash.least_agreement`). Pairs make clusters, and the first document of each stays.
+   (`minhash.least_agreement`). Pairs make clusters, and the first document of each stays. A document without words
+   is in no band.
 3. Paragraphs, over documents that stay: all but the first occurrence go.
 
 Nothing depends on how documents are cut into parts, nor on the memory allowed.

@@ -23,6 +23,6 @@ def remove_paragraphs(text: str, removed: Collection[int]) -> str:
     """The text without the paragraphs of these indices and the blank lines before them; empty if none is left."""
     pieces = _BLANK_LINES.split(text)
     kept = [index for index in range(0, len(pieces), 2) if index // 2 not in removed]
-    return "".join("".join(pieces[max(index - 1, 0) : index + 1]) for index in kept).removeprefix(
-        pieces[kept[0] - 1] if kept and kept[0] else ""
-    )
+    if not kept:
+        return ""
+    return pieces[kept[0]] + "".join(pieces[index - 1] + pieces[index] for index in kept[1:])

@@ -1,5 +1,6 @@
 import random
 import re
+import tracemalloc
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +20,7 @@ from data_pipeline.dedup import (
     read_verdicts,
     remove_paragraphs,
 )
+from data_pipeline.dedup.clusters import Clusters
 from data_pipeline.dedup.decide import WINDOW
 from data_pipeline.dedup.minhash import band_keys, least_agreement, signatures
 from data_pipeline.words import WordTable
@@ -171,6 +173,20 @@ def test_decisions_do_not_depend_on_the_memory_allowed(tmp_path: Path, max_memor
         assert small == decisions(tmp_path / name / "large", texts, sizes, config)
 
 
+def test_memory_stays_within_what_is_allowed(tmp_path: Path) -> None:
+    """The index holds 6 MB; a decision that is allowed 1 MB holds hardly more."""
+    draw, config = random.Random(12), DedupConfig(fuzzy=FuzzyConfig(), paragraphs=True, min_paragraph_chars=10)
+    texts = [" ".join(made_up_words(draw, 12)) for _ in range(5000)]
+    texts += [f"{text} end" for text in texts[::2]] + texts[::4]
+    parts = write_parts(tmp_path, texts, [3000, 3000, len(texts) - 6000], config)
+    assert sum(path.stat().st_size for part in parts for path in part.iterdir()) > 6_000_000
+    tracemalloc.start()
+    decide(parts, config, tmp_path, max_memory_bytes=1_000_000)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1_200_000
+
+
 @pytest.mark.parametrize("sizes", [(1,) * 40, (40,), (0, 15, 0, 25, 0), (3, 37)], ids=["ones", "all", "empty", "two"])
 def test_decisions_do_not_depend_on_how_the_corpus_is_cut(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     texts = made_up_corpus(seed=3)[:40]
@@ -200,6 +216,31 @@ def test_an_index_does_not_depend_on_its_batches(tmp_path: Path) -> None:
     writer.finish()
     for name in index_files(EVERYTHING):
         assert (whole / name).read_bytes() == (part / name).read_bytes()
+
+
+def test_clusters_are_the_connected_documents(tmp_path: Path) -> None:
+    draw = random.Random(10)
+    for trial in range(50):
+        clusters, sets = Clusters(tmp_path / str(trial), 40), [{document} for document in range(40)]
+        for _ in range(3):
+            batch = [(draw.randrange(40), draw.randrange(40)) for _ in range(draw.randint(0, 15))]
+            clusters.join(*np.array(batch, np.int64).reshape(-1, 2).T)
+            for one, other in batch:
+                sets = [s for s in sets if one not in s and other not in s] + [
+                    set().union(*(s for s in sets if one in s or other in s))
+                ]
+            roots = clusters.roots(np.arange(40)).tolist()
+            assert roots == [min(next(s for s in sets if document in s)) for document in range(40)]
+
+
+def test_digests_are_compared_whole(tmp_path: Path) -> None:
+    digests = [bytes(8) + bytes([0] * 7 + [last]) for last in (1, 2, 1)] + [bytes([last] + [0] * 15) for last in (3, 4)]
+    config = DedupConfig(exact=True)
+    writer = IndexWriter(tmp_path, config)
+    writer.add(["a", "b", "c", "d", "e"], digests)
+    writer.finish()
+    decide([tmp_path], config, tmp_path)
+    assert read_verdicts(tmp_path, 0).tolist() == [0, 0, Verdict.DUPLICATE, 0, 0]
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:

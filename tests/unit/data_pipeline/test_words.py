@@ -2,6 +2,7 @@ import random
 import subprocess
 import sys
 import unicodedata
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -102,6 +103,15 @@ def test_hashes_of_many_words_spread_and_differ() -> None:
     assert len(np.unique(hashes)) == len(words)
     ones = np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1).mean(axis=0)
     assert np.abs(ones - 0.5).max() < 0.02
+
+
+def test_case_never_changes_a_hash() -> None:
+    """Neither a sigma at the end of a word, nor letters that grow and shrink in one text."""
+    table = WordTable.of(["ΟΔΟΣ οδος οδοσ", "ΟΔΟΣ. İ", "Ⱥ Über ẞ über", "ẞ ÜBER Ⱥ"])
+    hashes = [table.hashes[first:last].tolist() for first, last in pairwise(table.first_words)]
+    assert len({*hashes[0], hashes[1][0]}) == 1
+    grown, uber, shrunk, _ = hashes[2]
+    assert hashes[2] == [grown, uber, shrunk, uber] and hashes[3] == [shrunk, uber, grown]
 
 
 def test_order_and_repetition_matter_in_ngrams() -> None:
