@@ -95,7 +95,10 @@ class LocalWorkers:
 
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "RAYON_NUM_THREADS": "1",  # of rensa, which would start as many threads in every worker as there are cores
+        }
         with theirs:
             descriptor = theirs.fileno()
             process = subprocess.Popen(

@@ -32,7 +32,7 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
             address=address,
             log_to_driver=False,
             configure_logging=False,
-            runtime_env={"env_vars": _path_of_this_code()},
+            runtime_env={"env_vars": {"RAYON_NUM_THREADS": "1"} | _path_of_this_code()},
         )
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -115,17 +115,11 @@ class TextMeasures:
         token_starts = np.flatnonzero(is_first)
         has_letter = np.zeros(len(token_starts), bool)
         is_number = self._in_words(_IS_DIGIT[self._data]) == self.words.ends - self.words.starts
-        starts = self.words.starts[~is_number & ~self._begin_with_symbols]
+        starts = self.words.starts[~is_number]
         has_letter[np.searchsorted(token_starts, starts, side="right") - 1] = True
         first_tokens = np.searchsorted(token_starts, self.words.first_bytes)
         sums = np.concatenate([[0], np.cumsum(has_letter)])
         return np.diff(sums[first_tokens]) / np.maximum(np.diff(first_tokens), 1)
-
-    @property
-    def _begin_with_symbols(self) -> Bools:
-        """[w] Words that begin with one of U+2080 to U+2BFF (arrows, boxes, ...) or U+1F000 to U+1FFFF (emoji)."""
-        first, second = self._data[self.words.starts], self._data[self.words.starts + 1]
-        return ((first == 0xE2) & (second >= 0x82) & (second <= 0xAF)) | ((first == 0xF0) & (second == 0x9F))
 
     def num_distinct(self, word_hashes: UInt64s) -> Int64s:
         """How many of some words each document has."""

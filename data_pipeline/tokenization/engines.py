@@ -19,6 +19,7 @@ import tokenizers
 from data_pipeline.shards import TokenBatch, token_dtype
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
+_NUM_THREADS = "RAYON_NUM_THREADS"  # 1 in workers of the pipeline
 _CACHED_CHARS = 256 << 20
 """Text after which gigatoken starts over with an empty cache of words: it keeps each word that it has met, 2 to 6
 bytes of memory for a byte of text without repetitions."""
@@ -101,12 +102,16 @@ def own_threads(allowed: bool) -> Iterator[None]:
     Afterwards they are switched off unless the user has set the variable: a process forked later must not wait for
     threads that it does not have, and left unset, every fork would print a warning.
     """
-    before = os.environ.get(_PARALLELISM)
+    before, limit = os.environ.get(_PARALLELISM), os.environ.get(_NUM_THREADS)
     os.environ[_PARALLELISM] = (before or "true") if allowed else "false"
+    if allowed:
+        os.environ.pop(_NUM_THREADS, None)
     try:
         yield
     finally:
         os.environ[_PARALLELISM] = before or "false"
+        if limit is not None:
+            os.environ[_NUM_THREADS] = limit
 
 
 def _in_parts(encode: Callable[[Sequence[str]], TokenBatch], texts: Sequence[str], threads: int) -> TokenBatch:
