@@ -23,7 +23,7 @@ import torch
 
 from trainer import device, parallel
 from trainer.config_file import from_tree
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.model.attention import attend
 from trainer.model.gpt import build_chunks
 from trainer.pipeline import MicroBatch
@@ -89,7 +89,7 @@ def context_memory(config_tree: dict[str, Any], rank: int, rendezvous: str, answ
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     parallel.initialize(config.parallel, "cpu", rendezvous, rank, size)
     engine = Engine(config, target)
-    engine.reset_state()
+    engine.state.reset()
     windows = torch.zeros(1, config.model.seq_length + 1, dtype=torch.long)
     answer.send(_peak_bytes_of(lambda: engine.train_step([MicroBatch(windows)], 1e-4, 0)))
 

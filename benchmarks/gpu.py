@@ -65,14 +65,14 @@ def fitting_config(preset: str, window: int | None, memory_bytes: int) -> RunCon
 def measure(config: RunConfig, num_steps: int, answer: Connection) -> None:
     """Seconds of each step after three to warm up, and the most memory that was allocated."""
     from trainer import device, parallel
-    from trainer.engine import Engine
+    from trainer.engine.engine import Engine
     from trainer.pipeline import MicroBatch
 
     target = device.activate("cuda")
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     parallel.initialize(config.parallel, "cuda", f"file://{tempfile.mkdtemp()}/rendezvous", 0, 1)
     engine = Engine(config, target)
-    engine.reset_state()
+    engine.state.reset()
     shape = (config.train.global_batch_size, config.model.seq_length + 1)
     windows = torch.randint(0, config.model.vocab_size, shape, device=target)
     batch = [MicroBatch(part) for part in windows.split(config.train.micro_batch_size)]

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from trainer import device, parallel
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.pipeline import MicroBatch
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ def rank_process(layout: str, num_layers: int, rank: int, rendezvous: str, turns
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     parallel.initialize(config.parallel, "cpu", rendezvous, rank, size)
     engine = Engine(config, target)
-    engine.reset_state()
+    engine.state.reset()
     windows = torch.randint(0, config.model.vocab_size, (8 // config.parallel.data, config.model.seq_length + 1))
     batch = [MicroBatch(part) for part in windows.split(1)]
     engine.train_step(batch, 1e-4, 0)

@@ -27,14 +27,14 @@ Step = Callable[[torch.Tensor], None]
 
 def our_step(config: RunConfig) -> Step:
     from trainer import device, parallel
-    from trainer.engine import Engine
+    from trainer.engine.engine import Engine
     from trainer.pipeline import MicroBatch
 
     target = device.activate("cpu")
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     parallel.initialize(config.parallel, "cpu", f"file://{tempfile.mkdtemp()}/rendezvous", 0, 1)
     engine = Engine(config, target)
-    engine.reset_state()
+    engine.state.reset()
 
     def step(windows: torch.Tensor) -> None:
         engine.train_step([MicroBatch(part) for part in windows.split(config.train.micro_batch_size)], 1e-4, 0)

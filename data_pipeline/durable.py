@@ -50,3 +50,20 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Give a folder whose files lie finished its name, after everything in it is on the disk.
+
+    An older folder of that name goes first, so a crash may leave neither.
+    """
+    for path in [*source.rglob("*"), source]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(source, target)
+    sync_folder(target.parent)

@@ -12,7 +12,7 @@ import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipeline.durable import write_synced
+from data_pipeline.durable import write_atomically, write_synced
 from data_pipeline.settings import Settings
 from data_pipeline.tally import Count
 from trainer.config import UserError
@@ -81,7 +81,7 @@ class DatasetManifest(Record):
     """By name, beside the manifest."""
 
     def write(self, folder: Path) -> None:
-        _write(self, folder)
+        write_synced(folder / MANIFEST_FILE, _to_json(self))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -134,7 +134,7 @@ class Manifest(Record):
         return _load(cls, folder)
 
     def write(self, folder: Path) -> None:
-        _write(self, folder)
+        write_atomically(folder / MANIFEST_FILE, _to_json(self))
 
     @property
     def portions(self) -> dict[Portion, PortionRecord]:
@@ -193,9 +193,8 @@ def check_enough(portions: Mapping[Portion, PortionRecord], seq_length: int, min
         )
 
 
-def _write(manifest: Record, folder: Path) -> None:
-    tree = manifest.model_dump(mode="json")
-    write_synced(folder / MANIFEST_FILE, orjson.dumps(tree, option=orjson.OPT_INDENT_2) + b"\n")
+def _to_json(manifest: Record) -> bytes:
+    return orjson.dumps(manifest.model_dump(mode="json"), option=orjson.OPT_INDENT_2) + b"\n"
 
 
 def _load(kind: type[_R], folder: Path) -> _R:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from data_pipeline.document import Document
 from data_pipeline.durable import sync_folder, write_synced
-from data_pipeline.manifest import FileRecord, Record
+from data_pipeline.manifest import FileRecord, Portion, PortionRecord, Record
 from data_pipeline.tally import Tally
 
 PART_FILE = "part.json"
@@ -37,15 +37,22 @@ class PartRecord(Record):
 
     made_by: str
     """Fingerprint of everything, the split aside, that the part depends on."""
-    content_hash: str
-    """xxh3-128 of the split's raw bytes."""
-    modified_ns: int | None
-    """Of the split's file, when it was read."""
+    content_hash: str = ""
+    """xxh3-128 of the split's raw bytes; in the first pass only, as the next."""
+    modified_ns: int | None = None
+    """Of the split's files, when they were read."""
     documents: int
+    """In the part: clean ones, copies included, in the first pass; what is trained on or held out in the second."""
     text_bytes: int
+    portions: dict[Portion, PortionRecord]
+    """What is in the part as tokens; empty in a part of text."""
     tally: Tally
-    notes: list[str]
+    notes: tuple[str, ...] = ()
     files: dict[str, FileRecord]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(portion.tokens for portion in self.portions.values())
 
 
 @contextmanager
@@ -114,7 +121,8 @@ class DocumentsWriter:
         self.num_documents = 0
         self.text_bytes = 0
 
-    def add(self, batch: list[Document], digests: list[bytes], texts: list[bytes]) -> None:
+    def add(self, batch: list[Document], digests: list[bytes], texts: list[bytes]) -> NDArray[np.void]:
+        """Returns their rows, [d] of `DOCUMENT_DTYPE`."""
         rows = np.zeros(len(batch), DOCUMENT_DTYPE)
         numbers = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
         rows["digest_high"], rows["digest_low"] = numbers[:, 0], numbers[:, 1]
@@ -123,10 +131,17 @@ class DocumentsWriter:
         self._ids += [orjson.dumps(document.id) for document in batch]
         self.num_documents += len(batch)
         self.text_bytes += int(rows["text_bytes"].sum())
+        return rows
 
     def finish(self, folder: Path) -> None:
         np.save(folder / _DOCUMENTS, np.concatenate([np.zeros(0, DOCUMENT_DTYPE), *self._rows]))
         (folder / _IDS).write_bytes(zstandard.compress(b"\n".join(self._ids), _ZSTD_LEVEL))
+
+
+def is_heldout(rows: NDArray[np.void], fraction: float) -> NDArray[np.bool_]:
+    """[d] Which documents are held out: a share of all possible digests, so that each document is judged by itself."""
+    heldout: NDArray[np.bool_] = rows["digest_high"] < np.uint64(int(fraction * 2**64))
+    return heldout
 
 
 def read_documents(folder: Path) -> NDArray[np.void]:

@@ -1,49 +1,32 @@
-"""Raw text to a folder that training reads: tokenizer/, train.bin/.idx, heldout.bin/.idx, manifest.json.
+"""Raw text to a folder that training reads: tokenizer/, NAME/train.bin/.idx and heldout.bin/.idx, manifest.json.
 
-The same text and settings give the same bytes. Everything is built under temporary names, then renamed, and the
-manifest comes last: a folder without one is nobody's data, and preparing it again starts over.
+The same text and settings give the same bytes, whatever the number of workers and however often the work was
+interrupted. The passes: clean every split (`data_pipeline.cleaning`), decide over the whole corpus
+(`data_pipeline.decisions`), apply that and tokenize (`data_pipeline.finishing`), join (`data_pipeline.joining`). Where
+nothing can change a text any more once it is clean, the first pass tokenizes and the third falls away.
+
+Finished work lies in `.work` until everything is published under its name, the manifest last: a folder without one is
+nobody's data, and preparing it again goes on with the parts that are whole.
 """
 
 import fcntl
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
 
-import tokenizers
-
-from data_pipeline.corpus import SPLITS, Corpus, Split
-from data_pipeline.document import Document
-from data_pipeline.durable import discard, publish, temporary_path
-from data_pipeline.manifest import MANIFEST_FILE, FileRecord, Manifest, SourceRecord, SplitRecord, check_enough
+from data_pipeline.building import WORK_FOLDER, Build
+from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_enough
+from data_pipeline.progress import NoProgress, Progress
+from data_pipeline.publishing import TOKENIZER_FOLDER as TOKENIZER_FOLDER
 from data_pipeline.settings import SPLIT_SEED, Settings
-from data_pipeline.shards import ShardWriter
-from data_pipeline.sources import check_sources, origin
-from data_pipeline.tokenization import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    Tokenizer,
-    check_tokenizer,
-    check_vocab_size,
-    install_tokenizer,
-    train_bpe,
-)
+from data_pipeline.sources import Plan, plan_splits
+from data_pipeline.tasks import Workers, without_room
+from data_pipeline.tokenization import check_tokenizer, check_vocab_size
+from data_pipeline.workers import LocalWorkers, num_cores
 from trainer.config import DataConfig, UserError
 
-TOKENIZER_FOLDER = "tokenizer"
 _LOCK_FILE = ".prepare.lock"
-_BATCH_CHARS = 1 << 20  # bounds what `tokenizers` holds while it encodes
-
-
-class Progress(Protocol):
-    """Hears how far a stage has come."""
-
-    def update(self, stage: str, done: int, total: int | None, unit: str) -> None: ...
-
-
-class NoProgress:
-    def update(self, stage: str, done: int, total: int | None, unit: str) -> None:
-        pass
 
 
 def prepare(
@@ -54,25 +37,31 @@ def prepare(
     out: Path,
     seed: int = SPLIT_SEED,
     min_train_tokens: int = 0,
+    workers: Workers | int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Make sure that `out` holds the prepared data of these settings; does nothing where it already does.
 
     The sources are not looked at again once prepared. Files damaged since are made anew, from the same text only.
+    `workers` are so many processes on this machine, one a core if it is None, or others' (`launcher.ray_workers`).
 
     Raises:
         UserError: a source, the tokenizer or the vocabulary cannot be used; the text is too small for a batch of
-            `min_train_tokens` or for one held-out sequence; `out` holds something else or is in use.
+            `min_train_tokens` or for one held-out sequence; `out` holds something else, is in use, or is full.
+        PreparationFailed: more splits failed than `data.max_bad_splits`; the rest is kept for the next try.
     """
     settings = Settings.of(data, vocab_size, seq_length, seed)
     manifest = find_prepared(settings, out)
-    if manifest is None:
-        notes = preflight(settings, out)
+    plan = preflight(settings, out) if manifest is None else None
+    if plan or (out / WORK_FOLDER).exists():
         with _locked(out):
             manifest = find_prepared(settings, out)  # another process may have been faster
             if manifest is None:
-                manifest = _build(settings, out, notes, min_train_tokens, progress or NoProgress())
-    check_enough(manifest.splits, seq_length, min_train_tokens)
+                with _pool(workers) as pool, without_room(out):
+                    build = Build(data, settings, plan or preflight(settings, out), out, pool, progress or NoProgress())
+                    manifest = build.run(min_train_tokens)
+            shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+    check_enough(manifest.portions, seq_length, min_train_tokens)
     return manifest
 
 
@@ -91,8 +80,8 @@ def find_prepared(settings: Settings, out: Path) -> Manifest | None:
     return None if manifest.damage(out) else manifest
 
 
-def preflight(settings: Settings, out: Path) -> list[str]:
-    """Refuse, before anything is written, what can be seen to fail; returns notes for the user about the sources.
+def preflight(settings: Settings, out: Path) -> Plan:
+    """Refuse, before anything is written, what can be seen to fail; returns what there is to read.
 
     Raises:
         UserError: see `prepare`.
@@ -103,138 +92,26 @@ def preflight(settings: Settings, out: Path) -> list[str]:
         names = {path.name for path in out.iterdir()}
         if names and not names & {_LOCK_FILE, MANIFEST_FILE}:
             raise UserError(f"{out} holds files that are no prepared data ({min(names)}, ...); use another folder")
-    if settings.tokenizer is None:
-        check_vocab_size(settings.vocab_size)
+    if settings.data.tokenizer.path is None:
+        check_vocab_size(settings.vocab_size, settings.data.tokenizer)
     else:
-        check_tokenizer(Path(settings.tokenizer).expanduser(), settings.vocab_size)
-    return check_sources(settings.sources)
+        check_tokenizer(Path(settings.data.tokenizer.path).expanduser(), settings.vocab_size)
+    return plan_splits(settings.data)
 
 
-def _build(settings: Settings, out: Path, notes: list[str], min_train_tokens: int, progress: Progress) -> Manifest:
-    """Build everything under temporary names, then publish it; on an error nothing of it is left.
-
-    What a killed preparation left is overwritten.
-    """
-    with ExitStack() as cleanup:
-        cleanup.callback(_discard_temporaries, out)
-        trained_on = _make_tokenizer(settings, out, progress)
-        tokenizer = Tokenizer.load(temporary_path(out / TOKENIZER_FOLDER))
-        writers = {
-            split: cleanup.enter_context(ShardWriter(out / split, tokenizer.vocab_size, tokenizer.end_of_text_id))
-            for split in SPLITS
-        }
-        corpus = Corpus(settings)
-        _write_tokens(corpus, tokenizer, writers, trained_on.text_bytes if trained_on else None, progress)
-        if trained_on and trained_on.identity != corpus.identity:
-            raise UserError("the text of data.sources changed while it was read; run again once it is at rest")
-        manifest = _describe(settings, out, notes, corpus, tokenizer, writers)
-        check_enough(manifest.splits, settings.seq_length, min_train_tokens)
-        if (out / MANIFEST_FILE).exists() and Manifest.load(out).files != manifest.files:
-            raise UserError(f"{out} is damaged and its text has changed since it was prepared; use another folder")
-        publish(out / TOKENIZER_FOLDER)
-        for writer in writers.values():
-            writer.commit()
-        manifest.write(out)
-    return manifest
-
-
-def _make_tokenizer(settings: Settings, out: Path, progress: Progress) -> Corpus | None:
-    """Write the tokenizer's folder; returns the corpus it was trained on, None for an existing tokenizer."""
-    folder = temporary_path(out / TOKENIZER_FOLDER)
-    if settings.tokenizer is not None:
-        install_tokenizer(Path(settings.tokenizer).expanduser(), folder, settings.seq_length)
-        return None
-    corpus = Corpus(settings)
-
-    def training_texts() -> Iterator[str]:
-        for batch in _batches(corpus):
-            progress.update("train tokenizer", corpus.text_bytes, None, "bytes")
-            yield from (document.text for document, split in batch if split == "train")
-
-    train_bpe(training_texts(), settings.vocab_size, folder, settings.seq_length)
-    return corpus
-
-
-def _write_tokens(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    writers: Mapping[Split, ShardWriter],
-    total_bytes: int | None,
-    progress: Progress,
-) -> None:
-    for batch in _batches(corpus):
-        tokens = tokenizer.encode_batch([document.text for document, _ in batch])
-        for split, writer in writers.items():
-            writer.add([ids for ids, (_, of_split) in zip(tokens, batch, strict=True) if of_split == split])
-        progress.update("tokenize", corpus.text_bytes, total_bytes, "bytes")
-    for writer in writers.values():
-        writer.finish()
-
-
-def _batches(corpus: Corpus) -> Iterator[list[tuple[Document, Split]]]:
-    """The corpus in lists of about `_BATCH_CHARS` characters."""
-    batch: list[tuple[Document, Split]] = []
-    num_chars = 0
-    for document, split in corpus:
-        batch.append((document, split))
-        num_chars += len(document.text)
-        if num_chars >= _BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
-
-
-def _describe(
-    settings: Settings,
-    out: Path,
-    notes: list[str],
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    writers: Mapping[Split, ShardWriter],
-) -> Manifest:
-    """The manifest of what lies finished under temporary names."""
-    tokenizer_folder = temporary_path(out / TOKENIZER_FOLDER)
-    files = {f"{TOKENIZER_FOLDER}/{name}": tokenizer_folder / name for name in (TOKENIZER_FILE, CONFIG_FILE)}
-    for writer in writers.values():
-        files |= {path.name: temporary_path(path) for path in (writer.bin_path, writer.idx_path)}
-    return Manifest(
-        settings=settings,
-        settings_fingerprint=settings.fingerprint,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text_id=tokenizer.end_of_text_id,
-        splits={
-            split: SplitRecord(
-                documents=writer.num_documents,
-                tokens=writer.num_tokens,
-                text_bytes=corpus.by_split[split].text_bytes,
-            )
-            for split, writer in writers.items()
-        },
-        sources=[
-            SourceRecord(source=source, origin=origin(source), documents=count.documents, text_bytes=count.text_bytes)
-            for source, count in corpus.by_source.items()
-        ],
-        dropped=corpus.tally.dropped,
-        repaired=corpus.tally.repaired,
-        notes=notes,
-        files={name: FileRecord.of(path) for name, path in files.items()},
-        made_with=f"tokenizers {tokenizers.__version__}",
-    )
-
-
-def _discard_temporaries(out: Path) -> None:
-    shards = [f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")]
-    for name in (TOKENIZER_FOLDER, *shards, MANIFEST_FILE):
-        discard(out / name)
+@contextmanager
+def _pool(workers: Workers | int | None) -> Iterator[Workers]:
+    with ExitStack() as resources:
+        if workers is None or isinstance(workers, int):
+            workers = resources.enter_context(LocalWorkers(workers or num_cores()))
+        yield workers
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Make the folder and hold it for this process; the kernel lets go when the process ends, however it ends.
 
-    The lock's file stays: it marks a folder that an interrupted preparation may start over in.
+    The lock's file stays: it marks a folder that an interrupted preparation may go on in.
 
     Raises:
         UserError: the folder cannot be written, or another process holds it.

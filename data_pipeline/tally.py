@@ -17,7 +17,36 @@ DROP_REASONS: dict[str, str] = {
     "too_long": "the text is longer than `data.max_document_bytes`",
     # cleaning
     "empty_text": "the text is empty, or white space only",
-    "language": "none of the languages to keep is probable enough",
+    "language": "its most probable language is none to keep, or less probable than `data.language.keep` asks",
+    # quality: C4 (Raffel et al. 2020, section 2.2)
+    "c4_lorem_ipsum": "has the filler text `lorem ipsum`",
+    "c4_curly_bracket": "has a `{`: source code, or a template",
+    "c4_few_sentences": "fewer than 3 sentences in lines that end in punctuation and have 5 words or more",
+    # quality: Gopher (Rae et al. 2021, appendix A.1.1)
+    "gopher_word_count": "fewer than 50 words, or more than 100,000",
+    "gopher_word_length": "words of fewer than 3 or more than 10 characters on average (alphabetic scripts only)",
+    "gopher_hashes": "more than 0.1 hash signs a word",
+    "gopher_ellipses": "more than 0.1 ellipses a word",
+    "gopher_bullet_lines": "over 90 % of the lines begin with a bullet",
+    "gopher_ellipsis_lines": "over 30 % of the lines end in an ellipsis",
+    "gopher_no_letters": "fewer than 80 % of what stands between white space has a letter",
+    "gopher_stop_words": "fewer than 2 of the, be, to, of, and, that, have, with (English only)",
+    # quality: Gopher on repetition (the same, table A1)
+    "gopher_repeated_lines": "over 30 % of the lines equal an earlier line",
+    "gopher_repeated_paragraphs": "over 30 % of the paragraphs equal an earlier paragraph",
+    "gopher_repeated_line_chars": "lines that equal an earlier line hold over 20 % of the characters",
+    "gopher_repeated_paragraph_chars": "paragraphs that equal an earlier one hold over 20 % of the characters",
+    "gopher_frequent_2grams": "the most frequent 2-gram holds over 20 % of the characters",
+    "gopher_frequent_3grams": "the most frequent 3-gram holds over 18 % of the characters",
+    "gopher_frequent_4grams": "the most frequent 4-gram holds over 16 % of the characters",
+    "gopher_repeated_5grams": "5-grams that occurred earlier hold over 15 % of the characters",
+    "gopher_repeated_6grams": "6-grams that occurred earlier hold over 14 % of the characters",
+    "gopher_repeated_7grams": "7-grams that occurred earlier hold over 13 % of the characters",
+    "gopher_repeated_8grams": "8-grams that occurred earlier hold over 12 % of the characters",
+    "gopher_repeated_9grams": "9-grams that occurred earlier hold over 11 % of the characters",
+    "gopher_repeated_10grams": "10-grams that occurred earlier hold over 10 % of the characters",
+    # quality: GPT-3's classifier (Brown et al. 2020, appendix A)
+    "low_quality": "a Pareto draw is not above 1 - the classifier's score",
     # the whole corpus
     "duplicate": "an earlier document has exactly this text",
     "near_duplicate": "an earlier document has nearly this text",
@@ -32,6 +61,7 @@ REPAIR_REASONS: dict[str, str] = {
     "not_nfc": "text brought to Unicode's composed form (counted in documents)",
     "control_characters": "control characters taken out (counted in characters)",
     "control_token": "the tokenizer's control tokens spelled out in the text, made harmless (counted in occurrences)",
+    "boilerplate_lines": "lines about JavaScript, cookies and policies, cut by the rules of C4 (counted in lines)",
     "repeated_paragraph": "paragraphs taken out because an earlier document has them (counted in paragraphs)",
     "contaminated_span": "overlaps with evaluation texts that were cut out (counted in spans)",
 }

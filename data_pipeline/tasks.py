@@ -4,8 +4,10 @@ Text and tokens never do: a task names a split of the sources, and its result li
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.config import UserError
@@ -61,7 +63,7 @@ Outcome = Done | Failed
 class Workers(Protocol):
     """Runs tasks in other processes."""
 
-    def run(self, tasks: list[Task], on_advance: Report) -> list[Outcome]:
+    def run(self, tasks: Sequence[Task], on_advance: Report) -> list[Outcome]:
         """The outcome of every task, in their order. `on_advance` hears the sum over all tasks so far.
 
         A task whose worker dies or that raises is tried again, up to `MAX_TRIES` times; a final failure ends the rest.
@@ -75,8 +77,23 @@ MAX_TRIES = 3
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
+@contextmanager
+def without_room(out: Path) -> Iterator[None]:
+    """What is written to `out` in here may not fit.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(f"{out} cannot be written on ({error.strerror}); make room and run again to go on") from error
+
+
 def describe_failure(error: Exception, details: str) -> Failed:
-    """What to make of an exception that a task raised. Errors of reading have become others: an OSError is of writing."""
+    """What to make of an exception that a task raised. An OSError is of writing: those of reading have become others."""
     if isinstance(error, UserError):
         return Failed(str(error), is_final=True)
     if isinstance(error, OSError) and error.errno in _NO_ROOM:

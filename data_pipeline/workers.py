@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -31,10 +33,9 @@ class _Job:
 
 
 class LocalWorkers:
-    """So many processes, each with so many threads for encoders; a context manager that ends them."""
+    """So many processes; a context manager that ends them."""
 
-    def __init__(self, num_workers: int, threads: int = 1) -> None:
-        self._threads = threads
+    def __init__(self, num_workers: int) -> None:
         self._workers = [self._start() for _ in range(num_workers)]
 
     def __enter__(self) -> Self:
@@ -44,7 +45,7 @@ class LocalWorkers:
         for worker in self._workers:
             self._end(worker)
 
-    def run(self, tasks: list[Task], on_advance: Report) -> list[Outcome]:
+    def run(self, tasks: Sequence[Task], on_advance: Report) -> list[Outcome]:
         """See `data_pipeline.tasks.Workers`."""
         jobs = [_Job(index, task) for index, task in enumerate(tasks)]
         waiting, outcomes, finished = deque(jobs), dict[int, Outcome](), Advance()
@@ -69,10 +70,8 @@ class LocalWorkers:
     def _give(self, worker: _Worker, job: _Job) -> None:
         worker.job = job
         job.tries += 1
-        try:
+        with suppress(OSError):  # it may have died while idle: hearing from it says so
             worker.connection.send(job.task)
-        except OSError:  # it has died while idle: hearing from it says so
-            pass
 
     def _hear(self, worker: _Worker) -> tuple[_Job, Outcome | None]:
         """The worker's job, and its outcome if it has ended; a dead worker is replaced."""
@@ -96,14 +95,7 @@ class LocalWorkers:
 
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "RAYON_NUM_THREADS": str(self._threads),
-            "TOKENIZERS_PARALLELISM": "true" if self._threads > 1 else "false",
-            "OMP_NUM_THREADS": str(self._threads),
-            "OPENBLAS_NUM_THREADS": str(self._threads),
-        }
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
             descriptor = theirs.fileno()
             process = subprocess.Popen(
@@ -128,3 +120,8 @@ def _describe_end(process: subprocess.Popen[bytes]) -> str:
 def _stop_if_final(outcome: Outcome) -> None:
     if isinstance(outcome, Failed) and outcome.is_final:
         raise UserError(outcome.reason)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -3,13 +3,14 @@
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.config import RunConfig
 from trainer.presets import PRESETS
+from trainer.section import section_in
 
 TARGET = Path(__file__).with_suffix(".md")
 
@@ -20,7 +21,7 @@ A run is one YAML file; `--set section.key=value ...` overrides it, and a `prese
 `broadgauge config show CONFIG` prints the resolved result, `broadgauge config schema` the JSON schema. An unknown key
 is refused with the nearest known one. Numbers of tokens may be written as `300B`, `375M` or `4k`.
 
-This page is made from the docstrings in `trainer/config.py` by `make docs`.
+This page is made from the docstrings in `trainer/config.py` and `trainer/data_config.py` by `make docs`.
 """
 
 
@@ -29,16 +30,16 @@ def render() -> str:
 
 
 def _section(section: type[BaseModel], prefix: str) -> Iterator[str]:
-    leaves = {name: field for name, field in section.model_fields.items() if not _is_section(field)}
     yield from ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in leaves.items():
-        default = "" if field.default is None else f"`{_shown(field.default)}`"
-        yield f"| `{prefix}{name}` | {_type_name(field.annotation)} | {default} | {field.description} |"
     for name, field in section.model_fields.items():
-        if _is_section(field):
-            assert isinstance(field.annotation, type)
-            yield from ["", f"## {name}", "", f"{field.description}", ""]
-            yield from _section(field.annotation, f"{prefix}{name}.")
+        if not _is_section(field):
+            default = "required" if field.is_required() else _shown(field.default)
+            yield f"| `{prefix}{name}` | {_type_name(field.annotation)} | {default} | {field.description} |"
+    for name, field in section.model_fields.items():
+        if inner := section_in(field.annotation):
+            key = f"{prefix}{name}.{inner[1]}"
+            yield from ["", f"## {key.removesuffix('.')}", "", f"{field.description}", ""]
+            yield from _section(inner[0], key)
 
 
 def _presets() -> Iterator[str]:
@@ -52,8 +53,17 @@ def _is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 
 
+def _without_notes(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
 def _type_name(annotation: Any) -> str:
+    annotation = _without_notes(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if section_in(annotation) and origin is None:
+        return "a section of its own, below"
+    if origin is dict:
+        return f"mapping of names to {_type_name(arguments[1])}s".replace("a section of its own, belows", "sections, below")
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, types.UnionType):
@@ -66,9 +76,11 @@ def _type_name(annotation: Any) -> str:
 
 
 def _shown(default: Any) -> str:
+    if default in (None, {}, ()):
+        return ""
     if isinstance(default, bool):
-        return "true" if default else "false"
-    return ", ".join(default) if isinstance(default, tuple) else str(default)
+        return f"`{str(default).lower()}`"
+    return f"`{', '.join(default) if isinstance(default, tuple) else default}`"
 
 
 if __name__ == "__main__":

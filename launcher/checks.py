@@ -9,6 +9,7 @@ from data_pipeline.tokenization import Tokenizer
 from launcher.job import check_embedded
 from trainer.checkpoint import store
 from trainer.config import RunConfig, UserError
+from trainer.data.prepared import fingerprints
 from trainer.run_dir import RunDir
 
 
@@ -76,7 +77,7 @@ def check_prepared(config: RunConfig, run_dir: RunDir) -> Manifest:
             f"{folder} was tokenized with {manifest.vocab_size} tokens and model.vocab_size is "
             f"{config.model.vocab_size}; set it to {manifest.vocab_size}, or prepare the data again"
         )
-    check_enough(manifest.splits, config.model.seq_length, config.tokens_per_step + 1)
+    check_enough(manifest.portions, config.model.seq_length, config.tokens_per_step + 1)
     return manifest
 
 
@@ -86,12 +87,10 @@ def check_resume_from(config: RunConfig, run_dir: RunDir) -> None:
     """
     if not config.checkpoint.resume_from or store.steps(run_dir.checkpoints):
         return
-    from trainer.data import fingerprints  # imports torch, and few runs come here
-
     checkpoint = store.find(Path(config.checkpoint.resume_from))
     manifest = store.read_manifest(checkpoint)
     store.check_continues(manifest, config, checkpoint)
-    data = fingerprints(run_dir.data_for(config))
+    data = fingerprints(config, run_dir.data_for(config))
     if data:  # otherwise it is still to be prepared, and the ranks look at it
         store.check_tokenizer(manifest, data, checkpoint)
 
@@ -100,8 +99,8 @@ def check_prompt(config: RunConfig, run_dir: RunDir) -> None:
     """Raises:
     UserError: the run's prompt leaves no room in the context, which would only be seen after training.
     """
-    tokenizer = Tokenizer.load(run_dir.data_for(config) / TOKENIZER_FOLDER)
-    length = len(tokenizer.encode_batch([config.generate.prompt])[0])
+    tokenizer = Tokenizer.load(run_dir.data_for(config) / TOKENIZER_FOLDER, engine="reference")
+    length = len(tokenizer.encode_batch([config.generate.prompt]).ids)
     if length + 1 > config.model.seq_length:
         raise UserError(
             f"generate.prompt has {length} tokens, and with 1 new token it must fit model.seq_length "

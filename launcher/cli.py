@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launcher import prepare_cli
 from launcher.display import Display
+from launcher.options import ConfigFile, DataOption, RunDirOption, SetOption, run_dir_of
 from trainer import config_file
-from trainer.config import RunConfig, UserError
-from trainer.run_dir import RunDir
+from trainer.config import UserError
 
 _INTERRUPTED = 130
 
@@ -25,19 +26,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+app.add_typer(prepare_cli.app, name="prepare")
 app.add_typer(config_app, name="config")
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
-RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> if not given.")
-]
-DataOption = Annotated[
-    Path | None, typer.Option("--data", metavar="DIR", help="Prepared data; the run's own if not given.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="a.b=c ...", help="Override config values; takes several at once."),
-]
 
 
 @app.callback()
@@ -54,44 +44,7 @@ def run(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = No
     from launcher import stages
 
     config = config_file.load(path, settings or ())
-    stages.run(config, _run_dir(config, run_dir), _display())
-
-
-@app.command()
-def prepare(
-    path: ConfigFile,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write; the run's own data folder if not given.")
-    ] = None,
-    run_dir: RunDirOption = None,
-    settings: SetOption = None,
-) -> None:
-    """Turn the run's text into a tokenizer and shards. With --out, name the folder in `data.prepared` afterwards.
-
-    Example: `broadgauge prepare configs/quickstart.yaml --out data/stdlib`
-    """
-    from data_pipeline import pipeline
-    from launcher import checks, stages
-
-    config = config_file.load(path, settings or ())
-    display = _display()
-    if out is None:
-        where = _run_dir(config, run_dir)
-        where.check(config)
-        checks.check_sources(config, where)
-        with stages.claim(config, where, display) as claimed:
-            stages.prepare_data(claimed)
-        return
-    with display.stage("prepare") as bar:
-        manifest = pipeline.prepare(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            seq_length=config.model.seq_length,
-            out=out,
-            min_train_tokens=config.tokens_per_step + 1,
-            progress=bar,
-        )
-        bar.result = stages.describe_data(manifest)
+    stages.run(config, run_dir_of(config, run_dir), _display())
 
 
 @app.command()
@@ -103,7 +56,7 @@ def train(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = 
     from launcher import checks, stages
 
     config = config_file.load(path, settings or ())
-    where = _run_dir(config, run_dir)
+    where = run_dir_of(config, run_dir)
     checks.check_train(config, where)
     with stages.claim(config, where, _display()) as claimed:
         stages.train(claimed)
@@ -215,10 +168,6 @@ def spread_settings(arguments: Sequence[str]) -> list[str]:
             in_settings = False
             spread.append(argument)
     return spread
-
-
-def _run_dir(config: RunConfig, path: Path | None) -> RunDir:
-    return RunDir(path or Path("runs") / config.name)
 
 
 def _display() -> Display:

@@ -6,7 +6,7 @@ folder by the workers themselves.
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -17,7 +17,6 @@ from trainer.config import UserError
 
 _AHEAD = 2  # tasks queued for every CPU, so that none waits for the driver
 _POLL_SECONDS = 0.2
-_ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager
@@ -33,13 +32,13 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
             address=address,
             log_to_driver=False,
             configure_logging=False,
-            runtime_env={"env_vars": _ONE_THREAD | _path_of_this_code()},
+            runtime_env={"env_vars": _path_of_this_code()},
         )
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out") from (
-            error
-        )
+        raise UserError(
+            f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out"
+        ) from (error)
     try:
         yield RayWorkers()
     finally:
@@ -49,7 +48,7 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
 class RayWorkers:
     """See `data_pipeline.tasks.Workers`. Progress counts finished tasks alone."""
 
-    def run(self, tasks: list[Task], on_advance: Report) -> list[Outcome]:
+    def run(self, tasks: Sequence[Task], on_advance: Report) -> list[Outcome]:
         waiting, tries = deque(enumerate(tasks)), [0] * len(tasks)
         running: dict[ray.ObjectRef, int] = {}
         outcomes, finished = dict[int, Outcome](), Advance()

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
-from launcher import checks, report
+from data_pipeline.tasks import Workers
+from launcher import checks, data_report, report
 from launcher.display import Display, StageBar
 from launcher.job import Ranks, ready_ranks
 from trainer.checkpoint import store
@@ -116,7 +117,7 @@ def is_trained(config: RunConfig, run_dir: RunDir) -> bool:
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
-def prepare_data(claimed: ClaimedRun) -> None:
+def prepare_data(claimed: ClaimedRun, workers: Workers | int | None = None) -> None:
     """Text -> tokenizer and shards, unless the run uses a folder that was prepared before."""
     config, run_dir = claimed.config, claimed.run_dir
     if config.data.prepared:
@@ -129,29 +130,37 @@ def prepare_data(claimed: ClaimedRun) -> None:
             seq_length=config.model.seq_length,
             out=run_dir.data,
             min_train_tokens=config.tokens_per_step + 1,
+            workers=workers,
             progress=bar,
         )
         bar.result = describe_data(manifest)
-    for note in manifest.notes:
-        claimed.display.line(f"  note: {note}")
+    show_data(manifest, claimed.display)
     claimed.log.write(
         "data_prepared",
-        documents={name: split.documents for name, split in manifest.splits.items()},
-        tokens={name: split.tokens for name, split in manifest.splits.items()},
+        documents={name: portion.documents for name, portion in manifest.portions.items()},
+        tokens={name: portion.tokens for name, portion in manifest.portions.items()},
         vocab_size=manifest.vocab_size,
-        dropped={reason: count.count for reason, count in manifest.dropped.items()},
-        repaired={reason: count.count for reason, count in manifest.repaired.items()},
+        dropped=manifest.dropped,
+        repaired=manifest.repaired,
     )
 
 
 def describe_data(manifest: Manifest) -> str:
-    train, heldout = manifest.splits["train"], manifest.splits["heldout"]
-    dropped = sum(count.count for count in manifest.dropped.values())
+    train, heldout = manifest.portions["train"], manifest.portions["heldout"]
     return (
         f"{train.documents + heldout.documents:,} documents, {(train.text_bytes + heldout.text_bytes) / 1e6:.1f} MB -> "
         f"{train.tokens:,} training and {heldout.tokens:,} held-out tokens of {manifest.vocab_size:,}"
-        + (f"; {dropped:,} documents dropped" if dropped else "")
     )
+
+
+def show_data(manifest: Manifest, display: Display) -> None:
+    """What was dropped and repaired, and why; what the user should know."""
+    for table in data_report.tables(manifest):
+        display.console.print(table)
+    for note in manifest.notes:
+        display.line(f"  note: {note}")
+    for bad in manifest.bad_splits:
+        display.line(f"  warning: {bad.place} is not in the data: {bad.reason}")
 
 
 def train(claimed: ClaimedRun) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainer.config import RunConfig, UserError
 from trainer.presets import PRESETS
+from trainer.section import section_in
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,8 +158,8 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        if inner := section_in(field.annotation):
+            keys += known_keys(inner[0], f"{prefix}{name}.{inner[1]}")
     return keys
 
 

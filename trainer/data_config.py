@@ -129,7 +129,7 @@ class DataConfig(Section):
     heldout_fraction: float = Field(0.02, gt=0.0, lt=1.0)
     """Share of documents, chosen by a hash of their content, kept out of training for evaluation."""
     tokenizer: Annotated[
-        TokenizerConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)
+        TokenizerConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str | None) else value)
     ] = TokenizerConfig()
     """Text to tokens; a folder's name alone means its `path`."""
     max_document_bytes: int = Field(64_000_000, ge=1)
@@ -148,6 +148,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if "tokenizer" in self.datasets:
+            raise ValueError("data.datasets: tokenizer is the name of another folder beside the data sets; use another")
         if self.sources is not None and self.datasets:
             raise ValueError("data.sources and data.datasets exclude each other; move the sources into a data set")
         if self.blend is not None:

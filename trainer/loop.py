@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import torch.distributed as dist
 from trainer import parallel, stability
 from trainer.checkpoint import sharded, store
 from trainer.config import RunConfig, UserError
-from trainer.data import ReadAhead, TrainingData, WindowReader, fingerprints
-from trainer.engine import Engine
+from trainer.data.batches import ReadAhead, TrainingData
+from trainer.data.prepared import PreparedFolder, fingerprints
+from trainer.data.windows import HeldoutReader
+from trainer.engine.engine import Engine
 from trainer.evaluate.heldout import HeldoutEvaluation
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule, Step, learning_rate
@@ -28,10 +30,9 @@ def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Reco
     Raises:
         TrainingDiverged: neither skipping steps nor going back to a checkpoint has helped.
     """
-    data = run_dir.data_for(config)
-    train_reader, heldout_reader = (WindowReader(data / name, config.model.seq_length) for name in ("train", "heldout"))
-    samples = TrainingData(train_reader, config)
-    evaluation = HeldoutEvaluation(train_reader, heldout_reader, config, device)
+    data = PreparedFolder.open(run_dir.data_for(config))
+    samples = TrainingData.open(data, config)
+    evaluation = HeldoutEvaluation(samples, HeldoutReader(data, config.model.seq_length), config, device)
     schedule = Schedule(config)
     engine = Engine(config, device)
 
@@ -173,7 +174,7 @@ def roll_back(
 def load(engine: Engine, checkpoint: Path | None) -> tuple[int, StabilityState]:
     """Fill the engine from a checkpoint, or from the seed."""
     if checkpoint is None:
-        engine.reset_state()
+        engine.state.reset()
         return 0, StabilityState()
     manifest = sharded.load(engine, checkpoint)
     return manifest.step, StabilityState.from_tree(manifest.stability)
@@ -199,12 +200,10 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir, record: Record) -> tuple
     Raises:
         UserError: the run's data is not what it trained on, or it cannot start from the given checkpoint.
     """
-    data = fingerprints(run_dir.data_for(config))
+    data = fingerprints(config, run_dir.data_for(config))
     own = store.newest_valid(run_dir.checkpoints, lambda reason: record("checkpoint_rejected", reason=reason))
     if own is not None:
-        trained_on = store.read_manifest(own).data
-        if trained_on != data:
-            raise UserError(f"{run_dir.data_for(config)} has changed since {own} was written; bring the old data back")
+        check_same_data(store.read_manifest(own).data, data, run_dir.data_for(config), own)
         return own, None
     if not config.checkpoint.resume_from:
         return None, None
@@ -213,6 +212,21 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir, record: Record) -> tuple
     store.check_continues(manifest, config, given)
     store.check_tokenizer(manifest, data, given)
     return None, given
+
+
+def check_same_data(trained_on: Mapping[str, str], found: Mapping[str, str], folder: Path, checkpoint: Path) -> None:
+    """Whether a position in the data means what it meant when a checkpoint was written.
+
+    Raises:
+        UserError: it does not.
+    """
+    if {**trained_on, "blend": None} != {**found, "blend": None}:
+        raise UserError(f"{folder} has changed since {checkpoint} was written; bring the old data back")
+    if trained_on.get("blend") != found.get("blend"):
+        raise UserError(
+            f"{checkpoint} was trained on the blend {trained_on.get('blend')}, and that of {folder} is now "
+            f"{found.get('blend')}; bring the old weights back"
+        )
 
 
 def save(
@@ -226,7 +240,7 @@ def save(
         run_dir.checkpoints,
         step,
         consumed_samples=Schedule(config).consumed_samples(step),
-        data=fingerprints(run_dir.data_for(config)),
+        data=fingerprints(config, run_dir.data_for(config)),
         stability=state.as_tree(),
     )
     if dist.get_rank() == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trainer import parallel
 from trainer.config import ModelConfig
-from trainer.data import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions
 
 Forward = Callable[..., Tensor]

@@ -18,7 +18,9 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer import loop, parallel
     from trainer.config import RunConfig
     from trainer.config_file import from_tree, parse_yaml
-    from trainer.data import WindowReader
+    from trainer.data.batches import TrainingData
+    from trainer.data.prepared import PreparedFolder
+    from trainer.data.windows import HeldoutReader
     from trainer.evaluate.frozen import FrozenModel
     from trainer.evaluate.heldout import HeldoutEvaluation
     from trainer.events import EventLog
@@ -62,7 +64,9 @@ def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.
     """Held-out loss of a checkpoint, as JSON in `spec.output`."""
     assert spec.checkpoint is not None and spec.output is not None
     model = FrozenModel(config, spec.checkpoint, device)
-    evaluation = HeldoutEvaluation(*_readers(config, run_dir), config, device)
+    data = PreparedFolder.open(run_dir.data_for(config))
+    heldout = HeldoutReader(data, config.model.seq_length)
+    evaluation = HeldoutEvaluation(TrainingData.open(data, config), heldout, config, device)
     result = evaluation.run(model.evaluate)
     if dist.get_rank() == 0:
         spec.output.write_bytes(orjson.dumps(result))
@@ -73,17 +77,11 @@ def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.de
     assert spec.checkpoint is not None and spec.output is not None
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     model = FrozenModel(config, spec.checkpoint, device)
-    _, heldout = _readers(config, run_dir)
+    heldout = HeldoutReader(PreparedFolder.open(run_dir.data_for(config)), config.model.seq_length)
     tokens = heldout.windows(range(min(2, heldout.num_windows)))[:, :-1].to(device)
     logits = model.logits(tokens)
     if logits is not None and not (parallel.tensor_rank() or parallel.context_rank() or parallel.data_rank()):
         torch.save({"tokens": tokens.cpu(), "logits": logits.cpu()}, spec.output)
-
-
-def _readers(config: RunConfig, run_dir: RunDir) -> tuple[WindowReader, WindowReader]:
-    data = run_dir.data_for(config)
-    seq_length = config.model.seq_length
-    return WindowReader(data / "train", seq_length), WindowReader(data / "heldout", seq_length)
 
 
 def _write_nothing(*_: Any, **__: Any) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
@@ -46,3 +46,13 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         validate_default=True,
     )
+
+
+def section_in(annotation: Any) -> tuple[type[Section], str] | None:
+    """The section that a field holds, if it holds any, and what stands between the keys: `NAME.` for named ones."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation, ""
+    between = "NAME." if get_origin(annotation) is dict else ""
+    found = (section_in(argument) for argument in get_args(annotation))
+    section, inner = next(filter(None, found), (None, ""))
+    return (section, between + inner) if section else None

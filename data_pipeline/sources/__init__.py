@@ -5,7 +5,17 @@
 
 from data_pipeline.sources.plan import Plan, origin, plan_splits
 from data_pipeline.sources.python_stdlib import PYTHON_STDLIB
-from data_pipeline.sources.read import content_hash, read_split
+from data_pipeline.sources.read import content_hash, is_unchanged, read_split
 from data_pipeline.sources.split import Split, UnreadableSplit
 
-__all__ = ["PYTHON_STDLIB", "Plan", "Split", "UnreadableSplit", "content_hash", "origin", "plan_splits", "read_split"]
+__all__ = [
+    "PYTHON_STDLIB",
+    "Plan",
+    "Split",
+    "UnreadableSplit",
+    "content_hash",
+    "is_unchanged",
+    "origin",
+    "plan_splits",
+    "read_split",
+]

@@ -1,5 +1,6 @@
 """From a split to its documents, whatever its format."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import xxhash
@@ -83,6 +84,13 @@ def content_hash(split: Split) -> str:
         return digest.hexdigest()
     except OSError as error:
         raise UnreadableSplit(f"{error.filename or split.place}: {one_line(error)}") from error
+
+
+def is_unchanged(split: Split) -> bool:
+    """Whether no local file of the split was written since it was planned; nobody can say it of others."""
+    if split.modified_ns is None:
+        return True
+    return max(os.stat(path).st_mtime_ns for path, _ in split.files) == split.modified_ns
 
 
 def _update(digest: xxhash.xxh3_128, read: Callable[[], bytes]) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from trainer import config_file
 from trainer.config import RunConfig
+from trainer.section import section_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 def sections(section: type[BaseModel] = RunConfig) -> list[type[BaseModel]]:
     found = [section]
     for field in section.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += sections(field.annotation)
+        if inner := section_in(field.annotation):
+            found += sections(inner[0])
     return found
 
 

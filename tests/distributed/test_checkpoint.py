@@ -19,8 +19,8 @@ from trainer.checkpoint import sharded, store
 from trainer.checkpoint.global_tensors import GlobalTensors
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
-from trainer.data import MicroBatch
-from trainer.engine import Engine
+from trainer.data.batches import MicroBatch
+from trainer.engine.engine import Engine
 from trainer.model.gpt import build_chunks
 from trainer.model.sharding import placements
 from trainer.training_state import MASTER, STATE_KINDS
@@ -91,7 +91,7 @@ def train_steps(engine: Engine, steps: Iterable[int]) -> list[tuple[float, float
 
 
 def blocks(engine: Engine) -> dict[str, list[Any]]:
-    mine = [fragment for fragment in engine.fragments() if fragment.is_main]
+    mine = [fragment for fragment in engine.state.fragments() if fragment.is_main]
     return {kind: [(f.box, f.tensors[kind].clone()) for f in mine] for kind in STATE_KINDS}
 
 
@@ -100,7 +100,7 @@ def uninterrupted(folder: Path) -> Callable[[RunConfig, torch.device], Any]:
 
     def rank(config: RunConfig, device: torch.device) -> Any:
         engine = Engine(config, device)
-        engine.reset_state()
+        engine.state.reset()
         history = train_steps(engine, range(SAVED_AT))
         saved = blocks(engine)
         sharded.save(engine, folder, SAVED_AT, SAVED_AT * config.train.global_batch_size)
@@ -116,7 +116,7 @@ def resumed(checkpoint: Path) -> Callable[[RunConfig, torch.device], Any]:
         engine = Engine(config, device)
         manifest = sharded.load(engine, checkpoint)
         assert (manifest.step, manifest.consumed_samples) == (SAVED_AT, SAVED_AT * config.train.global_batch_size)
-        assert manifest.num_updates == engine.num_updates == SAVED_AT
+        assert manifest.num_updates == engine.state.num_updates == SAVED_AT
         loaded = blocks(engine)
         return train_steps(engine, range(manifest.step, LAST_STEP)), blocks(engine), loaded
 

@@ -17,8 +17,8 @@ from trainer import parallel
 from trainer.checkpoint import sharded, store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
-from trainer.data import MicroBatch
-from trainer.engine import Engine
+from trainer.data.batches import MicroBatch
+from trainer.engine.engine import Engine
 from trainer.model.attention import CausalAttention
 from trainer.model.gpt import transformer_config
 from trainer.model.sharding import Box
@@ -82,7 +82,7 @@ def train(
             assert checkpoints is not None
             first = sharded.load(engine, checkpoints / store.folder_name(CHECKPOINT_AT)).step
         else:
-            engine.reset_state()
+            engine.state.reset()
         for step in range(first, NUM_STEPS):
             if evaluate:
                 engine.evaluate(my_batches(config, 99))
@@ -90,7 +90,9 @@ def train(
             history.append((stats.loss, stats.grad_norm))
             if checkpoints is not None and step + 1 == CHECKPOINT_AT:
                 sharded.save(engine, checkpoints, step + 1, 0)
-        return Trained(history, [(f.box, {k: t.clone() for k, t in f.tensors.items()}) for f in engine.fragments()])
+        return Trained(
+            history, [(f.box, {k: t.clone() for k, t in f.tensors.items()}) for f in engine.state.fragments()]
+        )
 
     return rank
 
@@ -155,7 +157,7 @@ def test_copies_of_a_parameter_stay_equal(layout: str, norm_placement: str) -> N
 def losses_with_weights_at_rest(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """Losses of one batch at a learning rate of zero: only the dropout masks can make a difference."""
     engine = Engine(config, device)
-    engine.reset_state()
+    engine.state.reset()
 
     def loss(step: int) -> float:
         return engine.train_step(my_batches(config, 0), 0.0, step).loss

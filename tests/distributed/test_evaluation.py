@@ -14,14 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_pipeline.shards import ShardWriter, token_dtype
+from data_pipeline.shards import ShardWriter, TokenBatch, token_dtype
 from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint import sharded
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
-from trainer.data import WindowReader, heldout_windows
-from trainer.engine import Engine
+from trainer.data.batches import TrainingData, heldout_windows
+from trainer.data.prepared import PreparedFolder
+from trainer.data.shards import Shard
+from trainer.data.windows import HeldoutReader
+from trainer.engine.engine import Engine
 from trainer.evaluate.frozen import FrozenModel
 from trainer.evaluate.heldout import HeldoutEvaluation, unigram_loss
 from trainer.training_state import MASTER
@@ -67,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, num_tokens, power in (("train", 2000, 2.0), ("heldout", NUM_WINDOWS * SEQ + 1 + 9, 1.5)):
         tokens = (VOCAB * draw.random(num_tokens - 1) ** power).astype(token_dtype(VOCAB))
         with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
-            writer.add([tokens])
+            writer.add(TokenBatch.of([tokens]))
             writer.finish()
             writer.commit()
     return folder
@@ -91,11 +94,11 @@ def checkpoint(reference: ReferenceGPT, tmp_path_factory: pytest.TempPathFactory
 
     def write(config: RunConfig, device: torch.device) -> None:
         engine = Engine(config, device)
-        engine.prepare_state(1)
-        for fragment in engine.fragments():
+        engine.state.prepare(1)
+        for fragment in engine.state.fragments():
             place = tuple(slice(o, o + n) for o, n in zip(fragment.box.offset, fragment.box.shape, strict=True))
             fragment.tensors[MASTER].copy_(whole[fragment.box.key][place])
-        engine.refresh_weights()
+        engine.state.refresh_weights()
         sharded.save(engine, folder, 1, 8)
 
     run_on_ranks(config_of("one rank"), write)
@@ -123,8 +126,8 @@ def evaluate_all_ways(checkpoint: Path, data: Path, tokens: Tensor) -> Callable[
     """Each rank's (result through the engine, result through the frozen model, logits or None)."""
 
     def rank(config: RunConfig, device: torch.device) -> Any:
-        readers = [WindowReader(data / name, SEQ) for name in ("train", "heldout")]
-        evaluation = HeldoutEvaluation(*readers, config, device)
+        folder = PreparedFolder.open(data)
+        evaluation = HeldoutEvaluation(TrainingData.open(folder, config), HeldoutReader(folder, SEQ), config, device)
         engine = Engine(config, device)
         sharded.load(engine, checkpoint)
         frozen = FrozenModel(config, checkpoint, device)
@@ -140,7 +143,7 @@ def test_every_layout_evaluates_as_the_plain_model_does(
 ) -> None:
     tokens = torch.randint(0, VOCAB, (3, SEQ), generator=torch.Generator().manual_seed(1))
     results = run_on_ranks(config_of(layout), evaluate_all_ways(checkpoint, data, tokens))
-    heldout = WindowReader(data / "heldout", SEQ).tokens
+    heldout = Shard(data / "heldout").mapped()
     expected = plain_loss(reference, heldout, range(NUM_WINDOWS))
     for by_engine, by_frozen, _ in results:
         assert by_engine.tokens == by_frozen.tokens == NUM_WINDOWS * SEQ
@@ -162,7 +165,7 @@ def test_bf16_evaluates_close_to_fp32(checkpoint: Path, data: Path, reference: R
     ((by_engine, by_frozen, logits), *_) = run_on_ranks(
         config_of("TP2", "bf16"), evaluate_all_ways(checkpoint, data, tokens)
     )
-    expected = plain_loss(reference, WindowReader(data / "heldout", SEQ).tokens, range(NUM_WINDOWS))
+    expected = plain_loss(reference, Shard(data / "heldout").mapped(), range(NUM_WINDOWS))
     assert by_engine == by_frozen  # the same bf16 weights, derived from the same masters
     assert by_engine.loss == pytest.approx(expected, rel=1e-3) and by_engine.loss != expected
     assert logits.dtype == torch.float32
@@ -175,8 +178,8 @@ def test_evaluation_of_some_sequences(
     tokens = torch.zeros(1, SEQ, dtype=torch.long)
     config = config_of("DP2 ZeRO-1", max_sequences=max_sequences)
     ((result, _, _), *_) = run_on_ranks(config, evaluate_all_ways(checkpoint, data, tokens))
-    train, heldout = (WindowReader(data / name, SEQ).tokens for name in ("train", "heldout"))
-    windows = heldout_windows(WindowReader(data / "heldout", SEQ), config).tolist()
+    train, heldout = (Shard(data / name).mapped() for name in ("train", "heldout"))
+    windows = heldout_windows(HeldoutReader(PreparedFolder.open(data), SEQ), config).tolist()
     labels = [token for number in windows for token in heldout[number * SEQ + 1 : number * SEQ + SEQ + 1].tolist()]
     assert result.tokens == len(labels) == min(max_sequences, NUM_WINDOWS) * SEQ
     assert result.loss == pytest.approx(plain_loss(reference, heldout, windows), rel=1e-6)
@@ -205,13 +208,43 @@ def test_another_architecture_is_refused_before_anything_is_read(checkpoint: Pat
     labels=st.lists(st.integers(0, 19), min_size=1, max_size=50),
 )
 def test_unigram_loss_equals_plain_python(train: list[int], labels: list[int]) -> None:
-    found = unigram_loss(np.array(train, np.uint16), np.array(labels, np.uint16), 20)
+    found = unigram_loss([np.array(train, np.uint16)], [1.0], np.array(labels, np.uint16), 20)
     assert found == pytest.approx(plain_unigram_loss(train, labels, 20), rel=1e-12)
 
 
 def test_unigram_loss_of_known_cases() -> None:
     even = np.tile(np.arange(8), 1000)
-    assert unigram_loss(even, even, 8) == pytest.approx(math.log(8), rel=1e-12)
-    assert unigram_loss(np.zeros(0, np.int32), even, 8) == pytest.approx(math.log(8), rel=1e-12)
+    assert unigram_loss([even], [1.0], even, 8) == pytest.approx(math.log(8), rel=1e-12)
+    assert unigram_loss([np.zeros(0, np.int32)], [1.0], even, 8) == pytest.approx(math.log(8), rel=1e-12)
     # seen 3 times and never: (3 + 1) / 5 and (0 + 1) / 5
-    assert unigram_loss(np.array([0, 0, 0]), np.array([0, 1]), 2) == pytest.approx(-math.log(0.8 * 0.2) / 2, rel=1e-12)
+    found = unigram_loss([np.array([0, 0, 0])], [1.0], np.array([0, 1]), 2)
+    assert found == pytest.approx(-math.log(0.8 * 0.2) / 2, rel=1e-12)
+
+
+def test_unigram_loss_of_several_data_sets_is_that_of_their_blend() -> None:
+    """10 zeros at 3/4 and 90 ones at 1/4: 75 and 25 of the 100 tokens, and one more of each."""
+    train = [np.zeros(10, np.uint16), np.ones(90, np.int32)]
+    found = unigram_loss(train, [0.75, 0.25], np.array([0, 1]), 2)
+    assert found == pytest.approx(-math.log(76 / 102 * 26 / 102) / 2, rel=1e-12)
+
+
+def test_unigram_loss_counts_a_bounded_sample_from_all_over() -> None:
+    """The text changes half way, so that any sample but one from all over would miss much of it."""
+    size = 1 << 21
+    whole = (np.random.default_rng(1).geometric(0.2, size) % 25).astype(np.uint16)
+    whole[size // 2 :] += 25
+    exact = unigram_loss([whole], [1.0], whole, 50, size)
+    assert exact == pytest.approx(plain_unigram_loss(whole.tolist(), whole.tolist(), 50), rel=1e-9)
+    for limit in (size // 2, size // 10, size // 100):
+        sampled = unigram_loss([whole], [1.0], whole, 50, limit)
+        assert sampled == pytest.approx(exact, rel=0.01) and sampled != exact
+    assert unigram_loss([whole[: size // 2]], [1.0], whole, 50, size) > 1.5 * exact  # what the first half alone says
+    # a data set that fits its part of the limit is counted whole
+    assert unigram_loss([whole, whole], [1.0, 0.0], whole, 50, 2 * size) == pytest.approx(exact, rel=1e-5)
+
+
+def test_no_more_is_counted_than_the_limit() -> None:
+    """On a simulated shard of a trillion tokens: an exact count would not end."""
+    huge = np.broadcast_to(np.zeros(1, np.uint16), 10**12)
+    found = unigram_loss([huge], [1.0], np.zeros(3, np.uint16), 2, 1 << 20)
+    assert found == pytest.approx(-math.log(((1 << 20) + 1) / ((1 << 20) + 2)), rel=1e-9)

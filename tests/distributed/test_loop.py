@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, TokenBatch
 from ranks import run_on_ranks
 from trainer import loop
 from trainer.checkpoint import store
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, num_windows in (("train", 40), ("heldout", 9)):
         tokens = np.cumsum(draw.choice([1, 1, 1, 2], num_windows * SEQ)) % (VOCAB - 1)
         with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
-            writer.add([tokens.astype(np.uint16)])
+            writer.add(TokenBatch.of([tokens.astype(np.uint16)]))
             writer.finish()
             writer.commit()
     return folder
@@ -263,6 +263,29 @@ def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> Non
     assert store.read_manifest(run_dir.checkpoints / "step-00000007").data == {"tokenizer": "aa", "train": "bb"}
     state("cc")
     run_on_ranks(config, refuses(run_dir, r"data has changed since .*step-00000007 was written; bring the old data"))
+
+
+def test_a_blended_run_does_not_go_on_with_another_blend(data: Path, tmp_path: Path) -> None:
+    """The weights are those of the folder, so that the config of the run stays the same."""
+    folder = tmp_path / "blended"
+    for name in ("a", "b"):
+        shutil.copytree(data, folder / name)
+
+    def state(blend: dict[str, float] | None) -> None:
+        files = {f"{name}/train.bin": {"xxh3_128": name} for name in "ab"}
+        stated = {"datasets": {"a": {}, "b": {}}, "tokenizer_fingerprint": "aa", "files": files, "blend": blend}
+        (folder / "manifest.json").write_bytes(orjson.dumps(stated))
+
+    config, run_dir = config_of("one rank", folder), RunDir(tmp_path / "run")
+    state({"a": 3, "b": 1})
+    events = train(config, run_dir)
+    assert of_kind(events, "evaluated")[-1]["loss"] < of_kind(events, "evaluated")[0]["loss"]
+    assert of_kind(events, "evaluated")[0]["tokens"] == 2 * 9 * SEQ  # of both, whatever their weights
+    state({"a": 6, "b": 2})
+    assert train(config, run_dir)[0]["step"] == NUM_STEPS
+    state({"a": 1, "b": 1})
+    reason = "step-00000007 was trained on the blend a 49152, b 16384 of 65536, and that of .* is now a 32768, b 32768"
+    run_on_ranks(config, refuses(run_dir, reason))
 
 
 # ---------------------------------------------------------------------------------------------------------- resume_from

@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 import torch
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, TokenBatch
 from ranks import run_on_ranks
 from trainer import loop
 from trainer.config import RunConfig
@@ -24,7 +24,7 @@ def write_data(folder: Path) -> None:
     draw = np.random.default_rng(5)
     for name in ("train", "heldout"):
         with ShardWriter(folder / name, VOCAB, end_of_text_id=0) as writer:
-            writer.add([draw.integers(1, VOCAB, 50 * SEQ).astype(np.uint16)])
+            writer.add(TokenBatch.of([draw.integers(1, VOCAB, 50 * SEQ).astype(np.uint16)]))
             writer.finish()
             writer.commit()
 

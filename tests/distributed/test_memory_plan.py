@@ -12,8 +12,9 @@ from ranks import run_on_ranks
 from trainer import parallel
 from trainer.config import RunConfig
 from trainer.config_file import override
-from trainer.data import MicroBatch
-from trainer.engine import REDUCE_BUCKET_ELEMENTS, Engine
+from trainer.data.batches import MicroBatch
+from trainer.engine.engine import Engine
+from trainer.engine.zero import REDUCE_BUCKET_ELEMENTS
 from trainer.model.context_parallel import local_positions
 from trainer.model.gpt import build_chunks
 from trainer.pipeline import run_schedule
@@ -141,7 +142,7 @@ def test_activations_are_those_kept_for_backward(case: str) -> None:
 def most_in_flight(config: RunConfig, device: torch.device) -> int:
     """Chunks' forward passes that have not seen their backward pass, at most."""
     engine = Engine(config, device)
-    engine.reset_state()
+    engine.state.reset()
     now, most = 0, 0
 
     def began(_: Any, __: Any, output: torch.Tensor) -> None:
@@ -197,19 +198,6 @@ STATES: dict[str, dict[str, Any]] = {
 BUCKET_BYTES = 4 * REDUCE_BUCKET_ELEMENTS  # which the plan counts apart
 
 
-class WatchedEngine(Engine):
-    """Counts the state when a step's gradients are complete."""
-
-    state_bytes = 0
-    known: frozenset[int] = frozenset()
-
-    def _finalize_gradients(self) -> None:
-        super()._finalize_gradients()
-        self.state_bytes = sum(
-            size for address, size in live_storages().items() if address not in self.known and size != BUCKET_BYTES
-        )
-
-
 def live_storages() -> dict[int, int]:
     """Bytes by address of every storage that a tensor or its gradient holds in this process."""
     gc.collect()
@@ -221,15 +209,24 @@ def live_storages() -> dict[int, int]:
 def state_of_rank(config: RunConfig, device: torch.device) -> tuple[int, int]:
     """(weights of this rank, bytes of state before its second step's update)."""
     known = frozenset(live_storages())
-    engine = WatchedEngine(config, device)
-    engine.known = known
-    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine._root.parameters())
-    engine.reset_state()
+    engine = Engine(config, device)
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.stages[0].module.parameters())
+    state_bytes = 0
+    finalize = engine._zero.finalize_gradients
+
+    def finalize_and_count() -> None:
+        """A step's gradients are then complete."""
+        nonlocal state_bytes
+        finalize()
+        state_bytes = sum(n for address, n in live_storages().items() if address not in known and n != BUCKET_BYTES)
+
+    engine._zero.finalize_gradients = finalize_and_count
+    engine.state.reset()
     micro, replicas, replica = config.train.micro_batch_size, parallel.data_size(), parallel.data_rank()
     for step in range(2):
         mine = global_batch(config, step).view(-1, replicas, micro, config.model.seq_length + 1)[:, replica]
         engine.train_step([MicroBatch(tokens) for tokens in mine], 1e-4, step)
-    return num_parameters, engine.state_bytes
+    return num_parameters, state_bytes
 
 
 @pytest.mark.parametrize("case", STATES)

@@ -11,15 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, TokenBatch
 from parity import EPS, LEARNING_RATE, global_batch
 from ranks import run_on_ranks
 from trainer import loop, parallel
 from trainer.checkpoint import store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
-from trainer.data import MicroBatch, TrainingData, WindowReader
-from trainer.engine import Engine, StepStats
+from trainer.data.batches import MicroBatch, TrainingData
+from trainer.data.prepared import PreparedFolder
+from trainer.engine.engine import Engine, StepStats
 from trainer.events import Event, EventLog, read_events, surviving_steps
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
@@ -52,7 +53,7 @@ def refuse_one(engine: Engine) -> None:
 
 def meet_nan(engine: Engine) -> None:
     """One rank's gradient of one parameter is not a number; both ranks must see it, although they would accept it."""
-    weight = next(p for p in engine._root.parameters() if p.requires_grad)
+    weight = next(engine.stages[0].module.parameters())
     hook = weight.register_hook(lambda gradient: gradient * math.nan) if dist.get_rank() == 0 else None
     stats = engine_step(engine, 7)
     if hook is not None:
@@ -62,12 +63,12 @@ def meet_nan(engine: Engine) -> None:
 
 def trace(engine: Engine, between: Sequence[Callable[[Engine], None]]) -> list[Any]:
     """Two steps from the seed with something in between: their losses and norms, and all of the state after them."""
-    engine.reset_state()
+    engine.state.reset()
     found: list[Any] = [engine_step(engine, 0)]
     for disturb in between:
         disturb(engine)
-    found += [engine_step(engine, 1), engine.num_updates]
-    found += [(f.box.key, kind, f.tensors[kind].clone()) for f in engine.fragments() for kind in STATE_KINDS]
+    found += [engine_step(engine, 1), engine.state.num_updates]
+    found += [(f.box.key, kind, f.tensors[kind].clone()) for f in engine.state.fragments() for kind in STATE_KINDS]
     batch = global_batch(engine.config, 9)[: engine.config.train.micro_batch_size]
     found.append(engine.evaluate([MicroBatch(batch)] * 2))  # by the weights that forward uses
     return found
@@ -133,7 +134,7 @@ def clean_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, num_windows in (("train", NUM_WINDOWS), ("heldout", 64)):
         tokens = np.cumsum(draw.choice([1, 1, 1, 2], num_windows * SEQ + 1)) % (VOCAB - 1)
         with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
-            writer.add([tokens.astype(np.uint16)])
+            writer.add(TokenBatch.of([tokens.astype(np.uint16)]))
             writer.finish()
             writer.commit()
     return folder
@@ -143,11 +144,12 @@ def with_noise(clean: Path, folder: Path, steps: Sequence[int]) -> Path:
     """A copy in which the windows of these steps hold tokens drawn at random."""
     shutil.copytree(clean, folder)
     config, draw = config_of(folder), np.random.default_rng(4)
-    schedule, samples = Schedule(config), TrainingData(WindowReader(folder / "train", SEQ), config)
-    tokens = np.memmap(folder / "train.bin", dtype=samples.reader.tokens.dtype, mode="r+")
+    schedule, samples = Schedule(config), TrainingData.open(PreparedFolder.open(folder), config)
+    tokens = np.memmap(folder / "train.bin", dtype=samples.readers[0].shard.dtype, mode="r+")
     for step in steps:
         place = schedule.step_after(step - 1)
-        for window in samples.sample_windows(np.arange(place.first_sample, place.first_sample + place.batch_size)):
+        _, windows = samples.sample_windows(np.arange(place.first_sample, place.first_sample + place.batch_size))
+        for window in windows:
             tokens[window * SEQ + 1 : (window + 1) * SEQ] = draw.integers(0, VOCAB - 1, SEQ - 1)
     tokens.flush()
     return folder

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from trainer.checkpoint import store
-from trainer.engine import Engine, Fragment
+from trainer.engine.engine import Engine
+from trainer.engine.state import Fragment
 from trainer.model.sharding import Shape, placements
 from trainer.training_state import MASTER
 
@@ -41,7 +42,7 @@ def save(
     if dist.get_rank() == 0:
         store.begin(checkpoints, step)
     dist.barrier()
-    blocks = _blocks(fragment for fragment in engine.fragments() if fragment.is_main)
+    blocks = _blocks(fragment for fragment in engine.state.fragments() if fragment.is_main)
     dcp.save(dict(blocks), storage_writer=FileSystemWriter(temporary, sync_files=True), planner=_SavePlanner())
     # each rank fingerprints what it wrote; rank 0 also the index that it wrote last
     mine = list(temporary.glob(f"__{dist.get_rank()}_*"))
@@ -56,7 +57,7 @@ def save(
         engine.config.model_dump(mode="json"),
         files,
         data=dict(data or {}),
-        num_updates=engine.num_updates,
+        num_updates=engine.state.num_updates,
         stability=dict(stability or {}),
     )
     if dist.get_rank() == 0:
@@ -73,9 +74,9 @@ def load(engine: Engine, checkpoint: Path) -> store.Manifest:
     """
     manifest = store.read_manifest(checkpoint)
     store.check_architecture(manifest, engine.config, checkpoint)
-    engine.prepare_state(manifest.num_updates)
-    dcp.load(dict(_blocks(engine.fragments())), storage_reader=FileSystemReader(checkpoint), planner=_LoadPlanner())
-    engine.refresh_weights()
+    engine.state.prepare(manifest.num_updates)
+    _fill(engine.state.fragments(), checkpoint)
+    engine.state.refresh_weights()
     return manifest
 
 
@@ -87,6 +88,10 @@ def load_weights(chunks: Iterable[GPTModel], checkpoint: Path) -> None:
         for parameter, placement in placements(chunks).items()
         for box in placement.boxes
     )
+    _fill(fragments, checkpoint)
+
+
+def _fill(fragments: Iterable[Fragment], checkpoint: Path) -> None:
     dcp.load(dict(_blocks(fragments)), storage_reader=FileSystemReader(checkpoint), planner=_LoadPlanner())
 
 

@@ -41,7 +41,7 @@ class Manifest:
     files: dict[str, list[Any]] = field(default_factory=dict)
     """Name -> [bytes, xxh3-128 in hex]."""
     data: dict[str, str] = field(default_factory=dict)
-    """`trainer.data.fingerprints` of what the run trained on."""
+    """`trainer.data.prepared.fingerprints` of what the run trained on."""
     num_updates: int = 0
     """Updates of the weights; steps that were skipped made none."""
     stability: dict[str, Any] = field(default_factory=dict)

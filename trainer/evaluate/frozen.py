@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer import parallel
 from trainer.checkpoint import sharded, store
 from trainer.config import RunConfig
-from trainer.data import MicroBatch
+from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions
 from trainer.model.gpt import build_chunks
 from trainer.pipeline import StageView, run_schedule, sum_over_replicas

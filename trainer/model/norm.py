@@ -33,7 +33,7 @@ def norm_class(config: TransformerConfig) -> type[torch.nn.Module]:
 
 
 def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) -> None:
-    """Each rank's gradients come from its part of the sequence alone; the mark tells `trainer.engine` to sum them."""
+    """Each rank's gradients come from its part of the sequence alone; the mark tells `engine.zero` to sum them."""
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -8,18 +8,22 @@ import pytest
 import xxhash
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from data_pipeline.manifest import FileRecord, Manifest
+from data_pipeline.building import PreparationFailed
+from data_pipeline.manifest import DatasetManifest, FileRecord, Manifest
 from data_pipeline.pipeline import prepare
 from data_pipeline.tokenization import Tokenizer, train_bpe
+from inline_workers import InlineWorkers
 from trainer.config import DataConfig, UserError
 
 VOCAB_SIZE = 320
 SEQ_LENGTH = 32
 FILES = {
-    "train.bin",
-    "train.idx",
-    "heldout.bin",
-    "heldout.idx",
+    "text/train.bin",
+    "text/train.idx",
+    "text/heldout.bin",
+    "text/heldout.idx",
+    "text/dropped.jsonl",
+    "text/manifest.json",
     "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
 }
@@ -27,7 +31,9 @@ FILES = {
 
 def prepare_small(out: Path, *sources: Path | str, vocab_size: int = VOCAB_SIZE, **rest: Any) -> Manifest:
     settings = {"heldout_fraction": 0.1} | {key: rest.pop(key) for key in set(rest) & set(DataConfig.model_fields)}
-    data = DataConfig.model_validate({"sources": tuple(map(str, sources))} | settings)
+    named = {"sources": tuple(map(str, sources))} if sources else {}
+    data = DataConfig.model_validate(named | settings)
+    rest.setdefault("workers", InlineWorkers())
     return prepare(data, vocab_size=vocab_size, seq_length=SEQ_LENGTH, out=out, **rest)
 
 
@@ -35,10 +41,10 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def texts_of(out: Path, split: str) -> list[str]:
+def texts_of(out: Path, portion: str, dataset: str = "text") -> list[str]:
     """Every document of a shard, read by megatron-core and decoded, without its end-of-text token."""
     tokenizer = Tokenizer.load(out / "tokenizer")
-    dataset = IndexedDataset(str(out / split))
+    dataset = IndexedDataset(str(out / dataset / portion))
     documents = [dataset[i] for i in range(len(dataset))]
     assert all(tokens[-1] == tokenizer.end_of_text_id for tokens in documents)
     return [tokenizer.decode(tokens[:-1]) for tokens in documents]
@@ -71,18 +77,28 @@ def test_the_manifest_tells_what_is_there(prepared: Path, corpus_folder: Path) -
     for name, content in content_of(prepared).items():
         if name in FILES:
             assert manifest.files[name].size_bytes == len(content)
-    for split, record in manifest.splits.items():
-        texts = texts_of(prepared, split)
+    for portion, record in manifest.datasets["text"].items():
+        texts = texts_of(prepared, portion)
         assert record.documents == len(texts)
         assert record.text_bytes == sum(len(text.encode()) for text in texts)
-        assert record.tokens * 2 == manifest.files[f"{split}.bin"].size_bytes
-    (source,) = manifest.sources
-    assert source.source == source.origin == str(corpus_folder)
-    assert source.documents == 150
+        assert record.tokens * 2 == manifest.files[f"text/{portion}.bin"].size_bytes
+    assert manifest.portions == manifest.datasets["text"]
     assert manifest.tokenizer_fingerprint == manifest.files["tokenizer/tokenizer.json"].xxh3_128
     assert manifest.vocab_size == VOCAB_SIZE
     assert (manifest.dropped, manifest.repaired, manifest.notes) == ({}, {}, [])
     manifest.verify(prepared)
+
+
+def test_a_data_sets_manifest_tells_where_it_came_from(prepared: Path, corpus_folder: Path) -> None:
+    manifest = DatasetManifest.load(prepared / "text")
+    assert manifest.portions == Manifest.load(prepared).datasets["text"]
+    assert sum(source.documents for source in manifest.sources) == 150
+    raw = {
+        str(path): xxhash.xxh3_128_hexdigest(path.read_bytes() + b"\0") for path in corpus_folder.glob("*.jsonl")
+    }
+    assert raw.items() <= {source.place: source.content_hash for source in manifest.sources}.items()
+    for name, record in manifest.files.items():
+        assert record == FileRecord.of(prepared / "text" / name)
 
 
 def test_the_tokenizer_has_seen_the_training_split_only(prepared: Path, tmp_path: Path) -> None:
@@ -119,22 +135,26 @@ def test_drops_and_repairs_are_counted_in_the_manifest(corpus_folder: Path, tmp_
         {"text": "café"},  # the one above, composed
         {"no": 1},
     ]
-    messy.write_bytes(b"\n".join(map(orjson.dumps, lines)) + b'\n{"text": "half \\ud83d"}\n')
+    encoded = [*map(orjson.dumps, lines), b'{"text": "half \\ud83d"}']
+    messy.write_bytes(b"\n".join(encoded) + b"\n")
+    places = [f"{messy}@{sum(len(line) + 1 for line in encoded[:number])}" for number in range(len(encoded))]
     out = tmp_path / "out"
-    manifest = prepare_small(out, corpus_folder, messy)
+    totals = prepare_small(out, corpus_folder, messy)
+    manifest = DatasetManifest.load(out / "text")
+    assert totals.dropped == {"duplicate": 1, "empty_text": 1, "missing_field": 1}
     assert {reason: (count.count, count.places) for reason, count in manifest.dropped.items()} == {
-        "empty_text": (1, [f"{messy}:2"]),
-        "duplicate": (1, [f"{messy}:4"]),
-        "missing_field": (1, [f"{messy}:5"]),
+        "empty_text": (1, [places[1]]),
+        "duplicate": (1, [places[3]]),
+        "missing_field": (1, [places[4]]),
     }
     assert {reason: (count.count, count.places) for reason, count in manifest.repaired.items()} == {
-        "control_token": (2, [f"{messy}:1"]),
-        "not_nfc": (1, [f"{messy}:3"]),
-        "lone_surrogates": (1, [f"{messy}:6"]),
+        "control_token": (2, [places[0]]),
+        "not_nfc": (1, [places[2]]),
+        "lone_surrogates": (1, [places[5]]),
     }
     texts = texts_of(out, "train") + texts_of(out, "heldout")
-    assert {"sneaky <| endoftext |> and <| endoftext |>", "café", "half \ufffd"} <= set(texts)
-    assert Manifest.load(out) == manifest
+    assert {"sneaky < |endoftext|> and < |endoftext|>", "café", "half \ufffd"} <= set(texts)
+    assert Manifest.load(out) == totals
 
 
 def test_an_existing_tokenizer_is_used_as_it_is(prepared: Path, corpus_folder: Path, tmp_path: Path) -> None:
@@ -143,7 +163,7 @@ def test_an_existing_tokenizer_is_used_as_it_is(prepared: Path, corpus_folder: P
     )
     assert manifest.tokenizer_fingerprint == Manifest.load(prepared).tokenizer_fingerprint
     assert manifest.vocab_size == VOCAB_SIZE
-    assert (tmp_path / "out/train.bin").read_bytes() == (prepared / "train.bin").read_bytes()
+    assert (tmp_path / "out/text/train.bin").read_bytes() == (prepared / "text/train.bin").read_bytes()
 
 
 class Recorder:
@@ -154,25 +174,35 @@ class Recorder:
         self.updates.append((stage, done, total, unit))
 
 
-def test_progress_rises_to_its_total(corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.pipeline._BATCH_CHARS", 10_000)
+@pytest.mark.parametrize("stage", ["clean", "train tokenizer", "tokenize"])
+def test_progress_rises_to_its_total(
+    stage: str, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.cleaning._BATCH_CHARS", 5_000)
     progress = Recorder()
-    manifest = prepare_small(tmp_path / "out", corpus_folder, progress=progress)
-    text_bytes = sum(record.text_bytes for record in manifest.splits.values())
-    for stage, total in (("train tokenizer", None), ("tokenize", text_bytes)):
-        updates = [update for update in progress.updates if update[0] == stage]
-        assert len(updates) > 5
-        assert [done for _, done, _, _ in updates] == sorted({done for _, done, _, _ in updates})
-        assert updates[-1] == (stage, text_bytes, total, "bytes")
-        assert {update[2] for update in updates} == {total}
+    prepare_small(tmp_path / "out", corpus_folder, progress=progress)
+    updates = [update for update in progress.updates if update[0].startswith(f"{stage}:")]
+    assert len(updates) > 5
+    done = [done for _, done, _, _ in updates]
+    assert done == sorted(done)
+    assert {total for _, _, total, _ in updates} == {updates[0][2]}
+    assert done[-1] == updates[0][2] or stage == "train tokenizer"  # which leaves out what is held out
 
 
 def test_the_size_of_a_batch_does_not_change_the_bytes(
     prepared: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.pipeline._BATCH_CHARS", 1)
+    monkeypatch.setattr("data_pipeline.cleaning._BATCH_CHARS", 1)
     prepare_small(tmp_path / "out", corpus_folder)
     assert content_of(tmp_path / "out") == content_of(prepared)
+
+
+def test_the_number_of_processes_does_not_change_the_bytes(
+    prepared: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    for num_workers in (1, 3):
+        prepare_small(tmp_path / f"{num_workers}", corpus_folder, workers=num_workers)
+        assert content_of(tmp_path / f"{num_workers}") == content_of(prepared)
 
 
 def test_what_an_interrupted_preparation_of_other_settings_left_is_replaced(
@@ -236,13 +266,14 @@ def test_what_can_be_seen_to_fail_is_refused_before_anything_is_written(
         ({"vocab_size": 50_000}, "model.vocab_size 50000 is more than the"),
     ],
 )
-def test_a_corpus_too_small_is_refused_and_leaves_nothing(
+def test_a_corpus_too_small_is_refused_and_nothing_published(
     settings: dict[str, Any], rule: str, corpus_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as refusal:
         prepare_small(tmp_path, corpus_folder, **settings)
     assert rule in str(refusal.value)
-    assert set(content_of(tmp_path)) == {".prepare.lock"}
+    assert not (tmp_path / "manifest.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {".prepare.lock", ".work"}, "what was done is kept, apart"
 
 
 def test_prepared_data_is_too_small_for_a_larger_batch(prepared: Path, corpus_folder: Path) -> None:
@@ -255,21 +286,24 @@ def test_a_corpus_without_one_usable_document_is_refused_with_the_reasons(tmp_pa
     with pytest.raises(UserError) as refusal:
         prepare_small(tmp_path / "out", tmp_path)
     assert "no usable text" in str(refusal.value)
-    assert f"empty_text 2 (first at {tmp_path}/a.jsonl:2), missing_field 1 (first at" in str(refusal.value)
+    assert f"empty_text 2 (first at {tmp_path}/a.jsonl@14), missing_field 1 (first at" in str(refusal.value)
 
 
-def test_text_that_changes_between_the_two_passes_is_refused(corpus_folder: Path, tmp_path: Path) -> None:
+def test_text_that_changes_while_it_is_read_is_refused(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.cleaning._BATCH_CHARS", 1000)
     source = tmp_path / "a.jsonl"
     source.write_bytes((corpus_folder / "part0.jsonl").read_bytes())
 
     class Meddler:
         def update(self, stage: str, done: int, total: int | None, unit: str) -> None:
-            if stage == "train tokenizer":
-                source.write_bytes((corpus_folder / "part1.jsonl").read_bytes())
+            with open(source, "r+b") as handle:
+                handle.write(b" ")
 
-    with pytest.raises(UserError, match="changed while it was read"):
+    with pytest.raises(PreparationFailed, match="has changed while it was read"):
         prepare_small(tmp_path / "out", source, progress=Meddler())
-    assert set(content_of(tmp_path / "out")) == {".prepare.lock"}
+    assert not (tmp_path / "out/manifest.json").exists()
 
 
 def test_two_processes_cannot_prepare_one_folder(corpus_folder: Path, tmp_path: Path) -> None:
@@ -306,7 +340,7 @@ def flip_a_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "rule"), [(Path.unlink, "is missing"), (cut_short, "bytes, not"), (flip_a_bit, "other content")]
 )
-@pytest.mark.parametrize("name", ["train.bin", "heldout.idx", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("name", ["text/train.bin", "text/heldout.idx", "tokenizer/tokenizer.json", "text/manifest.json"])
 def test_damage_is_named_and_mended(
     damage: Callable[[Path], None], rule: str, name: str, prepared: Path, corpus_folder: Path
 ) -> None:
@@ -324,12 +358,12 @@ def test_damaged_data_is_not_replaced_by_other_text(corpus_folder: Path, tmp_pat
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
     source.write_bytes((corpus_folder / "part0.jsonl").read_bytes())
     prepare_small(out, source)
-    (out / "train.bin").unlink()
+    (out / "text/train.bin").unlink()
     source.write_bytes((corpus_folder / "part1.jsonl").read_bytes())
     before = content_of(out)
     with pytest.raises(UserError, match="is damaged and its text has changed"):
         prepare_small(out, source)
-    assert content_of(out) == before
+    assert before.items() <= content_of(out).items()
 
 
 def test_a_folder_without_manifest_and_one_with_another_file_under_its_name_are_refused(tmp_path: Path) -> None:

@@ -1,20 +1,24 @@
-"""kill -9 of a preparation before every one of its effects on the disk, then running it again."""
+"""kill -9 of a preparation before its effects on the disk, then running it again."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 KILLER = '''
 """Forks a preparation again and again, each killed a little later than the one before, each followed by a whole one."""
-import json, os, shutil, signal, sys
+import json, os, random, shutil, signal, sys
 from pathlib import Path
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import prepare
+from inline_workers import InlineWorkers
 from trainer.config import DataConfig
 
-source, workplace = sys.argv[1], Path(sys.argv[2])
+source, workplace, settings, num_kills = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
 EFFECTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
@@ -38,52 +42,76 @@ class Steps:
 
 
 def run(out, fatal=None):
-    """Prepare in a forked process; returns the signal that ended it, or 0."""
+    """Prepare in a forked process; returns the signal that ended it, or 0, and the number of its steps if it ended."""
+    reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         steps = Steps(out, fatal)
         sys.addaudithook(steps.audit)
-        data = DataConfig(sources=(source,), heldout_fraction=0.2)
-        prepare(data, vocab_size=280, seq_length=8, out=out, progress=steps)
+        data = DataConfig(sources=(source,), heldout_fraction=0.2, **settings)
+        prepare(data, vocab_size=280, seq_length=8, out=out, workers=InlineWorkers(), progress=steps)
+        os.write(writer, str(steps.taken).encode())
         os._exit(0)
+    os.close(writer)
+    taken = os.read(reader, 100)
+    os.close(reader)
     status = os.waitpid(pid, 0)[1]
     assert os.WIFSIGNALED(status) or status == 0, "the preparation failed"
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return (os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0), int(taken or 0)
 
 
 def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-run(workplace / "whole")
+_, num_steps = run(workplace / "whole")
 whole = tree(workplace / "whole")
-left_behind, kills = set(), 0
-while True:
+left_behind = set()
+fatal_steps = sorted(random.Random(5).sample(range(num_steps), min(num_kills, num_steps)))
+for fatal in fatal_steps:
     out = workplace / "killed"
-    killed = run(out, fatal=kills)
-    if not killed:
-        break
-    kills += 1
+    assert run(out, fatal)[0] == signal.SIGKILL
     if (out / "manifest.json").exists():
         Manifest.load(out).verify(out)  # a manifest is never there without the data it describes
-    left_behind |= set(tree(out)) if out.exists() else set()
-    assert run(out) == 0
-    assert tree(out) == whole, f"differs after a kill before step {kills}"
+    left_behind |= {path.name for path in out.rglob("*")} if out.exists() else set()
+    assert run(out)[0] == 0
+    assert tree(out) == whole, f"differs after a kill before step {fatal}"
     shutil.rmtree(out)
-print(json.dumps({"kills": kills, "left_behind": sorted(left_behind), "whole": sorted(whole)}))
+print(json.dumps({"steps": num_steps, "left_behind": sorted(left_behind)}))
 '''
+ROOT = Path(__file__).parents[3]
+TRAINED: dict[str, object] = {"dedup": {"fuzzy": "standard", "paragraphs": True}}
 
 
-def test_a_killed_preparation_run_again_ends_in_the_same_bytes(corpus_folder: Path, tmp_path: Path) -> None:
+def kill_and_go_on(source: Path, workplace: Path, settings: dict[str, object], num_kills: int) -> tuple[int, set[str]]:
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(corpus_folder / "part0.jsonl"), str(tmp_path)],
+        [sys.executable, "-c", KILLER, str(source), str(workplace), json.dumps(settings), str(num_kills)],
         capture_output=True,
         text=True,
-        timeout=120,
-        cwd=Path(__file__).parents[3],
+        timeout=280,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["kills"] > 25
-    half_written = {f"{name}.tmp" for name in ("train.bin", "train.idx", "heldout.bin", "heldout.idx", "manifest.json")}
-    assert half_written | set(result["whole"]) <= set(result["left_behind"]), "the kills were spread over the whole job"
+    return result["steps"], set(result["left_behind"])
+
+
+def test_a_killed_preparation_run_again_ends_in_the_same_bytes(corpus_folder: Path, tmp_path: Path) -> None:
+    num_steps, left_behind = kill_and_go_on(corpus_folder / "part0.jsonl", tmp_path, TRAINED, num_kills=25)
+    assert num_steps > 60
+    assert {".work", "part.json", "manifest.json.tmp"} <= left_behind, "the kills were spread over the whole job"
+
+
+def test_the_same_where_the_first_pass_tokenizes(corpus_folder: Path, tmp_path: Path) -> None:
+    from data_pipeline.tokenization import train_bpe
+
+    train_bpe(["some text to train a tokenizer on, and more of it"] * 50, 280, tmp_path / "tokenizer", 8)
+    settings: dict[str, object] = {"tokenizer": str(tmp_path / "tokenizer")}
+    num_steps, _ = kill_and_go_on(corpus_folder / "part0.jsonl", tmp_path, settings, num_kills=15)
+    assert num_steps > 40
+
+
+@pytest.mark.slow
+def test_a_kill_before_every_single_effect(corpus_folder: Path, tmp_path: Path) -> None:
+    kill_and_go_on(corpus_folder / "part0.jsonl", tmp_path, TRAINED, num_kills=10_000)

@@ -1,3 +1,5 @@
+"""Byte-level BPE, and what holds for every tokenizer's folder."""
+
 import os
 import subprocess
 import sys
@@ -13,28 +15,28 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.normalize import END_OF_TEXT, normalize
-from data_pipeline.tokenization import Tokenizer, check_tokenizer, install_tokenizer, train_bpe
+from data_pipeline.tokenization import (
+    END_OF_TEXT,
+    Tokenizer,
+    check_tokenizer,
+    check_vocab_size,
+    install_tokenizer,
+    train_tokenizer,
+)
+from data_pipeline.tokenization.adversarial import ADVERSARIAL_TEXTS
 from trainer.config import UserError
+from trainer.data_config import TokenizerConfig
+from unit.data_pipeline.tokenizer_texts import ANY_TEXT, TEXTS
 
 VOCAB_SIZE = 320
 SEQ_LENGTH = 32
-TEXTS = [
-    "the quick brown fox jumps over the lazy dog while the other foxes were watching the dog sleep",
-    "def function(argument):\n    return argument + other_argument\n",
-    "naïve café Größe 東京 🙂 " * 4,
-] * 3
-ANY_TEXT = st.lists(
-    st.sampled_from([END_OF_TEXT, "<|", "endoftext", "|>", "\n", "  ", "the ", "\ud83d", "e\u0301"])
-    | st.text(st.characters(exclude_categories=()), max_size=12),
-    max_size=8,
-).map("".join)
+BPE = TokenizerConfig()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "tokenizer"
-    train_bpe(TEXTS, VOCAB_SIZE, folder, SEQ_LENGTH)
+    train_tokenizer(TEXTS, BPE, VOCAB_SIZE, folder, SEQ_LENGTH)
     return folder
 
 
@@ -44,22 +46,18 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 
 @given(st.lists(ANY_TEXT, min_size=1, max_size=4))
-def test_any_text_comes_back_normalized_and_never_holds_the_control_token(
-    tokenizer: Tokenizer, texts: list[str]
-) -> None:
-    clean = [normalize(text)[0] for text in texts]
-    ids = tokenizer.encode_batch(clean)
-    assert [tokenizer.decode(tokens) for tokens in ids] == clean
-    assert not any((tokens == tokenizer.end_of_text_id).any() for tokens in ids)
+def test_any_text_comes_back_and_never_holds_the_control_token(tokenizer: Tokenizer, texts: list[str]) -> None:
+    batch = tokenizer.encode_batch(texts)
+    assert [tokenizer.decode(ids) for ids in batch.documents()] == texts
+    assert not (batch.ids == tokenizer.end_of_text_id).any()
 
 
 @given(ANY_TEXT.filter(lambda text: END_OF_TEXT not in text))
 def test_transformers_encodes_and_decodes_as_we_do(tokenizer: Tokenizer, folder: Path, text: str) -> None:
-    clean, _ = normalize(text)
     theirs = opened(folder)
-    ids = theirs(clean, verbose=False)["input_ids"]
-    assert ids == tokenizer.encode_batch([clean])[0].tolist()
-    assert theirs.decode(ids) == clean
+    ids = theirs(text, verbose=False)["input_ids"]
+    assert ids == tokenizer.encode_batch([text]).ids.tolist()
+    assert theirs.decode(ids) == text
 
 
 def opened(folder: Path) -> transformers.PreTrainedTokenizerBase:
@@ -91,7 +89,19 @@ def test_the_folder_opens_beside_a_gpt2_model(folder: Path, tmp_path: Path) -> N
 
 def test_the_vocabulary_is_exactly_what_was_asked_for(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == VOCAB_SIZE
-    assert tokenizer.encode_batch(["the"])[0].dtype == np.uint16
+    assert tokenizer.control_tokens == (END_OF_TEXT,)
+    batch = tokenizer.encode_batch(["the", "", "dog"])
+    assert batch.ids.dtype == np.uint16
+    assert batch.lengths.dtype == np.int32
+    assert len(batch.documents()) == 3
+    assert batch.lengths[1] == 0
+
+
+def test_no_text_is_no_tokens(tokenizer: Tokenizer) -> None:
+    for threads in (1, 2):
+        batch = tokenizer.encode_batch([], threads)
+        assert len(batch) == len(batch.ids) == 0
+        assert batch.documents() == []
 
 
 def test_fingerprint_is_that_of_the_file(tokenizer: Tokenizer, folder: Path) -> None:
@@ -101,7 +111,7 @@ def test_fingerprint_is_that_of_the_file(tokenizer: Tokenizer, folder: Path) -> 
 @pytest.mark.parametrize("threads", ["1", "4"])
 def test_training_gives_the_same_bytes_with_any_number_of_threads(threads: str, folder: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; import orjson; from data_pipeline.tokenization import train_bpe\n"
+        "import sys; from pathlib import Path; import orjson; from data_pipeline.tokenization.bpe import train_bpe\n"
         f"train_bpe(orjson.loads(sys.stdin.buffer.read()), {VOCAB_SIZE}, Path(sys.argv[1]), {SEQ_LENGTH})"
     )
     subprocess.run(
@@ -114,21 +124,39 @@ def test_training_gives_the_same_bytes_with_any_number_of_threads(threads: str, 
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_vocabulary_larger_than_the_text_allows_is_refused_with_the_size_that_works(tmp_path: Path) -> None:
-    texts = ["ab ab ab"]
+@pytest.mark.parametrize("threads", [2, 5])
+def test_encoding_gives_the_same_ids_with_any_number_of_threads(threads: int, tokenizer: Tokenizer) -> None:
+    texts = [*TEXTS, *ADVERSARIAL_TEXTS]
+    one, many = tokenizer.encode_batch(texts), tokenizer.encode_batch(texts, threads)
+    assert np.array_equal(one.ids, many.ids)
+    assert np.array_equal(one.lengths, many.lengths)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"])
+def test_a_vocabulary_larger_than_the_text_allows_is_refused_with_the_size_that_works(
+    kind: str, tmp_path: Path
+) -> None:
+    texts, config = ["ab ab ab"] * 9, TokenizerConfig(kind=kind)
     with pytest.raises(
         UserError, match=r"model.vocab_size 9000 is more than the (\d+) tokens .* set it to \1"
     ) as refusal:
-        train_bpe(texts, 9000, tmp_path / "refused", SEQ_LENGTH)
+        train_tokenizer(texts, config, 9000, tmp_path / "refused", SEQ_LENGTH)
     assert not (tmp_path / "refused").exists()
     allowed = int(str(refusal.value).split("set it to ")[1].split()[0])
-    train_bpe(texts, allowed, tmp_path / "allowed", SEQ_LENGTH)
+    train_tokenizer(texts, config, allowed, tmp_path / "allowed", SEQ_LENGTH)
     assert Tokenizer.load(tmp_path / "allowed").vocab_size == allowed
 
 
-def test_a_vocabulary_below_the_bytes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model.vocab_size 256 is less than the 257"):
-        train_bpe(TEXTS, 256, tmp_path, SEQ_LENGTH)
+@pytest.mark.parametrize(("kind", "least"), [("bpe", 257), ("sentencepiece_bpe", 260)])
+def test_a_vocabulary_below_the_bytes_is_refused(kind: str, least: int, tmp_path: Path) -> None:
+    config = TokenizerConfig(kind=kind)
+    for refuse in (
+        lambda: train_tokenizer(TEXTS, config, least - 1, tmp_path, SEQ_LENGTH),
+        lambda: check_vocab_size(least - 1, config),
+    ):
+        with pytest.raises(UserError, match=f"model.vocab_size {least - 1} is less than the {least}"):
+            refuse()
+    check_vocab_size(least, config)
 
 
 def test_an_existing_tokenizer_is_installed_byte_for_byte(folder: Path, tmp_path: Path) -> None:
@@ -148,9 +176,13 @@ def test_padding_truncation_and_extra_special_tokens_of_an_existing_tokenizer_do
     backend.save(str(tmp_path / "tokenizer.json"))
     theirs = Tokenizer.load(tmp_path)
     assert theirs.vocab_size == VOCAB_SIZE + 1
+    assert theirs.control_tokens == (END_OF_TEXT, "<|user|>")
+    assert theirs.fast is not None
     texts = ["the quick brown fox jumps", "a <|user|> speaks", ""]
-    for ids, expected in zip(theirs.encode_batch(texts), tokenizer.encode_batch(texts), strict=True):
-        assert ids.tolist() == expected.tolist()
+    expected = tokenizer.encode_batch(texts)
+    for batch in (theirs.encode_batch(texts), theirs.fast.encode_batch(texts)):
+        assert batch.ids.tolist() == expected.ids.tolist()
+        assert batch.lengths.tolist() == expected.lengths.tolist()
 
 
 def save_missing(folder: Path) -> None:
@@ -166,7 +198,11 @@ def save_without_end_of_text(folder: Path) -> None:
 
 
 def save_too_large(folder: Path) -> None:
-    train_bpe(TEXTS, VOCAB_SIZE + 1, folder, SEQ_LENGTH)
+    train_tokenizer(TEXTS, BPE, VOCAB_SIZE + 1, folder, SEQ_LENGTH)
+
+
+def save_broken_model(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(b"nothing of the sort")
 
 
 @pytest.mark.parametrize(
@@ -174,8 +210,9 @@ def save_too_large(folder: Path) -> None:
     [
         (save_missing, "cannot be read (No such file or directory); name a folder that holds tokenizer.json"),
         (save_broken, "is not a tokenizer"),
-        (save_without_end_of_text, f"has no {END_OF_TEXT} token"),
+        (save_without_end_of_text, f"has no {END_OF_TEXT} or </s> token"),
         (save_too_large, f"has {VOCAB_SIZE + 1} tokens and model.vocab_size is {VOCAB_SIZE}"),
+        (save_broken_model, "it is not a SentencePiece model"),
     ],
 )
 def test_unusable_tokenizers_are_refused(save: Callable[[Path], None], rule: str, tmp_path: Path) -> None:
@@ -189,18 +226,22 @@ def test_unusable_tokenizers_are_refused(save: Callable[[Path], None], rule: str
 def test_a_tokenizer_that_makes_the_control_token_of_unknown_text_is_refused(tmp_path: Path) -> None:
     words = tokenizers.models.WordLevel({END_OF_TEXT: 0, "known": 1}, unk_token=END_OF_TEXT)
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer.encode_batch(["known"])[0].tolist() == [1]
+    tokenizer = Tokenizer.load(tmp_path, engine="reference")
+    assert tokenizer.encode_batch(["known"]).ids.tolist() == [1]
     with pytest.raises(UserError, match="use a byte-level tokenizer"):
         tokenizer.encode_batch(["unknown"])
+    with pytest.raises(UserError, match="use a byte-level tokenizer"):
+        check_tokenizer(tmp_path, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "false"), ("true", "true"), ("false", "false")])
 def test_threads_are_switched_off_after_use_unless_the_user_chose(
-    before: str | None, after: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    before: str | None, after: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     if before is not None:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
     tokenizer.encode_batch(["text"])
+    assert os.environ["TOKENIZERS_PARALLELISM"] == after
+    train_tokenizer(TEXTS, BPE, VOCAB_SIZE, tmp_path, SEQ_LENGTH)
     assert os.environ["TOKENIZERS_PARALLELISM"] == after

@@ -1,13 +1,13 @@
 """The data order: which tokens the n-th sample of a run is, on whichever rank, in whichever layout."""
 
 import math
+import os
 import struct
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 import torch
 from hypothesis import given
@@ -15,19 +15,14 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from numpy.typing import NDArray
 
-from data_pipeline.shards import ShardWriter, token_dtype
+from data_pipeline.shards import ShardWriter, TokenBatch, token_dtype
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
-from trainer.data import (
-    MicroBatch,
-    ReadAhead,
-    TrainingData,
-    WindowReader,
-    fingerprints,
-    heldout_micro_batches,
-    heldout_windows,
-    permute,
-)
+from trainer.data.batches import MicroBatch, ReadAhead, TrainingData, heldout_micro_batches, heldout_windows
+from trainer.data.blend import Blend
+from trainer.data.permutation import permute, permute_groups
+from trainer.data.prepared import PreparedFolder
+from trainer.data.windows import HeldoutReader, WindowReader
 
 CPU = torch.device("cpu")
 SEQ = 5
@@ -43,11 +38,26 @@ def write_megatron(prefix: Path, documents: list[list[int]], dtype: Any = np.int
 
 
 @pytest.fixture(scope="module")
-def counting(tmp_path_factory: pytest.TempPathFactory) -> WindowReader:
+def counting_folder(tmp_path_factory: pytest.TempPathFactory) -> PreparedFolder:
     """Token i is i, so that a window's first token says where it lies: 37 windows and three tokens that fill none."""
-    tokens = list(range(37 * SEQ + 1 + 3))
-    prefix = write_megatron(tmp_path_factory.mktemp("data") / "train", [tokens[:50], tokens[50:51], tokens[51:]])
-    return WindowReader(prefix, SEQ)
+    folder, tokens = tmp_path_factory.mktemp("data"), list(range(37 * SEQ + 1 + 3))
+    for name in ("train", "heldout"):
+        write_megatron(folder / name, [tokens[:50], tokens[50:51], tokens[51:]])
+    return PreparedFolder.open(folder)
+
+
+@pytest.fixture(scope="module")
+def counting(counting_folder: PreparedFolder) -> WindowReader:
+    return WindowReader(counting_folder.path / "train", SEQ)
+
+
+@pytest.fixture(scope="module")
+def counting_heldout(counting_folder: PreparedFolder) -> HeldoutReader:
+    return HeldoutReader(counting_folder, SEQ)
+
+
+def training_data(reader: WindowReader, config: RunConfig) -> TrainingData:
+    return TrainingData([reader], Blend({"text": 1.0}), config)
 
 
 def config_of(global_batch: int = 12, micro: int = 1, data: int = 1, seed: int = 5, **sections: Any) -> RunConfig:
@@ -83,7 +93,7 @@ def replica_batches(samples: TrainingData, first_sample: int, rank: int = 0) -> 
 
 def global_order(reader: WindowReader, config: RunConfig, first_sample: int) -> list[int]:
     """Window numbers of a global batch, put together from every replica: micro-batch by micro-batch, rank by rank."""
-    samples = TrainingData(reader, config)
+    samples = training_data(reader, config)
     per_rank = [replica_batches(samples, first_sample, rank) for rank in range(config.parallel.data)]
     assert {len(batches) for batches in per_rank} == {config.num_microbatches}
     assert {batch.tokens.shape[0] for batches in per_rank for batch in batches} == {config.train.micro_batch_size}
@@ -154,7 +164,23 @@ def test_orders_of_seeds_and_epochs_have_nothing_in_common() -> None:
             assert abs(np.corrcoef(mine, theirs)[0, 1]) < 4.5 / math.sqrt(size)
 
 
+@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_groups_are_permuted_each_as_on_its_own(sizes: list[int], seed: int) -> None:
+    draw, keys = np.random.default_rng(seed), [f"{number}" for number in range(len(sizes))]
+    groups = draw.integers(0, len(sizes), 50)
+    indices = np.array([draw.integers(0, sizes[group]) for group in groups])
+    expected = [permute(indices[i : i + 1], sizes[group], keys[group])[0] for i, group in enumerate(groups)]
+    assert permute_groups(indices, groups, sizes, keys).tolist() == expected
+
+
 # ------------------------------------------------------------------------------------------------------------ batches
+
+
+def test_the_order_of_a_single_data_set_is_that_of_the_first_version(counting: WindowReader) -> None:
+    """Old checkpoints hold a position in it."""
+    at_start, later = [3, 34, 36, 2, 22, 25, 14, 23, 24, 31, 10, 26], [7, 36, 2, 25, 19, 21, 15, 16, 10, 14, 18, 7]
+    assert global_order(counting, config_of(seed=5), 0) == at_start
+    assert global_order(counting, config_of(seed=5), 1000 * 37 + 29) == later
 
 
 @pytest.mark.parametrize("first_sample", [0, 12, 30, 36, 37, 1000 * 37 + 29])
@@ -181,12 +207,14 @@ def test_batch_larger_than_an_epoch(counting: WindowReader) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 5, 17])
-def test_resuming_at_a_position_continues_the_run(counting: WindowReader, step: int) -> None:
+def test_resuming_at_a_position_continues_the_run(
+    counting: WindowReader, counting_folder: PreparedFolder, step: int
+) -> None:
     config = config_of(global_batch=8)
-    undisturbed = TrainingData(counting, config)
+    undisturbed = training_data(counting, config)
     for before in range(step):
         replica_batches(undisturbed, before * 8)
-    resumed = TrainingData(WindowReader(Path(counting.tokens.filename).with_suffix(""), SEQ), config)
+    resumed = TrainingData.open(counting_folder, config)
     expected, found = (replica_batches(data, step * 8) for data in (undisturbed, resumed))
     assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(expected, found, strict=True))
 
@@ -204,7 +232,7 @@ def test_the_seed_decides_the_order(counting: WindowReader) -> None:
 
 def test_batches_of_any_size_follow_each_other_in_one_order(counting: WindowReader) -> None:
     """What a ramp needs: sizes differ from step to step, and replicas still split them in the same global order."""
-    samples, whole = TrainingData(counting, config_of(data=2)), global_order(counting, config_of(36), 0)
+    samples, whole = training_data(counting, config_of(data=2)), global_order(counting, config_of(36), 0)
     found: list[int] = []
     for size in (4, 8, 8, 16):
         parts = [samples.replica_tokens(len(found), size, rank)[:, 0] // SEQ for rank in range(2)]
@@ -287,10 +315,10 @@ def test_the_thread_ends_with_the_loop(leave_by: type[Exception] | None) -> None
     ("micro", "data", "pipeline"), [(1, 1, 1), (4, 1, 1), (2, 3, 1), (1, 4, 2), (3, 2, 4), (12, 1, 3)]
 )
 def test_heldout_batches_cover_each_window_once(
-    counting: WindowReader, micro: int, data: int, pipeline: int, max_sequences: int | None
+    counting_heldout: HeldoutReader, micro: int, data: int, pipeline: int, max_sequences: int | None
 ) -> None:
     config = config_of(24, micro, data, parallel={"pipeline": pipeline}, evaluation={"max_sequences": max_sequences})
-    per_rank = [heldout_micro_batches(counting, config, rank, CPU) for rank in range(data)]
+    per_rank = [heldout_micro_batches(counting_heldout, config, rank, CPU) for rank in range(data)]
     (num_batches,) = {len(batches) for batches in per_rank}
     assert num_batches % pipeline == 0  # what the interleaved schedule needs
     expected = min(37, max_sequences or 37)
@@ -300,12 +328,14 @@ def test_heldout_batches_cover_each_window_once(
     numbers = torch.tensor(window_numbers(batches))
     assert weights.dtype == torch.float32 and set(weights.tolist()) <= {0.0, 1.0}
     assert {batch.tokens.shape[0] for batch in batches} == {micro}
-    assert numbers[weights == 1].sort().values.tolist() == heldout_windows(counting, config).tolist()
+    assert numbers[weights == 1].sort().values.tolist() == heldout_windows(counting_heldout, config).tolist()
 
 
-def test_heldout_windows_are_all_or_a_draw_from_all_over(counting: WindowReader) -> None:
+def test_heldout_windows_are_all_or_a_draw_from_all_over(counting_heldout: HeldoutReader) -> None:
     def windows(max_sequences: int | None, **changes: int) -> list[int]:
-        return heldout_windows(counting, config_of(evaluation={"max_sequences": max_sequences}, **changes)).tolist()
+        return heldout_windows(
+            counting_heldout, config_of(evaluation={"max_sequences": max_sequences}, **changes)
+        ).tolist()
 
     assert windows(None) == windows(37) == windows(1000) == list(range(37))
     for count in (1, 6, 20, 36):
@@ -324,7 +354,7 @@ def test_reads_what_megatron_wrote(dtype: Any, tmp_path: Path) -> None:
     documents = [[5, 100, 7], [1], [2, 3, 4, 5, 6, 127], [0, 9]]
     reader = WindowReader(write_megatron(tmp_path / "a.b", documents, dtype), 3)
     flat = np.concatenate(documents)
-    assert reader.tokens.dtype == dtype and np.array_equal(reader.tokens, flat)
+    assert reader.shard.mapped().dtype == dtype and np.array_equal(reader.shard.mapped(), flat)
     assert reader.num_windows == 3
     assert reader.windows([2, 0]).tolist() == [flat[6:10].tolist(), flat[0:4].tolist()]
 
@@ -333,12 +363,12 @@ def test_reads_what_megatron_wrote(dtype: Any, tmp_path: Path) -> None:
 def test_reads_what_the_data_pipeline_wrote(vocab_size: int, tmp_path: Path) -> None:
     top = vocab_size - 1
     with ShardWriter(tmp_path / "train", vocab_size, end_of_text_id=top) as writer:
-        writer.add([np.array(tokens, token_dtype(vocab_size)) for tokens in ([1, 2, 3], [], [4])])
-        writer.add([np.array([5, 6], token_dtype(vocab_size))])
+        writer.add(TokenBatch.of([np.array(tokens, token_dtype(vocab_size)) for tokens in ([1, 2, 3], [], [4])]))
+        writer.add(TokenBatch.of([np.array([5, 6], token_dtype(vocab_size))]))
         writer.finish()
         writer.commit()
     reader = WindowReader(tmp_path / "train", 4)
-    assert reader.tokens.tolist() == [1, 2, 3, top, top, 4, top, 5, 6, top]
+    assert reader.shard.mapped().tolist() == [1, 2, 3, top, top, 4, top, 5, 6, top]
     assert reader.windows([0, 1]).tolist() == [[1, 2, 3, top, top], [top, 4, top, 5, 6]]
 
 
@@ -350,9 +380,14 @@ def test_number_of_windows(num_tokens: int, num_windows: int, tmp_path: Path) ->
 
 
 def test_less_than_a_window(tmp_path: Path) -> None:
-    prefix = write_megatron(tmp_path / "train", [list(range(SEQ))])
-    with pytest.raises(UserError, match=r"train\.bin holds 5 tokens, fewer .* model\.seq_length 5 \+ 1; add text or"):
-        WindowReader(prefix, SEQ)
+    folder = PreparedFolder.open(tmp_path)
+    for name in ("train", "heldout"):
+        write_megatron(tmp_path / name, [list(range(SEQ))])
+    assert WindowReader(tmp_path / "train", SEQ).num_windows == 0
+    with pytest.raises(UserError, match=r"text holds 5 training tokens, .* 5 \+ 1; add text or shorten the sequence$"):
+        TrainingData.open(folder, config_of())
+    with pytest.raises(UserError, match=r"the longest has 5 tokens and model\.seq_length 5 \+ 1 are needed; raise"):
+        HeldoutReader(folder, SEQ)
 
 
 def edited(content: bytes, offset: int, new: bytes) -> bytes:
@@ -393,8 +428,26 @@ def test_index_cut_off_anywhere(length: int, tmp_path: Path) -> None:
 def test_data_set_without_a_document(tmp_path: Path) -> None:
     (tmp_path / "train.bin").write_bytes(b"")
     (tmp_path / "train.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQq", 1, 4, 0, 1, 0))
-    with pytest.raises(UserError, match="has 0 bytes"):
-        WindowReader(tmp_path / "train", SEQ)
+    reader = WindowReader(tmp_path / "train", SEQ)
+    assert (reader.shard.num_tokens, reader.num_windows) == (0, 0)
+
+
+def test_shard_cut_off_while_it_is_open(tmp_path: Path) -> None:
+    reader = WindowReader(write_megatron(tmp_path / "train", [list(range(3 * SEQ + 1))]), SEQ)
+    os.truncate(tmp_path / "train.bin", 4 * 2 * SEQ)
+    assert reader.windows([0])[0].tolist() == list(range(SEQ + 1))
+    for window in (1, 2):
+        with pytest.raises(UserError, match=r"train\.bin has been cut off since it was opened; prepare the data again"):
+            reader.windows([window])
+
+
+def test_a_shard_is_closed_with_its_reader(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "train", [list(range(20))])
+    before = len(os.listdir("/proc/self/fd"))
+    readers = [WindowReader(tmp_path / "train", SEQ) for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before + 5
+    del readers
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("suffix", ["idx", "bin"])
@@ -403,20 +456,3 @@ def test_absent_file(suffix: str, tmp_path: Path) -> None:
     Path(f"{prefix}.{suffix}").unlink()
     with pytest.raises(UserError, match=rf"No such file or directory: .*train\.{suffix}; prepare it first"):
         WindowReader(prefix, SEQ)
-
-
-# -------------------------------------------------------------------------------------------------------- fingerprints
-
-
-def test_fingerprints_are_those_of_the_prepared_folder(tmp_path: Path) -> None:
-    assert fingerprints(tmp_path) == {}  # written by other tools: nothing is known
-    stated = {"tokenizer_fingerprint": "aa", "files": {"train.bin": {"xxh3_128": "bb", "bytes": 3}}, "more": 1}
-    (tmp_path / "manifest.json").write_bytes(orjson.dumps(stated))
-    assert fingerprints(tmp_path) == {"tokenizer": "aa", "train": "bb"}
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"tokenizer_fingerprint": "aa"}', b"\xff", b"null"])
-def test_a_manifest_that_cannot_be_understood(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"manifest\.json is not a manifest of prepared data; prepare it again"):
-        fingerprints(tmp_path)

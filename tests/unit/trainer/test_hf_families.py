@@ -21,7 +21,7 @@ from trainer.checkpoint.families.choice import FAMILIES, family_of
 from trainer.checkpoint.global_tensors import GlobalTensors
 from trainer.config import ModelConfig, RunConfig, UserError
 from trainer.config_file import from_tree
-from trainer.engine import Engine
+from trainer.engine.engine import Engine
 from trainer.evaluate.frozen import FrozenModel
 from trainer.training_state import MASTER
 
@@ -88,8 +88,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Tensor) -> dict[st
             reference = reference_of(config.model)
             reference.randomize(seed=3)
             whole, engine = reference.global_tensors(), Engine(config, device)
-            engine.prepare_state(1)
-            for fragment in engine.fragments():
+            engine.state.prepare(1)
+            for fragment in engine.state.fragments():
                 place = tuple(slice(o, o + n) for o, n in zip(fragment.box.offset, fragment.box.shape, strict=True))
                 fragment.tensors[MASTER].copy_(whole[fragment.box.key][place])
             sharded.save(engine, root / name, 1, 2)

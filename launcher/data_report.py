@@ -1,0 +1,42 @@
+"""Prepared data as tables for a person."""
+
+from rich.table import Table
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.tally import DROP_REASONS, REPAIR_REASONS
+
+
+def tables(manifest: Manifest) -> list[Table]:
+    """What is in the data by data set, and, where there is any, what was left out or mended by reason."""
+    made = [_datasets(manifest)]
+    if manifest.dropped or manifest.repaired:
+        made.append(_reasons(manifest))
+    return made
+
+
+def _datasets(manifest: Manifest) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("data set", "documents", "MB of text", "training tokens", "held-out tokens"):
+        table.add_column(title, justify="left" if title == "data set" else "right")
+    for name, portions in manifest.datasets.items():
+        train, heldout = portions["train"], portions["heldout"]
+        table.add_row(
+            name,
+            f"{train.documents + heldout.documents:,}",
+            f"{(train.text_bytes + heldout.text_bytes) / 1e6:,.1f}",
+            f"{train.tokens:,}",
+            f"{heldout.tokens:,}",
+        )
+    return table
+
+
+def _reasons(manifest: Manifest) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("dropped or mended")
+    table.add_column("count", justify="right")
+    table.add_column("what it means")
+    for reason, count in manifest.dropped.items():
+        table.add_row(reason, f"{count:,}", DROP_REASONS[reason])
+    for reason, count in manifest.repaired.items():
+        table.add_row(reason, f"{count:,}", f"mended: {REPAIR_REASONS[reason]}")
+    return table

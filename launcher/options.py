@@ -1,0 +1,25 @@
+"""Arguments and options that several verbs share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.config import RunConfig
+from trainer.run_dir import RunDir
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> if not given.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="DIR", help="Prepared data; the run's own if not given.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c ...", help="Override config values; takes several at once."),
+]
+
+
+def run_dir_of(config: RunConfig, path: Path | None) -> RunDir:
+    return RunDir(path or Path("runs") / config.name)
