@@ -31,6 +31,7 @@ def read(
         add: Callable[[int], None] = reported.append
         documents += read_split(split, max_document_bytes, tally, add)
         assert sum(reported) == split.size_bytes
+        assert all(num_bytes > 0 for num_bytes in reported)
     return documents, tally
 
 

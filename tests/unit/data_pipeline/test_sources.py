@@ -11,6 +11,7 @@ import orjson
 import pytest
 
 from data_pipeline.sources import PYTHON_STDLIB, Split, UnreadableSplit, content_hash, origin, plan_splits, read_split
+from data_pipeline.sources.find import find_files
 from data_pipeline.tally import Tally
 from read_sources import counts, places, plan, read, texts
 from trainer.config import UserError
@@ -74,6 +75,7 @@ def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
     (corpus / "other").symlink_to(tmp_path / "elsewhere")
     (corpus / "loop").symlink_to(corpus)
     assert [document.id for document in read(corpus)[0]] == [f"{corpus}/link/a.txt"]
+    assert [file.name for file in find_files(str(corpus), "data.sources")[0]] == ["link/a.txt"]
 
 
 def test_a_relative_source_keeps_its_name_and_can_be_read_from_anywhere(

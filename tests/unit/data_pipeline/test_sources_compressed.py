@@ -128,6 +128,16 @@ def test_a_block_that_lies_about_its_size_swallows_no_other_frame(claim: int, tm
 
 
 @both
+def test_what_only_looks_like_a_member_is_the_same_damage(suffix: str, tmp_path: Path) -> None:
+    member = COMPRESS[suffix](b'{"text": "x"}\n')
+    looks_alike = member[:10] + b"\xff" * 30
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(member + b"garbage" + looks_alike * 50 + member + b"garbage")
+    documents, tally = read(tmp_path)
+    assert texts(documents) == ["x", "x"]
+    assert counts(tally) == {"truncated": 2}
+
+
+@both
 def test_a_lost_checksum_is_damage(suffix: str, tmp_path: Path) -> None:
     lines = made_up_lines(2, 10)
     member = bytearray(COMPRESS[suffix](b"".join(lines)))
