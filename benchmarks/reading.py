@@ -29,12 +29,12 @@ import torch.distributed as dist
 
 from data_pipeline.shards import ShardWriter
 from trainer.config import RunConfig
-from trainer.data_config import BLENDS
 from trainer.config_file import from_tree
 from trainer.data import blend as blends
 from trainer.data.batches import TrainingData
 from trainer.data.prepared import PreparedFolder
 from trainer.data.shards import Shard
+from trainer.data_config import BLENDS
 
 SEQ_LENGTH, BATCH, VOCAB = 2048, 512, 50257
 DOCUMENT_TOKENS = 1000

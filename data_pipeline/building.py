@@ -24,7 +24,8 @@ from data_pipeline.sources import Plan, Split
 from data_pipeline.tally import Tally
 from data_pipeline.tasks import Failed, Task, Workers
 from data_pipeline.tokenization import Tokenizer, control_tokens_of, install_tokenizer
-from trainer.config import DataConfig, UserError
+from trainer.data_config import DataConfig
+from trainer.section import UserError
 
 WORK_FOLDER = ".work"
 """In the folder of the prepared data, while it is being made."""

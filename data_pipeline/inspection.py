@@ -11,7 +11,7 @@ from data_pipeline.publishing import DROPPED_FILE, TOKENIZER_FOLDER
 from data_pipeline.shards import read_index
 from data_pipeline.tally import DROP_REASONS
 from data_pipeline.tokenization import Tokenizer
-from trainer.config import UserError
+from trainer.section import UserError
 
 
 def documents(out: Path, dataset: str | None, portion: Portion, first: int, count: int) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_pipeline.durable import write_atomically, write_synced
 from data_pipeline.settings import Settings
 from data_pipeline.tally import Count
-from trainer.config import UserError
+from trainer.section import UserError
 
 MANIFEST_FILE = "manifest.json"
 Portion = Literal["train", "heldout"]

@@ -13,7 +13,7 @@ from itertools import groupby
 
 from data_pipeline.document import Document
 from data_pipeline.tally import Tally
-from trainer.config import UserError
+from trainer.section import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

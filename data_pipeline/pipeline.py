@@ -24,7 +24,8 @@ from data_pipeline.sources import Plan, plan_splits
 from data_pipeline.tasks import Workers, without_room
 from data_pipeline.tokenization import check_tokenizer, check_vocab_size
 from data_pipeline.workers import LocalWorkers, num_cores
-from trainer.config import DataConfig, UserError
+from trainer.data_config import DataConfig
+from trainer.section import UserError
 
 _LOCK_FILE = ".prepare.lock"
 
@@ -52,8 +53,8 @@ def prepare(
     """
     settings = Settings.of(data, vocab_size, seq_length, seed)
     manifest = find_prepared(settings, out)
-    plan = preflight(settings, out) if manifest is None else None
-    if plan or (out / WORK_FOLDER).exists():
+    if manifest is None or (out / WORK_FOLDER).exists():
+        plan = None if manifest else preflight(settings, out)
         with _locked(out):
             manifest = find_prepared(settings, out)  # another process may have been faster
             if manifest is None:

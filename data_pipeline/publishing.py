@@ -25,7 +25,7 @@ from data_pipeline.settings import Settings
 from data_pipeline.sources import Split
 from data_pipeline.tally import Count, Tally
 from data_pipeline.tokenization import Tokenizer
-from trainer.config import UserError
+from trainer.section import UserError
 
 TOKENIZER_FOLDER = "tokenizer"
 DROPPED_FILE = "dropped.jsonl"

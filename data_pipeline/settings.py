@@ -6,7 +6,7 @@ import orjson
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from trainer.config import DataConfig
+from trainer.data_config import DataConfig
 
 SPLIT_SEED = 0
 """Seed of the hash that picks held-out documents. Left alone, all runs hold out the same documents of a corpus."""

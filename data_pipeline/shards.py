@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.durable import discard, publish, temporary_path
-from trainer.config import UserError
+from trainer.section import UserError
 
 TokenIds = NDArray[np.integer[Any]]
 
@@ -173,7 +173,7 @@ def write_index(
 
 
 def read_index(path: Path) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Tokens of each document `[d]`, its end-of-text token included, and its offset in the .bin `[d]` in bytes: maps."""
+    """Tokens of each document `[d]`, its end-of-text token included, and its offset `[d]` in the .bin (bytes): maps."""
     first = len(_MAGIC) + _HEADER.size
     with open(path, "rb") as handle:
         _, _, num_documents, _ = _HEADER.unpack(handle.read(first)[len(_MAGIC) :])

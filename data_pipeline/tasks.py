@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.config import UserError
+from trainer.section import UserError
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def without_room(out: Path) -> Iterator[None]:
 
 
 def describe_failure(error: Exception, details: str) -> Failed:
-    """What to make of an exception that a task raised. An OSError is of writing: those of reading have become others."""
+    """What to make of an exception of a task. An OSError is of writing: those of reading have become others."""
     if isinstance(error, UserError):
         return Failed(str(error), is_final=True)
     if isinstance(error, OSError) and error.errno in _NO_ROOM:

@@ -21,7 +21,7 @@ class TokenWriter:
         self._encoder = encoder
         self._files = ExitStack()
         self._tokens, self._lengths = (
-            {portion: self._files.enter_context(open(path(folder, portion), "wb")) for portion in PORTIONS}
+            {portion: self._files.enter_context(path(folder, portion).open("wb")) for portion in PORTIONS}
             for path in (bin_path, lengths_path)
         )
         self._counts = {portion: np.zeros(3, np.int64) for portion in PORTIONS}

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from data_pipeline.tasks import MAX_TRIES, Advance, Done, Failed, Outcome, Report, Task
-from trainer.config import UserError
+from trainer.section import UserError
 
 
 @dataclass

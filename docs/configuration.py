@@ -61,9 +61,11 @@ def _type_name(annotation: Any) -> str:
     annotation = _without_notes(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if section_in(annotation) and origin is None:
-        return "a section of its own, below"
+        return "section, below"
     if origin is dict:
-        return f"mapping of names to {_type_name(arguments[1])}s".replace("a section of its own, belows", "sections, below")
+        return f"mapping of names to {_type_name(arguments[1])}s".replace(
+            "a section of its own, belows", "sections, below"
+        )
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, types.UnionType):

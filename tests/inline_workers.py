@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from data_pipeline.tasks import Advance, Done, Failed, Outcome, Report, Task, describe_failure
+from data_pipeline.tasks import Advance, Done, Outcome, Report, Task, describe_failure
 from trainer.config import UserError
 
 

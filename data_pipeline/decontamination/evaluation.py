@@ -11,8 +11,8 @@ import orjson
 
 from data_pipeline.decontamination.overlaps import EvaluationNgrams
 from data_pipeline.words import WordTable
-from trainer.config import UserError
 from trainer.data_config import DecontaminateConfig
+from trainer.section import UserError
 
 _SUFFIXES = (".jsonl", ".txt")
 _BATCH_CHARS = 1_000_000

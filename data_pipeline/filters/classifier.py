@@ -23,7 +23,7 @@ from data_pipeline.document import Document
 from data_pipeline.durable import write_atomically
 from data_pipeline.tally import Tally
 from data_pipeline.words import Int64s, WordTable
-from trainer.config import UserError
+from trainer.section import UserError
 
 Floats = NDArray[np.float64]
 

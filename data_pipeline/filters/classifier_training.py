@@ -12,7 +12,7 @@ import xxhash
 
 from data_pipeline.filters.classifier import FEATURE_BITS, Classifier, Features
 from data_pipeline.normalize import decode_utf8
-from trainer.config import UserError
+from trainer.section import UserError
 
 LEAST_TEXTS = 50  # of each kind; fewer leave five to measure by
 _HELDOUT_PERCENT = 10

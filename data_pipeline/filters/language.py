@@ -7,8 +7,8 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 from data_pipeline.document import Document
 from data_pipeline.tally import Tally
-from trainer.config import UserError
 from trainer.data_config import LanguageConfig
+from trainer.section import UserError
 
 _EXCERPT_PIECES = 3
 _PIECE_CHARS = 150

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.sources.split import KINDS, format_of, printable
 from data_pipeline.sources.storage import Remote, hash_local_file, is_url, one_line
-from trainer.config import UserError
+from trainer.section import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from data_pipeline.sources.split import Split, UnreadableSplit, hash_of
 from data_pipeline.sources.storage import hash_local_file, is_url, one_line
 from data_pipeline.sources.streams import OnBytes
 from data_pipeline.tally import Tally
-from trainer.config import UserError
+from trainer.section import UserError
 
 if TYPE_CHECKING:
     import datasets

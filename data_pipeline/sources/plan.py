@@ -8,11 +8,10 @@ from pathlib import Path
 
 from data_pipeline.sources import hugging_face, python_stdlib
 from data_pipeline.sources.find import FoundFile, find_files
-from data_pipeline.sources.parquet import row_group_bytes
 from data_pipeline.sources.split import KINDS, Split, format_of, hash_of, printable
 from data_pipeline.sources.storage import is_url, one_line
-from trainer.config import UserError
 from trainer.data_config import DataConfig, DatasetConfig
+from trainer.section import UserError
 
 SPLIT_BYTES = 64 << 20
 _MAX_BATCH_FILES = 1000
@@ -167,6 +166,8 @@ class _Planner:
 
     def _cut_parquet(self, whole: Split) -> list[Split]:
         try:
+            from data_pipeline.sources.parquet import row_group_bytes  # see `read._reader`
+
             sizes = row_group_bytes(whole.path, whole.text_field)
         except OSError as error:
             problem = one_line(error)

@@ -19,7 +19,7 @@ from data_pipeline.sources.split import Split, hash_of
 from data_pipeline.sources.storage import hash_local_file
 from data_pipeline.sources.streams import OnBytes
 from data_pipeline.tally import Tally
-from trainer.config import UserError
+from trainer.section import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 

@@ -8,24 +8,35 @@ import xxhash
 from data_pipeline.document import Document
 from data_pipeline.sources.hugging_face import hash_shard, read_hugging_face
 from data_pipeline.sources.jsonl import read_jsonl
-from data_pipeline.sources.parquet import hash_row_groups, read_parquet
 from data_pipeline.sources.python_stdlib import hash_stdlib, read_stdlib_split, stdlib_root
 from data_pipeline.sources.split import Format, Split, UnreadableSplit
 from data_pipeline.sources.storage import one_line, open_file, read_block
 from data_pipeline.sources.streams import BLOCK_BYTES, LineRange, OnBytes
 from data_pipeline.sources.text import read_text
-from data_pipeline.sources.warc import read_warc
 from data_pipeline.tally import KEPT_CHARS, Tally
 
-_READERS: dict[Format, Callable[[Split, int, Tally, OnBytes], Iterator[Document]]] = {
-    "jsonl": read_jsonl,
-    "text": read_text,
-    "parquet": read_parquet,
-    "warc": read_warc,
-    "hugging_face": read_hugging_face,
-    "python_stdlib": read_stdlib_split,
-}
+Reader = Callable[[Split, int, Tally, OnBytes], Iterator[Document]]
+
 _MAX_UTF8_BYTES = 4  # of one character
+
+
+def _reader(format: Format) -> Reader:
+    """Imported when it is needed: the libraries behind some take longer to import than a small corpus to prepare."""
+    if format == "parquet":
+        from data_pipeline.sources.parquet import read_parquet
+
+        return read_parquet
+    if format == "warc":
+        from data_pipeline.sources.warc import read_warc
+
+        return read_warc
+    readers: dict[Format, Reader] = {
+        "jsonl": read_jsonl,
+        "text": read_text,
+        "hugging_face": read_hugging_face,
+        "python_stdlib": read_stdlib_split,
+    }
+    return readers[format]
 
 
 def _ignore(num_bytes: int) -> None:
@@ -44,7 +55,7 @@ def read_split(split: Split, max_document_bytes: int, tally: Tally, on_bytes: On
     try:
         if split.problem:
             raise OSError(split.problem)
-        for document in _READERS[split.format](split, max_document_bytes, tally, progress.add):
+        for document in _reader(split.format)(split, max_document_bytes, tally, progress.add):
             if _is_longer(document.text, max_document_bytes):
                 tally.drop("too_long", document.id, document.text[:KEPT_CHARS])
             else:
@@ -69,6 +80,8 @@ def content_hash(split: Split) -> str:
         if split.format == "hugging_face":
             return hash_shard(split)
         if split.format == "parquet":
+            from data_pipeline.sources.parquet import hash_row_groups
+
             return hash_row_groups(split)
         if split.format == "python_stdlib":
             return hash_stdlib(stdlib_root())

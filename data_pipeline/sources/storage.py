@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import fsspec
 import xxhash
 
-from trainer.config import UserError
+from trainer.section import UserError
 
 _SAMPLE_BYTES = 64 << 10
 _SAMPLES = 5  # head, quarters, tail

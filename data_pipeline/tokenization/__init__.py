@@ -23,8 +23,8 @@ from data_pipeline.tokenization.sentencepiece_training import (
     train_sentencepiece,
 )
 from data_pipeline.tokenization.tokenizer import Engine, Tokenizer
-from trainer.config import UserError
 from trainer.data_config import TokenizerConfig
+from trainer.section import UserError
 
 __all__ = [
     "CONFIG_FILE",

@@ -8,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from data_pipeline.tokenization.engines import own_threads
 from data_pipeline.tokenization.folder import END_OF_TEXT, write_folder
-from trainer.config import UserError
+from trainer.section import UserError
 
 MIN_VOCAB_SIZE = 256 + 1  # every byte, and the end-of-text token
 _MIN_PAIR_COUNT = 2  # a pair met once teaches nothing

@@ -13,7 +13,7 @@ from data_pipeline.tokenization.sentencepiece_conversion import (
     convert_sentencepiece,
     verify_conversion,
 )
-from trainer.config import UserError
+from trainer.section import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"

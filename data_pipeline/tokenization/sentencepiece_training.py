@@ -10,7 +10,7 @@ import sentencepiece
 
 from data_pipeline.tokenization.folder import sentencepiece_as_json, write_folder
 from data_pipeline.tokenization.sentencepiece_conversion import CONTROL_CHARS
-from trainer.config import UserError
+from trainer.section import UserError
 
 SENTENCEPIECE_CONTROLS = ("</s>", "<s>", "<unk>")
 MIN_VOCAB_SIZE = 256 + len(SENTENCEPIECE_CONTROLS) + 1  # every byte, the controls, and a piece

@@ -12,7 +12,7 @@ from data_pipeline.tokenization.adversarial import ADVERSARIAL_TEXTS
 from data_pipeline.tokenization.agreement import Fallback, require_equal
 from data_pipeline.tokenization.engines import FastEngine, FastEngineError, ReferenceEngine
 from data_pipeline.tokenization.folder import end_of_text_of, read_tokenizer
-from trainer.config import UserError
+from trainer.section import UserError
 
 Engine = Literal["auto", "reference"]
 

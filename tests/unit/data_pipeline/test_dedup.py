@@ -24,8 +24,7 @@ from data_pipeline.dedup.clusters import Clusters
 from data_pipeline.dedup.decide import WINDOW
 from data_pipeline.dedup.minhash import band_keys, least_agreement, signatures
 from data_pipeline.words import WordTable
-from trainer.data_config import FUZZY_PRESETS
-from trainer.data_config import DedupConfig, FuzzyConfig
+from trainer.data_config import FUZZY_PRESETS, DedupConfig, FuzzyConfig
 
 EVERYTHING = DedupConfig(fuzzy=FuzzyConfig(), paragraphs=True, min_paragraph_chars=30)
 VOCABULARY = [f"{first}{second}" for first in "bdfgklmnprstvz" for second in ("a", "eno", "illi", "or", "uste", "yné")]

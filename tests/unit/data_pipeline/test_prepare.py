@@ -93,9 +93,7 @@ def test_a_data_sets_manifest_tells_where_it_came_from(prepared: Path, corpus_fo
     manifest = DatasetManifest.load(prepared / "text")
     assert manifest.portions == Manifest.load(prepared).datasets["text"]
     assert sum(source.documents for source in manifest.sources) == 150
-    raw = {
-        str(path): xxhash.xxh3_128_hexdigest(path.read_bytes() + b"\0") for path in corpus_folder.glob("*.jsonl")
-    }
+    raw = {str(path): xxhash.xxh3_128_hexdigest(path.read_bytes() + b"\0") for path in corpus_folder.glob("*.jsonl")}
     assert raw.items() <= {source.place: source.content_hash for source in manifest.sources}.items()
     for name, record in manifest.files.items():
         assert record == FileRecord.of(prepared / "text" / name)
@@ -197,9 +195,7 @@ def test_the_size_of_a_batch_does_not_change_the_bytes(
     assert content_of(tmp_path / "out") == content_of(prepared)
 
 
-def test_the_number_of_processes_does_not_change_the_bytes(
-    prepared: Path, corpus_folder: Path, tmp_path: Path
-) -> None:
+def test_the_number_of_processes_does_not_change_the_bytes(prepared: Path, corpus_folder: Path, tmp_path: Path) -> None:
     for num_workers in (1, 3):
         prepare_small(tmp_path / f"{num_workers}", corpus_folder, workers=num_workers)
         assert content_of(tmp_path / f"{num_workers}") == content_of(prepared)
@@ -340,7 +336,9 @@ def flip_a_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "rule"), [(Path.unlink, "is missing"), (cut_short, "bytes, not"), (flip_a_bit, "other content")]
 )
-@pytest.mark.parametrize("name", ["text/train.bin", "text/heldout.idx", "tokenizer/tokenizer.json", "text/manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["text/train.bin", "text/heldout.idx", "tokenizer/tokenizer.json", "text/manifest.json"]
+)
 def test_damage_is_named_and_mended(
     damage: Callable[[Path], None], rule: str, name: str, prepared: Path, corpus_folder: Path
 ) -> None:

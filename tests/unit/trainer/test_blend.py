@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.shards import ShardWriter
 from trainer.config import RunConfig, UserError
-from trainer.data_config import BLENDS
 from trainer.config_file import from_tree
 from trainer.data.batches import TrainingData, heldout_windows
 from trainer.data.blend import PERIOD, Blend, blend_in_force, epochs, quantize
 from trainer.data.prepared import PreparedFolder
 from trainer.data.windows import HeldoutReader, WindowReader
+from trainer.data_config import BLENDS
 
 GPT3 = BLENDS["gpt3"]
 SEQ = 4
