@@ -11,7 +11,7 @@ class Document:
     """One text, packed with others into training sequences and ended by the end-of-text token."""
 
     id: str
-    """Where the text was found, the same in every run: `corpus/a.txt`, `b.jsonl@1728` (the byte), `crawl.wet.gz@7093`."""
+    """Where the text was found, the same in every run: `corpus/a.txt`, `b.jsonl@1728` (a byte), `crawl.wet@7093`."""
     text: str
 
 

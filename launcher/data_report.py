@@ -1,12 +1,31 @@
-"""Prepared data as tables for a person."""
+"""Prepared data for a person: a line, tables."""
 
 from rich.table import Table
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.tally import DROP_REASONS, REPAIR_REASONS
+from launcher.display import Display
 
 
-def tables(manifest: Manifest) -> list[Table]:
+def describe(manifest: Manifest) -> str:
+    train, heldout = manifest.portions["train"], manifest.portions["heldout"]
+    return (
+        f"{train.documents + heldout.documents:,} documents, {(train.text_bytes + heldout.text_bytes) / 1e6:.1f} MB -> "
+        f"{train.tokens:,} training and {heldout.tokens:,} held-out tokens of {manifest.vocab_size:,}"
+    )
+
+
+def show(manifest: Manifest, display: Display) -> None:
+    """What was dropped and repaired, and why; what the user should know."""
+    for table in _tables(manifest):
+        display.console.print(table)
+    for note in manifest.notes:
+        display.line(f"  note: {note}")
+    for bad in manifest.bad_splits:
+        display.line(f"  warning: {bad.place} is not in the data: {bad.reason}")
+
+
+def _tables(manifest: Manifest) -> list[Table]:
     """What is in the data by data set, and, where there is any, what was left out or mended by reason."""
     made = [_datasets(manifest)]
     if manifest.dropped or manifest.repaired:

@@ -54,13 +54,13 @@ def corpus(
     Example: `broadgauge prepare configs/quickstart.yaml --out data/stdlib`,
     the same as `broadgauge prepare corpus configs/quickstart.yaml --out data/stdlib`
     """
-    from launcher import checks, stages
-
     config = config_file.load(path, settings or ())
     display = Display(Console())
     if workers and ray:
         raise UserError("--workers counts processes on this machine and --ray uses a cluster's; give one of them")
     if out is None:
+        from launcher import checks, stages
+
         where = run_dir_of(config, run_dir)
         where.check(config)
         checks.check_sources(config, where)
@@ -68,6 +68,7 @@ def corpus(
             stages.prepare_data(claimed, pool)
         return
     from data_pipeline import pipeline
+    from launcher import data_report
 
     with _workers(workers, ray) as pool, display.stage("prepare") as bar:
         prepared = pipeline.prepare(
@@ -78,8 +79,8 @@ def corpus(
             workers=pool,
             progress=bar,
         )
-        bar.result = stages.describe_data(prepared)
-    stages.show_data(prepared, display)
+        bar.result = data_report.describe(prepared)
+    data_report.show(prepared, display)
 
 
 @app.command()
@@ -101,10 +102,10 @@ def inspect(
     """
     from data_pipeline import inspection
     from data_pipeline.manifest import Manifest
-    from launcher import stages
+    from launcher import data_report
 
     display = Display(Console())
-    stages.show_data(Manifest.load(path), display)
+    data_report.show(Manifest.load(path), display)
     found = (
         inspection.dropped(path, dataset, dropped)
         if dropped

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
 from launcher import checks, data_report, report
@@ -133,8 +132,8 @@ def prepare_data(claimed: ClaimedRun, workers: Workers | int | None = None) -> N
             workers=workers,
             progress=bar,
         )
-        bar.result = describe_data(manifest)
-    show_data(manifest, claimed.display)
+        bar.result = data_report.describe(manifest)
+    data_report.show(manifest, claimed.display)
     claimed.log.write(
         "data_prepared",
         documents={name: portion.documents for name, portion in manifest.portions.items()},
@@ -143,24 +142,6 @@ def prepare_data(claimed: ClaimedRun, workers: Workers | int | None = None) -> N
         dropped=manifest.dropped,
         repaired=manifest.repaired,
     )
-
-
-def describe_data(manifest: Manifest) -> str:
-    train, heldout = manifest.portions["train"], manifest.portions["heldout"]
-    return (
-        f"{train.documents + heldout.documents:,} documents, {(train.text_bytes + heldout.text_bytes) / 1e6:.1f} MB -> "
-        f"{train.tokens:,} training and {heldout.tokens:,} held-out tokens of {manifest.vocab_size:,}"
-    )
-
-
-def show_data(manifest: Manifest, display: Display) -> None:
-    """What was dropped and repaired, and why; what the user should know."""
-    for table in data_report.tables(manifest):
-        display.console.print(table)
-    for note in manifest.notes:
-        display.line(f"  note: {note}")
-    for bad in manifest.bad_splits:
-        display.line(f"  warning: {bad.place} is not in the data: {bad.reason}")
 
 
 def train(claimed: ClaimedRun) -> None:
