@@ -90,6 +90,7 @@ class Zero:
             # To prefetch weights ZeRO-3 traces modules, and has all ranks agree on the order by broadcasts in forward.
             # Stages run different modules at different times and would deadlock: here modules fetch as they run.
             self.optimizer.parameter_offload.fwd_pre_hook.remove()
+            self.optimizer._get_norm_groups = self._norm_of_everything
 
     # -------------------------------------------------------------------------------------------------------- a step
 
@@ -165,6 +166,19 @@ class Zero:
             for flat in self.optimizer.get_grads_for_reduction()[0]:
                 dist.all_reduce(flat, group=parallel.data_group())
                 flat.div_(num_replicas)
+
+    def _norm_of_everything(self) -> list[Tensor]:
+        """ZeRO-3, in one sum over all ranks.
+
+        DeepSpeed cuts the parameters of a rank into parts of a billion elements, and sums part by part over all ranks,
+        which would wait for each other for ever: stages have not equally many.
+        """
+        parts = self.optimizer.fp16_groups
+        parameters = [parameter for part in parts for parameter in part]
+        if self._config.parallel.offload == "optimizer":
+            return [self.optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)]
+        gradients = [gradient for index in range(len(parts)) for gradient in self.optimizer.averaged_gradients[index]]
+        return [self.optimizer.get_grad_norm_direct(gradients, parameters)]
 
     def _sequence_parallel_parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.module.parameters() if getattr(p, "sequence_parallel", False)]
