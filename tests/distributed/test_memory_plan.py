@@ -13,8 +13,8 @@ from trainer import parallel
 from trainer.config import RunConfig
 from trainer.config_file import override
 from trainer.data.batches import MicroBatch
+from trainer.engine.deepspeed_config import REDUCE_BUCKET_ELEMENTS
 from trainer.engine.engine import Engine
-from trainer.engine.zero import REDUCE_BUCKET_ELEMENTS
 from trainer.model.context_parallel import local_positions
 from trainer.model.gpt import build_chunks
 from trainer.pipeline import run_schedule

@@ -18,6 +18,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from trainer import parallel
 from trainer.config import RunConfig
+from trainer.engine.deepspeed_config import deepspeed_config
 from trainer.engine.optimizer import GatedAdamW
 from trainer.model.sharding import Placement
 
@@ -34,29 +35,6 @@ from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_fu
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed_logger.setLevel(logging.ERROR)
 deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None
-
-REDUCE_BUCKET_ELEMENTS = 40_000_000  # gradients that travel together; DeepSpeed's default holds 2 GB for them
-
-
-def settings(config: RunConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON for this run. Accumulation is left to megatron-core's schedule."""
-    found: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": config.optimizer.clip_grad_norm,
-        "steps_per_print": 10**9,
-    }
-    if config.parallel.offload == "optimizer":
-        found["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    if config.train.precision == "bf16":
-        found["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        found["data_types"] = {"grad_accum_dtype": "fp32"}
-        found["communication_data_type"] = "fp32"
-    return found
 
 
 class Zero:
@@ -77,7 +55,7 @@ class Zero:
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
             optimizer=self._adamw,
-            config=settings(config),
+            config=deepspeed_config(config),
             mpu=parallel.DeepSpeedTopology(),
             dist_init_required=False,
         )
