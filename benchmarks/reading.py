@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, TokenBatch
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.data import blend as blends
@@ -57,7 +57,8 @@ def write_shards(folder: Path, num_documents: int) -> PreparedFolder:
     for name in WEIGHTS:
         (folder / name).mkdir()
         with ShardWriter(folder / name / "train", VOCAB, end_of_text_id=VOCAB - 1) as writer:
-            writer.add(list(draw.integers(0, VOCAB - 1, (num_documents, DOCUMENT_TOKENS - 1)).astype(np.uint16)))
+            drawn = draw.integers(0, VOCAB - 1, (num_documents, DOCUMENT_TOKENS - 1)).astype(np.uint16)
+            writer.add(TokenBatch.of(list(drawn)))
             writer.finish()
             writer.commit()
     return PreparedFolder(folder, {name: folder / name for name in WEIGHTS})
@@ -157,7 +158,7 @@ def compare_cold(prefix: Path, rounds: int, num_windows: int = 300) -> None:
     """On 400 MB: of much less, a map has soon read all, which real data sets do not let it."""
     with ShardWriter(prefix, VOCAB, end_of_text_id=VOCAB - 1) as writer:
         for _ in range(20):
-            writer.add([np.arange(10_000_000).astype(np.uint16)])
+            writer.add(TokenBatch.of([np.arange(10_000_000).astype(np.uint16)]))
         writer.finish()
         writer.commit()
     shard = Shard(prefix)

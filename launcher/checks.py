@@ -9,6 +9,7 @@ from data_pipeline.tokenization import Tokenizer
 from launcher.job import check_embedded
 from trainer.checkpoint import store
 from trainer.config import RunConfig, UserError
+from trainer.data.blend import DatasetUse, epochs
 from trainer.data.prepared import fingerprints
 from trainer.run_dir import RunDir
 
@@ -78,7 +79,18 @@ def check_prepared(config: RunConfig, run_dir: RunDir) -> Manifest:
             f"{config.model.vocab_size}; set it to {manifest.vocab_size}, or prepare the data again"
         )
     check_enough(manifest.portions, config.model.seq_length, config.tokens_per_step + 1)
+    planned_epochs(config, manifest)
     return manifest
+
+
+def planned_epochs(config: RunConfig, manifest: Manifest) -> list[DatasetUse]:
+    """How much of each data set the run will draw.
+
+    Raises:
+        UserError: the blend does not fit the data.
+    """
+    tokens = {name: portions["train"].tokens for name, portions in manifest.datasets.items()}
+    return epochs(config, tokens, manifest.blend)
 
 
 def check_resume_from(config: RunConfig, run_dir: RunDir) -> None:

@@ -1,10 +1,13 @@
 """Prepared data for a person: a line, tables."""
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.tally import DROP_REASONS, REPAIR_REASONS
 from launcher.display import Display
+from trainer.data.blend import DatasetUse
 
 
 def describe(manifest: Manifest) -> str:
@@ -31,6 +34,16 @@ def _tables(manifest: Manifest) -> list[Table]:
     if manifest.dropped or manifest.repaired:
         made.append(_reasons(manifest))
     return made
+
+
+def show_epochs(uses: Sequence[DatasetUse], display: Display) -> None:
+    """How much of each data set a run draws, before it starts."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("data set", "share", "training tokens", "sequences drawn", "epochs"):
+        table.add_column(title, justify="left" if title == "data set" else "right")
+    for use in uses:
+        table.add_row(use.name, f"{use.share:.1%}", f"{use.tokens:,}", f"{use.samples:,}", f"{use.epochs:.2f}")
+    display.console.print(table)
 
 
 def _datasets(manifest: Manifest) -> Table:

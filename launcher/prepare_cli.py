@@ -121,7 +121,6 @@ def train_classifier(
     negative: Annotated[list[str], typer.Option(metavar="SOURCE", help="Raw text; may be given several times.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the classifier.", show_default=False)],
     text_field: Annotated[str, typer.Option(help="Field of a .jsonl record that holds the text.")] = "text",
-    max_documents: Annotated[int, typer.Option(min=2, help="Documents to train on at most, of either kind.")] = 200_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the split into training and test.")] = 0,
 ) -> None:
     """Train GPT-3's quality classifier; name the file in `data.quality.classifier`.
@@ -131,7 +130,12 @@ def train_classifier(
     from data_pipeline.filters import classifier_training
 
     report = classifier_training.train_classifier(positive, negative, out, text_field, seed)
-    print(f"{out}: {report}")
+    left_out = ", ".join(f"{count} {reason}" for reason, count in report.left_out.items()) or "none"
+    print(
+        f"{out}: trained on {report.num_positives:,} positives and {report.num_negatives:,} negatives; on "
+        f"{report.num_heldout:,} texts it has not seen, accuracy {report.accuracy:.3f} and AUC {report.auc:.3f}; "
+        f"records left out: {left_out}"
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
 from launcher import checks, data_report, report
@@ -151,6 +152,9 @@ def train(claimed: ClaimedRun) -> None:
     if is_trained(config, run_dir):
         claimed.display.line(f"train     trained already, to step {schedule.num_steps}")
         return
+    uses = checks.planned_epochs(config, Manifest.load(run_dir.data_for(config)))
+    data_report.show_epochs(uses, claimed.display)
+    claimed.log.write("blend", datasets={use.name: {"share": use.share, "epochs": use.epochs} for use in uses})
     with claimed.stage("train") as bar:
         events = EventReader(run_dir.events_path)
         events.skip_to_end()

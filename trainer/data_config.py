@@ -1,11 +1,11 @@
 """The `data` section of a config: where text comes from, what is kept of it, and how it becomes tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trainer.section import Section, Strings
+from trainer.section import Section, Strings, UserError
 
 
 class DatasetConfig(Section):
@@ -153,14 +153,22 @@ class DataConfig(Section):
         if self.sources is not None and self.datasets:
             raise ValueError("data.sources and data.datasets exclude each other; move the sources into a data set")
         if self.blend is not None:
-            _check_blend(self.blend, None if self.prepared else self.named_datasets)
+            check_blend(self.blend, None if self.prepared else self.named_datasets)
         return self
 
 
-def _check_blend(blend: Mapping[str, float], datasets: Mapping[str, object] | None) -> None:
-    if not sum(blend.values()):
-        raise ValueError("data.blend: the weights sum to 0 and nothing would be drawn; give one a weight above 0")
-    if datasets is not None and (unknown := blend.keys() - datasets.keys()):
-        raise ValueError(f"data.blend: there is no data set {min(unknown)}; known: {', '.join(datasets)}")
-    if datasets is not None and (silent := datasets.keys() - blend.keys()):
-        raise ValueError(f"data.blend: {min(silent)} has no weight; give it one (0 leaves it out), or remove it")
+def check_blend(weights: Mapping[str, float], datasets: Iterable[str] | None) -> None:
+    """Refuse weights from which nothing would be drawn, or that are not one for each data set (where those are known).
+
+    Raises:
+        UserError: names what is missing or too much.
+    """
+    if not sum(weights.values()):
+        raise UserError(f"data.blend: the weights of {', '.join(weights)} sum to 0; give one a weight above 0")
+    if datasets is None:
+        return
+    names = list(datasets)
+    if unknown := weights.keys() - set(names):
+        raise UserError(f"data.blend: there is no data set {min(unknown)}; known: {', '.join(names)}")
+    if missing := set(names) - weights.keys():
+        raise UserError(f"data.blend: {min(missing)} has no weight; give it one (0 leaves it out) beside the others")

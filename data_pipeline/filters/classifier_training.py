@@ -2,16 +2,18 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import xxhash
 
 from data_pipeline.filters.classifier import FEATURE_BITS, Classifier, Features
-from data_pipeline.normalize import decode_utf8
+from data_pipeline.normalize import Normalizer
+from data_pipeline.sources import UnreadableSplit, plan_splits, read_split
+from data_pipeline.tally import Tally
+from trainer.data_config import DataConfig, DatasetConfig
 from trainer.section import UserError
 
 LEAST_TEXTS = 50  # of each kind; fewer leave five to measure by
@@ -34,26 +36,36 @@ class Report:
     auc: float
     """Area under the ROC curve: how often a positive scores above a negative."""
     fingerprint: str
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Records that could not be used, by reason (`data_pipeline.tally`)."""
 
 
 def train_classifier(
     positives: Sequence[str], negatives: Sequence[str], out: Path, text_field: str = "text", seed: int = 0
 ) -> Report:
-    """Train on files and write the classifier.
+    """Train on text of any sources (see `data_pipeline.sources`) and write the classifier.
 
     Args:
-        positives: .jsonl files (a text a line) and others (a text a file, UTF-8): what training data should be like.
-        negatives: the same: the raw corpus.
+        positives: what training data should be like.
+        negatives: the raw corpus.
         out: file to write.
-        text_field: of .jsonl records.
+        text_field: of records and tables.
         seed: of the choice of held-out texts.
 
     Raises:
         UserError: a file cannot be used, or there are too few texts.
     """
-    classifier, report = fit(_read_texts(positives, text_field), _read_texts(negatives, text_field), seed)
+    tally = Tally()
+    good, raw = (
+        _read_texts(kind, DatasetConfig(sources=tuple(sources), text_field=text_field), tally)
+        for kind, sources in (("positives", positives), ("negatives", negatives))
+    )
+    try:
+        classifier, report = fit(good, raw, seed)
+    except UserError as error:
+        raise UserError(f"{error} (left out while reading: {tally})") from error
     classifier.save(out)
-    return report
+    return replace(report, left_out={reason: count.count for reason, count in sorted(tally.dropped.items())})
 
 
 def fit(positive_texts: Iterable[str], negative_texts: Iterable[str], seed: int = 0) -> tuple[Classifier, Report]:
@@ -133,28 +145,13 @@ def _read_into(train: _Examples, heldout: _Examples, texts: Iterable[str], label
                 examples.add(part, label)
 
 
-def _read_texts(paths: Sequence[str], text_field: str) -> Iterator[str]:
-    for name in paths:
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"train-classifier: {name} is no file; name .jsonl or text files")
-        if path.suffix == ".jsonl":
-            yield from _read_records(path, text_field)
-        else:
-            yield decode_utf8(path.read_bytes())[0]
-
-
-def _read_records(path: Path, text_field: str) -> Iterator[str]:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                record = None
-            text = record.get(text_field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise UserError(
-                    f"train-classifier: {path}:{number} is no JSON object with a text in {text_field!r}; "
-                    f"mend the line or name another text_field"
-                )
-            yield text
+def _read_texts(kind: str, dataset: DatasetConfig, tally: Tally) -> Iterator[str]:
+    """Clean texts of the sources, as a corpus would be read; what cannot be used is counted and left out."""
+    data = DataConfig(datasets={kind: dataset})
+    normalizer = Normalizer(())
+    for split in plan_splits(data).splits:
+        try:
+            for document in read_split(split, data.max_document_bytes, tally):
+                yield from (clean.text for clean in normalizer([document], tally))
+        except UnreadableSplit as error:
+            raise UserError(f"train-classifier: {error}; mend the file, or leave it out") from error

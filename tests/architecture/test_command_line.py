@@ -8,7 +8,9 @@ from launcher.cli import app, spread_settings
 
 SURFACE = {
     "run": ["CONFIG", "--run-dir", "--set"],
-    "prepare": ["CONFIG", "--out", "--run-dir", "--set"],
+    "prepare corpus": ["CONFIG", "--out", "--run-dir", "--workers", "--ray", "--set"],
+    "prepare inspect": ["DIR", "--dataset", "--heldout", "--dropped", "--first", "--count"],
+    "prepare train-classifier": ["--positive", "--negative", "--out", "--text-field", "--seed"],
     "train": ["CONFIG", "--run-dir", "--set"],
     "eval": ["PATH", "--data", "--set"],
     "export": ["PATH", "--out", "--data", "--set"],

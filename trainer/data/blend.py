@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from trainer.config import RunConfig, UserError
+from trainer.data_config import check_blend
 from trainer.schedule import Schedule
 
 PERIOD = 1 << 16
@@ -111,7 +112,7 @@ def blend_in_force(config: RunConfig, tokens: Mapping[str, int], own_blend: Mapp
     if weights is None and config.data.prepared:
         weights = own_blend
     if weights is not None:
-        _check(weights, tokens)
+        check_blend(weights, tokens)
     for name, size in tokens.items():
         if (weights is None or weights[name]) and num_windows(size, seq_length) < 1:
             leave_out = f", or give {name} weight 0 in data.blend" if len(tokens) > 1 else ""
@@ -122,16 +123,6 @@ def blend_in_force(config: RunConfig, tokens: Mapping[str, int], own_blend: Mapp
     if weights is None:
         return Blend({name: num_windows(size, seq_length) for name, size in tokens.items()})
     return Blend({name: weights[name] for name in tokens})
-
-
-def _check(weights: Mapping[str, float], datasets: Mapping[str, int]) -> None:
-    known = ", ".join(datasets)
-    if unknown := weights.keys() - datasets.keys():
-        raise UserError(f"data.blend: the prepared data has no data set {min(unknown)}; it has {known}")
-    if missing := datasets.keys() - weights.keys():
-        raise UserError(f"data.blend: {min(missing)} has no weight; give it one (0 leaves it out) beside {known}")
-    if not sum(weights.values()):
-        raise UserError(f"data.blend: the weights of {known} sum to 0; give one a weight above 0")
 
 
 def quantize(weights: Sequence[float]) -> list[int]:

@@ -146,9 +146,9 @@ def test_training_reads_files(tmp_path: Path, fitted: tuple[Classifier, Report])
 @pytest.mark.parametrize(
     ("content", "text_field", "message"),
     [
-        (b'{"text": "a"}\nnot json', "text", r"good.jsonl:2 is no JSON object"),
-        (b'{"text": 3}', "text", "no JSON object with a text in 'text'"),
-        (b'{"text": "a"}', "body", "name another text_field"),
+        (b'{"text": "a"}\nnot json', "text", r"1 positive texts .*bad_json 1 .first at .*good.jsonl@14"),
+        (b'{"text": 3}', "text", "0 positive texts .*field_not_text 1"),
+        (b'{"text": "a"}', "body", "0 positive texts .*missing_field 1"),
         (b'{"text": "a"}', "text", "1 positive texts to train on and 0 to measure by; give 50"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, TokenBatch
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.batches import TrainingData, heldout_windows
@@ -148,9 +148,9 @@ def test_whose_blend_is_in_force() -> None:
 @pytest.mark.parametrize(
     ("blend", "own", "message"),
     [
-        ({"a": 1, "b": 1, "d": 1}, None, "the prepared data has no data set d; it has a, b, short"),
-        ({"a": 1}, None, r"b has no weight; give it one \(0 leaves it out\) beside a, b, short"),
-        (None, {"a": 1, "b": 0, "short": 0, "e": 1}, "has no data set e; it has a, b, short"),
+        ({"a": 1, "b": 1, "d": 1}, None, "there is no data set d; known: a, b, short"),
+        ({"a": 1}, None, r"b has no weight; give it one \(0 leaves it out\) beside the others"),
+        (None, {"a": 1, "b": 0, "short": 0, "e": 1}, "there is no data set e; known: a, b, short"),
         (None, {"a": 0, "b": 0, "short": 0}, "the weights of a, b, short sum to 0; give one a weight above 0"),
         (
             {"a": 1, "b": 1, "short": 0.1},
@@ -209,7 +209,8 @@ def write_counting(prefix: Path, first: int, num_windows: int) -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     tokens = np.arange(first, first + num_windows * SEQ, dtype=np.uint16)
     with ShardWriter(prefix, 60_000, end_of_text_id=first + num_windows * SEQ) as writer:
-        writer.add([tokens] if num_windows else [])
+        if num_windows:
+            writer.add(TokenBatch.of([tokens]))
         writer.finish()
         writer.commit()
 
@@ -291,7 +292,8 @@ def test_heldout_windows_of_all_data_sets_are_numbered_through(folder: PreparedF
 def test_shards_of_different_token_types_blend(tmp_path: Path) -> None:
     for name, vocab_size in (("a", 1000), ("b", 100_000)):
         with ShardWriter(tmp_path / name, vocab_size, end_of_text_id=9) as writer:
-            writer.add([np.full(SEQ + 1, vocab_size - 1, np.int32).astype(np.uint16 if name == "a" else np.int32)])
+            tokens = np.full(SEQ + 1, vocab_size - 1, np.uint16 if name == "a" else np.int32)
+            writer.add(TokenBatch.of([tokens]))
             writer.finish()
             writer.commit()
     readers = [WindowReader(tmp_path / name, SEQ) for name in "ab"]

@@ -10,7 +10,7 @@ import orjson
 import pytest
 import xxhash
 
-from data_pipeline.shards import ShardWriter
+from data_pipeline.shards import ShardWriter, TokenBatch
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.prepared import PreparedFolder, fingerprints
@@ -33,7 +33,7 @@ def write_prepared(folder: Path, blend: dict[str, float] | None = None, **window
         (folder / name).mkdir(parents=True)
         for split in ("train", "heldout"):
             with ShardWriter(folder / name / split, 1000, end_of_text_id=0) as writer:
-                writer.add([np.full(num_windows * SEQ, 7, np.uint16)])
+                writer.add(TokenBatch.of([np.full(num_windows * SEQ, 7, np.uint16)]))
                 writer.finish()
                 writer.commit()
             content = (folder / name / f"{split}.bin").read_bytes()
@@ -90,7 +90,7 @@ def test_fingerprints_of_several_data_sets_cover_each_and_the_blend(tmp_path: Pa
 
 def test_a_blend_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     write_prepared(tmp_path, web=5, books=3)
-    with pytest.raises(UserError, match="has no data set book; it has web, books"):
+    with pytest.raises(UserError, match="there is no data set book; known: web, books"):
         fingerprints(config_of({"web": 1, "book": 1}), tmp_path)
 
 
