@@ -31,7 +31,7 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """What `data_pipeline` wrote: tokenizer/, train.bin/.idx, heldout.bin/.idx, manifest.json."""
+        """What `data_pipeline` wrote: manifest.json, tokenizer/, and a folder of shards for every data set."""
         return self.path / "data"
 
     @property
