@@ -53,6 +53,7 @@ class Build:
         self, data: DataConfig, settings: Settings, plan: Plan, out: Path, workers: Workers, progress: Progress
     ) -> None:
         """`data` is as the user gave it: `settings` hold only what decides the bytes."""
+        out = out.absolute()  # workers may be elsewhere
         self._data, self._settings, self._plan, self._out = data, settings, plan, out
         self._workers, self._progress = workers, progress
         self._notes = list(plan.notes)
@@ -118,6 +119,7 @@ class Build:
                 settings=settings,
                 made_by=made_by,
                 control_tokens=literals,
+                classifier=_absolute(settings.data.quality.classifier),
                 evaluation_ngrams=grams,
                 tokenizer=fused,
                 engine=self._data.tokenizer.engine,
@@ -154,7 +156,7 @@ class Build:
 
     def _train_tokenizer(self, cleaned: Sequence[_Part], texts: Sequence[DecidedText], decided: Path) -> Path:
         total = sum(part.record.text_bytes for part in cleaned)
-        share = min(1.0, self._settings.data.tokenizer.train_bytes / total)
+        share = min(1.0, self._settings.data.tokenizer.max_train_bytes / total)
 
         def train(folder: Path) -> None:
             task = TrainTokenizerTask(tuple(texts), share, self._settings, folder)
@@ -251,6 +253,10 @@ class Build:
 
 def _hash(*parts: object) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join(map(str, parts)).encode())
+
+
+def _absolute(path: str | None) -> Path | None:
+    return Path(path).expanduser().absolute() if path else None
 
 
 def _named_files(data: DataConfig) -> Iterable[str]:

@@ -22,9 +22,10 @@ def meter(progress: Progress, stage: str, total_bytes: int | None) -> Report:
     started = time.monotonic()
 
     def update(advance: Advance) -> None:
-        rate = advance.input_bytes / 1e6 / max(time.monotonic() - started, 1e-3)
+        rate = advance.input_bytes / max(time.monotonic() - started, 1e-3)  # bytes/s
         tokens = f", {advance.tokens:,} tokens" if advance.tokens else ""
-        doing = f"{stage}: {advance.documents:,} documents{tokens}, {rate:,.0f} MB/s"
+        left = f", {(total_bytes - advance.input_bytes) / rate:,.0f} s left" if total_bytes and rate else ""
+        doing = f"{stage}: {advance.documents:,} documents{tokens}, {rate / 1e6:,.0f} MB/s{left}"
         progress.update(doing, advance.input_bytes, total_bytes, "bytes")
 
     return update

@@ -95,10 +95,16 @@ class TokenizerConfig(Section):
     """Folder of an existing tokenizer (tokenizer.json, or a SentencePiece tokenizer.model); empty trains one."""
     kind: Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"] = "bpe"
     """What to train: byte-level BPE as GPT-2's, or a SentencePiece model with byte fallback."""
-    train_bytes: int = Field(2_000_000_000, ge=1)
-    """Text, drawn by a hash of its content, to train on at most (bytes)."""
+    train_bytes: int | None = Field(None, ge=1)
+    """Text, drawn by a hash of its content, to train on at most (bytes); empty: 2 GB, or 200 MB for SentencePiece."""
     engine: Literal["auto", "reference"] = "auto"
     """auto: a fast encoder, for as long as samples of every shard agree with the reference implementation."""
+
+    @property
+    def max_train_bytes(self) -> int:
+        if self.train_bytes is not None:
+            return self.train_bytes
+        return 2_000_000_000 if self.kind == "bpe" else 200_000_000  # SentencePiece holds it all in memory
 
 
 BLENDS: dict[str, dict[str, float]] = {
