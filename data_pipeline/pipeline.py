@@ -22,7 +22,7 @@ from data_pipeline.publishing import TOKENIZER_FOLDER as TOKENIZER_FOLDER
 from data_pipeline.settings import SPLIT_SEED, Settings
 from data_pipeline.sources import Plan, plan_splits
 from data_pipeline.tasks import Workers, without_room
-from data_pipeline.tokenization import check_tokenizer, check_vocab_size
+from data_pipeline.tokenization import Tokenizer, check_tokenizer, check_vocab_size
 from data_pipeline.workers import LocalWorkers, num_cores
 from trainer.data_config import DataConfig
 from trainer.section import UserError
@@ -78,7 +78,24 @@ def find_prepared(settings: Settings, out: Path) -> Manifest | None:
     differences = manifest.settings.differences(settings)
     if differences:
         raise UserError(f"{out} holds data prepared with other settings ({'; '.join(differences)}); use another folder")
+    given = settings.data.tokenizer.path
+    if given is not None and Path(given).expanduser().exists():  # it may have gone since
+        check_same_tokenizer(Path(given).expanduser(), manifest, out)
     return None if manifest.damage(out) else manifest
+
+
+def check_same_tokenizer(tokenizer: Path, manifest: Manifest, out: Path) -> None:
+    """Refuse a tokenizer under which the tokens of prepared data mean something else.
+
+    Raises:
+        UserError: it is not the one that the data was prepared with.
+    """
+    fingerprint = Tokenizer.load(tokenizer, "reference").fingerprint
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(
+            f"data.tokenizer: {tokenizer} (hash {fingerprint}) is not the tokenizer that {out} was prepared with (hash "
+            f"{manifest.tokenizer_fingerprint}); name that one, leave it out, or prepare the data again elsewhere"
+        )
 
 
 def preflight(settings: Settings, out: Path) -> Plan:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_enough
-from data_pipeline.pipeline import TOKENIZER_FOLDER, find_prepared, preflight
+from data_pipeline.pipeline import TOKENIZER_FOLDER, check_same_tokenizer, find_prepared, preflight
 from data_pipeline.settings import Settings
 from data_pipeline.tokenization import Tokenizer
 from launcher.job import check_embedded
@@ -78,6 +78,8 @@ def check_prepared(config: RunConfig, run_dir: RunDir) -> Manifest:
             f"{folder} was tokenized with {manifest.vocab_size} tokens and model.vocab_size is "
             f"{config.model.vocab_size}; set it to {manifest.vocab_size}, or prepare the data again"
         )
+    if config.data.tokenizer.path is not None:
+        check_same_tokenizer(Path(config.data.tokenizer.path).expanduser(), manifest, folder)
     check_enough(manifest.portions, config.model.seq_length, config.tokens_per_step + 1)
     planned_epochs(config, manifest)
     return manifest

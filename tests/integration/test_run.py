@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,7 +63,8 @@ class TestUndisturbed:
         for stage in ("prepare", "train", "export", "generate"):
             assert sum(line.startswith(stage) for line in printed.splitlines()) == 1
         assert "the model learned: held-out loss" in printed
-        for fact in ("prepare 0 s", "tokens/s", "perplexity", "model GFLOP/s", "time", "unigram", "uniform"):
+        assert re.search(r"prepare \d+ s", printed)
+        for fact in ("tokens/s", "perplexity", "model GFLOP/s", "time", "unigram", "uniform"):
             assert fact in printed
         assert "Warning" not in printed
 
@@ -137,7 +139,7 @@ class TestOtherVerbs:
         """`prepare --out`, then `train` on it on one rank from the other run's checkpoint: nothing is left to do."""
         prepared = broadgauge("prepare", config_file, "--out", tmp_path / "data")
         assert prepared.returncode == 0, prepared.stderr
-        for name in ("train.bin", "train.idx", "heldout.bin", "tokenizer/tokenizer.json"):
+        for name in ("text/train.bin", "text/train.idx", "text/heldout.bin", "tokenizer/tokenizer.json"):
             assert (tmp_path / "data" / name).read_bytes() == (finished[0] / "data" / name).read_bytes()
         settings = (f"data.prepared={tmp_path / 'data'}", "parallel.tensor=1", "parallel.pipeline=1")
         continued = ("checkpoint.resume_from=" + str(finished[0] / "checkpoints" / "step-00000016"),)

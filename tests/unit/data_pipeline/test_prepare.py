@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,17 @@ def test_an_existing_tokenizer_is_used_as_it_is(prepared: Path, corpus_folder: P
     assert manifest.tokenizer_fingerprint == Manifest.load(prepared).tokenizer_fingerprint
     assert manifest.vocab_size == VOCAB_SIZE
     assert (tmp_path / "out/text/train.bin").read_bytes() == (prepared / "text/train.bin").read_bytes()
+
+
+def test_another_tokenizer_than_the_datas_is_refused(prepared: Path, corpus_folder: Path, tmp_path: Path) -> None:
+    tokenizer, out = tmp_path / "tokenizer", tmp_path / "out"
+    shutil.copytree(prepared / "tokenizer", tokenizer)
+    prepare_small(out, corpus_folder, tokenizer=str(tokenizer))
+    train_bpe(["other text to learn from"] * 99, 270, tokenizer, SEQ_LENGTH)
+    with pytest.raises(UserError, match=r"is not the tokenizer that .* was prepared with"):
+        prepare_small(out, corpus_folder, tokenizer=str(tokenizer))
+    shutil.rmtree(tokenizer)
+    prepare_small(out, corpus_folder, tokenizer=str(tokenizer))  # what is prepared needs it no more
 
 
 class Recorder:
