@@ -40,6 +40,8 @@ class CleanTask:
     made_by: str
     """Fingerprint of the settings and of the files that they name."""
     control_tokens: tuple[str, ...]
+    classifier: Path | None
+    """File of the quality classifier, if one is asked for."""
     evaluation_ngrams: Path | None
     tokenizer: Path | None
     """Folder of the tokenizer where the part is to hold tokens; None where it is to hold text."""
@@ -106,7 +108,7 @@ class CleanTask:
             input_bytes += num
             report(Advance(input_bytes, cleaned.documents.num_documents, cleaned.num_tokens))
 
-        steps = clean_steps(self.settings.data, self.control_tokens)
+        steps = clean_steps(self.settings.data, self.control_tokens, self.classifier)
         documents = read_split(self.split, self.settings.data.max_document_bytes, tally, on_bytes=on_bytes)
         for batch in batched(documents):
             for step in steps:
@@ -116,16 +118,15 @@ class CleanTask:
         report(Advance(self.split.size_bytes, cleaned.documents.num_documents, cleaned.num_tokens))
 
 
-def clean_steps(data: DataConfig, control_tokens: Iterable[str]) -> list[Step]:
+def clean_steps(data: DataConfig, control_tokens: Iterable[str], classifier: Path | None) -> list[Step]:
     """What a document goes through, in order; each step that the config asks for."""
     steps: list[Step] = [Normalizer(tuple(control_tokens))]
     if data.language.keep:
         steps.append(LanguageFilter(data.language))
     if data.quality.rules:
         steps.append(QualityRules(data.quality.rules))
-    if data.quality.classifier is not None:
-        classifier = Classifier.load(Path(data.quality.classifier).expanduser())
-        steps.append(ClassifierFilter(classifier, data.quality.pareto_alpha))
+    if classifier is not None:
+        steps.append(ClassifierFilter(Classifier.load(classifier), data.quality.pareto_alpha))
     return steps
 
 
