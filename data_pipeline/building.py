@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from data_pipeline import publishing
+from data_pipeline import parts, publishing
 from data_pipeline.cleaning import CleanTask
 from data_pipeline.decisions import PartDecisions, decide, tally_copies
 from data_pipeline.decontamination import read_evaluation
@@ -30,6 +30,7 @@ from trainer.section import UserError
 WORK_FOLDER = ".work"
 """In the folder of the prepared data, while it is being made."""
 _NGRAMS = "ngrams.npy"
+_CLASSIFIER = "classifier.npz"
 _VERSION = 1  # of what the passes do: finished parts of another one are not used
 
 
@@ -53,11 +54,10 @@ class Build:
         self, data: DataConfig, settings: Settings, plan: Plan, out: Path, workers: Workers, progress: Progress
     ) -> None:
         """`data` is as the user gave it: `settings` hold only what decides the bytes."""
-        out = out.absolute()  # workers may be elsewhere
         self._data, self._settings, self._plan, self._out = data, settings, plan, out
         self._workers, self._progress = workers, progress
         self._notes = list(plan.notes)
-        self._made_by = _hash(_VERSION, settings.fingerprint, *_named_files(settings.data))
+        self._made_by = _hash(_VERSION, settings.fingerprint_of_parts, *_named_files(settings.data))
         self._work = out / WORK_FOLDER / self._made_by
 
     def run(self, min_train_tokens: int) -> Manifest:
@@ -68,7 +68,7 @@ class Build:
         cleaned, bad = self._clean(given, grams)
         if not any(part.record.documents for part in cleaned):
             raise UserError(f"data.sources: no usable text ({_merged(p.record.tally for p in cleaned)}); replace them")
-        decided = self._decide(cleaned)
+        decided = self._decide(cleaned, grams)
         if self._settings.needs_text:
             texts = [
                 DecidedText(part.folder, number, decided, grams, self._settings) for number, part in enumerate(cleaned)
@@ -94,6 +94,13 @@ class Build:
         source = Path(str(self._settings.data.tokenizer.path)).expanduser()
         return self._once("tokenizer", lambda folder: install_tokenizer(source, folder, self._settings.seq_length))
 
+    def _install_classifier(self) -> Path | None:
+        """A copy: workers find it wherever they run, and it is the same one for all splits."""
+        if self._settings.data.quality.classifier is None:
+            return None
+        source = Path(self._settings.data.quality.classifier).expanduser()
+        return self._once("classifier", lambda folder: shutil.copyfile(source, folder / _CLASSIFIER)) / _CLASSIFIER
+
     def _read_evaluation(self) -> Path | None:
         """File of the evaluation texts' n-grams, if the corpus is to be kept apart from any."""
         if self._settings.data.decontaminate.against is None:
@@ -110,16 +117,14 @@ class Build:
         settings = self._settings
         fused = None if settings.needs_text else tokenizer
         literals = Tokenizer.load(tokenizer, "reference").control_tokens if tokenizer else self._tokens_to_be()
-        made_by = _hash(self._made_by, grams.parent.name if grams else "")
-        folder = self._work / "clean"
-        folder.mkdir(exist_ok=True)
+        classifier, made_by, folder = self._install_classifier(), self._made_by_with(grams), self._part_folder("clean")
         tasks = [
             CleanTask(
                 split=split,
                 settings=settings,
                 made_by=made_by,
                 control_tokens=literals,
-                classifier=_absolute(settings.data.quality.classifier),
+                classifier=classifier,
                 evaluation_ngrams=grams,
                 tokenizer=fused,
                 engine=self._data.tokenizer.engine,
@@ -147,9 +152,9 @@ class Build:
                 f"{self._data.max_bad_splits} (first {first}); the rest is kept: mend it and run again, or allow more"
             )
 
-    def _decide(self, cleaned: Sequence[_Part]) -> Path:
+    def _decide(self, cleaned: Sequence[_Part], grams: Path | None) -> Path:
         folders = [part.folder for part in cleaned]
-        key = _hash(self._made_by, *(f"{part.split.id} {part.record.content_hash}" for part in cleaned))
+        key = _hash(self._made_by_with(grams), *(f"{part.split.id} {part.record.content_hash}" for part in cleaned))
         return self._once(
             f"decisions-{key}", lambda folder: decide(folders, self._settings.data, folder, self._progress)
         )
@@ -167,8 +172,7 @@ class Build:
     def _finish(
         self, cleaned: Sequence[_Part], texts: Sequence[DecidedText], decided: Path, tokenizer: Path
     ) -> list[Finished]:
-        folder = self._work / "tokens"
-        folder.mkdir(exist_ok=True)
+        folder = self._part_folder("tokens")
         made_by = _hash(decided.name, Tokenizer.load(tokenizer, "reference").fingerprint)
         tasks = [
             FinishTask(
@@ -212,6 +216,11 @@ class Build:
             for name in names
         ]
         notes = self._notes + [f"{each.split.place}: {note}" for each in finished for note in each.notes]
+        notes += [
+            f"data set {name} has no training text left, and cannot be drawn from: see what was dropped"
+            for name in names
+            if not made[name, "train"].documents
+        ]
         manifest = publishing.describe(
             datasets, settings, self._data.blend, tokenizer_folder, tokenizer, bad, notes, joined
         )
@@ -220,6 +229,16 @@ class Build:
         return manifest
 
     # --------------------------------------------------------------------------------------------------------- helpers
+
+    def _made_by_with(self, grams: Path | None) -> str:
+        """Fingerprint of the settings and of all files that they name, the sources aside."""
+        return _hash(self._made_by, grams.parent.name if grams else "")
+
+    def _part_folder(self, name: str) -> Path:
+        folder = self._work / name
+        folder.mkdir(exist_ok=True)
+        parts.remove_unfinished(folder)
+        return folder
 
     def _once(self, name: str, make: Callable[[Path], object]) -> Path:
         """A folder of the work that `make` fills, unless it is there: it is whole or not at all."""
@@ -253,10 +272,6 @@ class Build:
 
 def _hash(*parts: object) -> str:
     return xxhash.xxh3_128_hexdigest("\0".join(map(str, parts)).encode())
-
-
-def _absolute(path: str | None) -> Path | None:
-    return Path(path).expanduser().absolute() if path else None
 
 
 def _named_files(data: DataConfig) -> Iterable[str]:

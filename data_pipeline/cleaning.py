@@ -41,6 +41,7 @@ class CleanTask:
     """Fingerprint of the settings and of the files that they name."""
     control_tokens: tuple[str, ...]
     classifier: Path | None
+    """File of the quality classifier, if one is asked for."""
     evaluation_ngrams: Path | None
     tokenizer: Path | None
     """Folder of the tokenizer where the part is to hold tokens; None where it is to hold text."""

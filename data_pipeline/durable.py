@@ -3,6 +3,10 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def temporary_path(path: Path) -> Path:
@@ -67,3 +71,15 @@ def move_into_place(source: Path, target: Path) -> None:
         shutil.rmtree(target)
     os.rename(source, target)
     sync_folder(target.parent)
+
+
+def zeros_on_disk(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+    """[length] A new file of zeros (one at least), mapped. Its space is taken at once: a page that finds the disk full
+    when it is written would end the process, with no word.
+
+    Raises:
+        OSError: there is no room.
+    """
+    with open(path, "wb") as handle:
+        os.posix_fallocate(handle.fileno(), 0, max(1, length) * dtype.itemsize)
+    return np.memmap(path, dtype, "r+", shape=(max(1, length),))

@@ -5,18 +5,19 @@ renamed: a folder of that name is a finished part, whoever was killed meanwhile.
 compares every file's size and hash with `part.json` and does again what differs.
 """
 
+import errno
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import orjson
+import xxhash
 import zstandard
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from data_pipeline.document import Document
 from data_pipeline.durable import sync_folder, write_synced
@@ -67,16 +68,40 @@ def new_part(folder: Path) -> Iterator[Path]:
 
 
 def commit_part(temporary: Path, folder: Path, record: PartRecord) -> None:
-    """Sync the part's files, write its record, and give it its name."""
+    """Sync the part's files, write its record, and give it its name.
+
+    Another attempt at the same part, given up for dead and alive after all, may be doing so right now: the first stays.
+    """
     for path in temporary.iterdir():
         with open(path, "rb") as handle:
             os.fsync(handle.fileno())
-    write_synced(temporary / PART_FILE, orjson.dumps(record.model_dump(mode="json")))
+    content = orjson.dumps(record.model_dump(mode="json"))
+    sealed = {"xxh3_128": xxhash.xxh3_128_hexdigest(content), "record": orjson.Fragment(content)}
+    write_synced(temporary / PART_FILE, orjson.dumps(sealed))
     sync_folder(temporary)
-    if folder.exists():  # damaged, or of another preparation
-        shutil.rmtree(folder)
-    os.rename(temporary, folder)
+    while not _renamed(temporary, folder):
+        if find_part(folder, record.made_by) == record:
+            return
+        with suppress(FileNotFoundError), new_part(folder) as away:  # damaged, or of a text that has changed
+            os.rename(folder, away / folder.name)
     sync_folder(folder.parent)
+
+
+def _renamed(temporary: Path, folder: Path) -> bool:
+    """Whether the folder could be given its name: it cannot where one with files has it."""
+    try:
+        os.rename(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed workers have left among the parts in a folder that nobody works in."""
+    for path in folder.glob("*.tmp"):
+        shutil.rmtree(path)
 
 
 def records_of(temporary: Path) -> dict[str, FileRecord]:
@@ -87,12 +112,13 @@ def records_of(temporary: Path) -> dict[str, FileRecord]:
 def find_part(folder: Path, made_by: str) -> PartRecord | None:
     """The record of a whole part that was made in this way; None if there is none."""
     try:
-        record = PartRecord.model_validate_json((folder / PART_FILE).read_bytes())
-    except (OSError, ValidationError):
+        sealed = orjson.loads((folder / PART_FILE).read_bytes())
+        record = PartRecord.model_validate(sealed["record"])
+        is_whole = sealed["xxh3_128"] == xxhash.xxh3_128_hexdigest(orjson.dumps(sealed["record"]))
+        is_whole = is_whole and all(file.matches(folder / name) for name, file in record.files.items())
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if record.made_by != made_by or any(not file.matches(folder / name) for name, file in record.files.items()):
-        return None
-    return record
+    return record if is_whole and record.made_by == made_by else None
 
 
 class TextWriter:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data_pipeline.building import WORK_FOLDER, Build
+from data_pipeline.filters.classifier import Classifier
 from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_enough
 from data_pipeline.progress import NoProgress, Progress
 from data_pipeline.publishing import TOKENIZER_FOLDER as TOKENIZER_FOLDER
@@ -51,7 +52,7 @@ def prepare(
             `min_train_tokens` or for one held-out sequence; `out` holds something else, is in use, or is full.
         PreparationFailed: more splits failed than `data.max_bad_splits`; the rest is kept for the next try.
     """
-    settings = Settings.of(data, vocab_size, seq_length, seed)
+    settings, out = Settings.of(data, vocab_size, seq_length, seed), out.absolute()  # as other machines see it
     manifest = find_prepared(settings, out)
     if manifest is None or (out / WORK_FOLDER).exists():
         plan = None if manifest else preflight(settings, out)
@@ -114,6 +115,8 @@ def preflight(settings: Settings, out: Path) -> Plan:
         check_vocab_size(settings.vocab_size, settings.data.tokenizer)
     else:
         check_tokenizer(Path(settings.data.tokenizer.path).expanduser(), settings.vocab_size)
+    if settings.data.quality.classifier is not None:
+        Classifier.load(Path(settings.data.quality.classifier).expanduser())
     return plan_splits(settings.data)
 
 

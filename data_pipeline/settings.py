@@ -34,7 +34,14 @@ class Settings(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        return xxhash.xxh3_128_hexdigest(orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS))
+        return _hash([list(self.data.datasets), self.model_dump(mode="json")])
+
+    @property
+    def fingerprint_of_parts(self) -> str:
+        """Of what a split becomes, whatever other splits there are and wherever it lies: its id holds the rest."""
+        tree = self.model_dump(mode="json")
+        del tree["data"]["datasets"]
+        return _hash(tree)
 
     @property
     def needs_text(self) -> bool:
@@ -45,11 +52,17 @@ class Settings(BaseModel):
     def differences(self, other: "Settings") -> list[str]:
         """One entry for each setting that differs, with both values."""
         mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        order = "the order of data.datasets"  # of texts in several the copy in the one named first is kept
+        mine[order], theirs[order] = ", ".join(self.data.datasets), ", ".join(other.data.datasets)
         return [
             f"{name} {mine.get(name)!r} here, {theirs.get(name)!r} asked for"
             for name in mine | theirs
             if mine.get(name) != theirs.get(name)
         ]
+
+
+def _hash(tree: object) -> str:
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(tree, option=orjson.OPT_SORT_KEYS))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -107,7 +107,8 @@ class Tally:
         self.dropped.setdefault(reason, Count()).add(place)
         kept = self.samples.setdefault(reason, [])
         if text and len(kept) < KEPT_TEXTS:
-            kept.append((place, text[:KEPT_CHARS]))
+            # not clean yet, perhaps: halves of surrogate pairs cannot be written
+            kept.append((place, text[:KEPT_CHARS].encode(errors="replace").decode()))
 
     def repair(self, reason: str, place: str, count: int = 1) -> None:
         assert reason in REPAIR_REASONS, reason

@@ -74,29 +74,42 @@ class Workers(Protocol):
 
 
 MAX_TRIES = 3
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_WRITING = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
 def without_room(out: Path) -> Iterator[None]:
-    """What is written to `out` in here may not fit.
+    """What is written to `out` in here may not fit, or not be allowed.
 
     Raises:
-        UserError: it does not.
+        UserError: it is so.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        reason = _why_not_written(error, str(out))
+        if reason is None:
             raise
-        raise UserError(f"{out} cannot be written on ({error.strerror}); make room and run again to go on") from error
+        raise UserError(reason) from error
 
 
-def describe_failure(error: Exception, details: str) -> Failed:
+def describe_failure(error: BaseException, details: str) -> Failed:
     """What to make of an exception of a task. An OSError is of writing: those of reading have become others."""
     if isinstance(error, UserError):
         return Failed(str(error), is_final=True)
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        reason = f"cannot write {error.filename or 'the prepared data'} ({error.strerror}); make room and run again"
+    reason = _why_not_written(error, "the prepared data") if isinstance(error, OSError) else None
+    if reason is not None:
         return Failed(reason, is_final=True)
     return Failed(f"{type(error).__name__}: {' '.join(str(error).split())}", details=details)
+
+
+def _why_not_written(error: OSError, what: str) -> str | None:
+    """One line for the user, if they can mend it."""
+    if error.errno in _NO_ROOM:
+        fix = "make room and run again to go on"
+    elif error.errno in _NO_WRITING:
+        fix = "allow it and run again to go on, or use another folder"
+    else:
+        return None
+    return f"{error.filename or what} cannot be written ({error.strerror}); {fix}"

@@ -44,7 +44,7 @@ def serve(connection: Connection) -> None:
         try:
             result = task.run(report)
             answer: Done | Failed = Done(result, report.last)
-        except Exception as error:
+        except BaseException as error:  # a panic of Rust is no `Exception`
             answer = describe_failure(error, traceback.format_exc())
         connection.send(answer)
 
@@ -52,7 +52,6 @@ def serve(connection: Connection) -> None:
 def main() -> None:
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     if os.getppid() != parent:
         return
     serve(Connection(int(sys.argv[1])))

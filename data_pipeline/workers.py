@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -47,7 +47,12 @@ class LocalWorkers:
 
     def run(self, tasks: Sequence[Task], on_advance: Report) -> list[Outcome]:
         """See `data_pipeline.tasks.Workers`."""
-        jobs = [_Job(index, task) for index, task in enumerate(tasks)]
+        try:
+            return self._run([_Job(index, task) for index, task in enumerate(tasks)], on_advance)
+        finally:
+            self._replace_busy()
+
+    def _run(self, jobs: list[_Job], on_advance: Report) -> list[Outcome]:
         waiting, outcomes, finished = deque(jobs), dict[int, Outcome](), Advance()
         while len(outcomes) < len(jobs):
             for worker in self._workers:
@@ -93,16 +98,24 @@ class LocalWorkers:
             job.advance = message.advance
         return job, message
 
+    def _replace_busy(self) -> None:
+        """Workers that a run was left with, by an exception, must not answer for it in the next one."""
+        for number, worker in enumerate(self._workers):
+            if worker.job:
+                self._end(worker)
+                self._workers[number] = self._start()
+
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "RAYON_NUM_THREADS": "1",  # of rensa, which would start as many threads in every worker as there are cores
         }
-        with theirs:
+        with theirs, _without_ctrl_c():
             descriptor = theirs.fileno()
             process = subprocess.Popen(
-                [sys.executable, "-m", "data_pipeline.worker", str(descriptor)],
+                # -P: no file in the folder that the user works in passes for a module
+                [sys.executable, "-P", "-m", "data_pipeline.worker", str(descriptor)],
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
                 env=environment,
@@ -113,6 +126,16 @@ class LocalWorkers:
         worker.connection.close()
         worker.process.kill()
         worker.process.wait()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes started in here never hear of it: it reaches the driver too, which ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _describe_end(process: subprocess.Popen[bytes]) -> str:

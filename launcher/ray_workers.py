@@ -38,7 +38,7 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
         reason = " ".join(str(error).split())
         raise UserError(
             f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out"
-        ) from (error)
+        ) from error
     try:
         yield RayWorkers()
     finally:
@@ -87,7 +87,7 @@ def _run(task: Task) -> Outcome:
 
     try:
         result = task.run(keep)
-    except Exception as error:
+    except BaseException as error:  # a panic of Rust is no `Exception`
         return describe_failure(error, traceback.format_exc())
     return Done(result, latest)
 
@@ -101,5 +101,6 @@ def _outcome(reference: ray.ObjectRef) -> Outcome:
 
 
 def _path_of_this_code() -> dict[str, str]:
-    """Where a driver found its packages by PYTHONPATH, so do its workers."""
-    return {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+    """Where a driver found its packages by PYTHONPATH, so do its workers, whatever folder they run in."""
+    paths = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))} if paths else {}

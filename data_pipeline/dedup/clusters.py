@@ -5,18 +5,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.durable import zeros_on_disk
 from data_pipeline.words import Int64s
 
 
 class Clusters:
     """Disjoint sets of document numbers; the lowest number of a set is its root.
 
-    Of every document the distance to a lower one of its set is stored, 0 for roots: a file of zeros, which takes no
-    space, has every document by itself.
+    Of every document the distance to a lower one of its set is stored, 0 for roots: a file of zeros has every document
+    by itself.
     """
 
     def __init__(self, path: Path, num_documents: int) -> None:
-        self.to_parent: NDArray[np.uint32] = np.memmap(path, np.uint32, "w+", shape=(max(1, num_documents),))
+        self.to_parent: NDArray[np.uint32] = zeros_on_disk(path, np.dtype(np.uint32), num_documents)
 
     def roots(self, documents: Int64s) -> Int64s:
         roots = documents

@@ -24,7 +24,7 @@ from data_pipeline.dedup.decisions import DECISIONS, Verdict, write_decisions
 from data_pipeline.dedup.index import BANDS_FILE, EXACT_FILE, PARAGRAPHS_FILE, Indexes
 from data_pipeline.dedup.minhash import least_agreement
 from data_pipeline.dedup.runs import MergedRuns, Records
-from data_pipeline.durable import publish, temporary_path
+from data_pipeline.durable import publish, temporary_path, zeros_on_disk
 from data_pipeline.words import Int64s
 from trainer.data_config import DedupConfig, FuzzyConfig
 
@@ -56,7 +56,7 @@ def decide(
     work.mkdir(parents=True)
     indexes = Indexes.of(folders)
     assert indexes.num_documents < 1 << 32, "document numbers have 32 bits"
-    verdicts = np.memmap(work / "verdicts", np.uint8, "w+", shape=(max(1, indexes.num_documents),))
+    verdicts = zeros_on_disk(work / "verdicts", np.dtype(np.uint8), indexes.num_documents)
     if config.exact:
         _mark_duplicates(indexes, verdicts, max_memory_bytes, progress)
     if config.fuzzy:
