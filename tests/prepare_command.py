@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-c", "from launcher.cli import main; main()", "prepare"]
 VOCAB_SIZE = 300
 SEQ_LENGTH = 16
-_SYLLABLES = "ba de fi go lu ka me ni po ru sa te vi wo xu za che dra elo fru gla hin jor kle mon".split()
+_SYLLABLES = tuple("ba de fi go lu ka me ni po ru sa te vi wo xu za che dra elo fru gla hin jor kle mon".split(" "))
 
 
 def environment() -> dict[str, str]:
