@@ -157,6 +157,20 @@ def test_a_worker_killed_from_outside_does_not_fail_its_task(pool: LocalWorkers,
     assert len(killed) == 1
 
 
+def test_a_worker_does_not_hear_of_ctrl_c(pool: LocalWorkers, tmp_path: Path) -> None:
+    interrupted: list[int] = []
+
+    def interrupt_it(advance: Advance) -> None:
+        if not interrupted and (started := pids(tmp_path)):
+            os.kill(started[0], signal.SIGINT)
+            interrupted.append(started[0])
+            (tmp_path / "go").touch()
+
+    tasks = [Told(tmp_path, 0, "wait_for_go"), *(Told(tmp_path, number) for number in range(1, 6))]
+    assert isinstance(pool.run(tasks, interrupt_it)[0], Done)
+    assert len(list(tmp_path.glob("0-*"))) == len(interrupted) == 1
+
+
 def test_workers_end_with_the_pool(tmp_path: Path) -> None:
     with LocalWorkers(2) as workers:
         workers.run([Told(tmp_path, number) for number in range(8)], ignore)
