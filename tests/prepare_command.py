@@ -51,7 +51,7 @@ def write_config(path: Path, **data: object) -> Path:
         "data": {"heldout_fraction": 0.1, **data},
     }
     from_tree(tree)
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     return path
 
 
