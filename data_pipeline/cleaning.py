@@ -149,8 +149,8 @@ class _CleanedDocuments:
 
     def __init__(self, task: CleanTask, folder: Path, encoder: SplitEncoder | None) -> None:
         data = task.settings.data
-        self.documents = parts.DocumentsWriter()
-        self._folder, self._seed, self._heldout_fraction = folder, task.settings.seed, data.heldout_fraction
+        self.documents = parts.DocumentsWriter(folder)
+        self._seed, self._heldout_fraction = task.settings.seed, data.heldout_fraction
         self._index = IndexWriter(folder, data.dedup)
         self._overlaps = OverlapWriter(folder, task.evaluation_ngrams) if task.evaluation_ngrams else None
         self._text = parts.TextWriter(folder) if encoder is None else None
@@ -174,7 +174,7 @@ class _CleanedDocuments:
             self._tokens.add(texts, rows["text_bytes"], parts.is_heldout(rows, self._heldout_fraction))
 
     def finish(self) -> dict[Portion, PortionRecord]:
-        self.documents.finish(self._folder)
+        self.documents.finish()
         self._index.finish()
         if self._overlaps:
             self._overlaps.finish()

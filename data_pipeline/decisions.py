@@ -16,6 +16,7 @@ from data_pipeline import dedup, parts, token_parts
 from data_pipeline.decontamination import EvaluationNgrams, common_ngrams, cut, spans_by_document
 from data_pipeline.dedup import Verdict
 from data_pipeline.manifest import Portion
+from data_pipeline.parts import StoredIds
 from data_pipeline.progress import Progress
 from data_pipeline.tally import KEPT_CHARS, KEPT_TEXTS, Tally
 from data_pipeline.tokenization import Tokenizer
@@ -46,8 +47,8 @@ def decide(part_folders: Sequence[Path], data: DataConfig, folder: Path, progres
 class PartDecisions:
     """What becomes of the documents of one part."""
 
-    ids: Sequence[str]
-    """[d] Where each was found."""
+    ids: StoredIds
+    """Where each was found."""
     verdicts: NDArray[np.uint8]
     """[d]"""
     removed_paragraphs: dict[int, list[int]] = field(default_factory=dict)
@@ -64,12 +65,12 @@ class PartDecisions:
         verdicts = dedup.read_verdicts(decisions, number)
         removed = dedup.read_removed_paragraphs(decisions, number) if data.dedup.paragraphs else {}
         if evaluation is None:
-            return cls(parts.read_ids(part), verdicts, removed)
+            return cls(StoredIds(part), verdicts, removed)
         common: UInt64s = np.load(decisions / _COMMON_FILE)
         spans = spans_by_document(np.load(part / OVERLAPS_FILE), common)
         both = removed.keys() & spans.keys()
         rare = EvaluationNgrams.load(evaluation).without(common) if both else None
-        return cls(parts.read_ids(part), verdicts, removed, spans, data.decontaminate, rare)
+        return cls(StoredIds(part), verdicts, removed, spans, data.decontaminate, rare)
 
     def apply(self, number: int, text: str, tally: Tally) -> list[str]:
         """What is trained on of a document: nothing, its text, or what is left of it."""

@@ -3,7 +3,7 @@
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,13 @@ def move_into_place(source: Path, target: Path) -> None:
         shutil.rmtree(target)
     os.rename(source, target)
     sync_folder(target.parent)
+
+
+def write_npy_header(handle: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """At the beginning of a file whose rows are streamed: numpy leaves room for their number to grow."""
+    handle.seek(0)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(handle, header)
 
 
 def zeros_on_disk(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:

@@ -6,6 +6,7 @@ compares every file's size and hash with `part.json` and does again what differs
 """
 
 import errno
+import io
 import os
 import shutil
 import uuid
@@ -20,7 +21,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from data_pipeline.document import Document
-from data_pipeline.durable import sync_folder, write_synced
+from data_pipeline.durable import sync_folder, write_npy_header, write_synced
 from data_pipeline.manifest import FileRecord, Portion, PortionRecord, Record
 from data_pipeline.tally import Tally
 
@@ -139,13 +140,14 @@ class TextWriter:
 
 
 class DocumentsWriter:
-    """Collects what a part keeps of every document beside its text: digest, size and id."""
+    """Streams what a part keeps of every document beside its text: digest and size, and where it was found."""
 
-    def __init__(self) -> None:
-        self._rows: list[NDArray[np.void]] = []
-        self._ids: list[bytes] = []
+    def __init__(self, folder: Path) -> None:
+        self._rows = open(folder / _DOCUMENTS, "wb")  # noqa: SIM115  (closed by finish, as the next)
+        self._ids = zstandard.open(folder / _IDS, "wb", cctx=zstandard.ZstdCompressor(level=_ZSTD_LEVEL))
         self.num_documents = 0
         self.text_bytes = 0
+        write_npy_header(self._rows, DOCUMENT_DTYPE, (0,))
 
     def add(self, batch: list[Document], digests: list[bytes], texts: list[bytes]) -> NDArray[np.void]:
         """Returns their rows, [d] of `DOCUMENT_DTYPE`."""
@@ -153,15 +155,37 @@ class DocumentsWriter:
         numbers = np.frombuffer(b"".join(digests), ">u8").reshape(-1, 2)
         rows["digest_high"], rows["digest_low"] = numbers[:, 0], numbers[:, 1]
         rows["text_bytes"] = [len(text) for text in texts]
-        self._rows.append(rows)
-        self._ids += [orjson.dumps(document.id) for document in batch]
+        self._rows.write(rows.tobytes())
+        self._ids.write(orjson.dumps([document.id for document in batch]) + b"\n")
         self.num_documents += len(batch)
         self.text_bytes += int(rows["text_bytes"].sum())
         return rows
 
-    def finish(self, folder: Path) -> None:
-        np.save(folder / _DOCUMENTS, np.concatenate([np.zeros(0, DOCUMENT_DTYPE), *self._rows]))
-        (folder / _IDS).write_bytes(zstandard.compress(b"\n".join(self._ids), _ZSTD_LEVEL))
+    def finish(self) -> None:
+        write_npy_header(self._rows, DOCUMENT_DTYPE, (self.num_documents,))
+        self._rows.close()
+        self._ids.close()
+
+
+class StoredIds:
+    """Where each document of a part was found; to be asked in the order of the documents."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _IDS
+        self._batches = self._read()
+        self._batch: list[str] = []
+        self._first = 0  # number of the batch's first document
+
+    def __getitem__(self, number: int) -> str:
+        assert number >= self._first, "ids are read once, from the first to the last"
+        while number >= self._first + len(self._batch):
+            self._first += len(self._batch)
+            self._batch = next(self._batches)
+        return self._batch[number - self._first]
+
+    def _read(self) -> Iterator[list[str]]:
+        with zstandard.open(self._path, "rb") as handle, io.BufferedReader(handle) as lines:
+            yield from map(orjson.loads, lines)
 
 
 def is_heldout(rows: NDArray[np.void], fraction: float) -> NDArray[np.bool_]:
@@ -174,12 +198,6 @@ def read_documents(folder: Path) -> NDArray[np.void]:
     """[d] of `DOCUMENT_DTYPE`."""
     rows: NDArray[np.void] = np.load(folder / _DOCUMENTS, mmap_mode="r")
     return rows
-
-
-def read_ids(folder: Path) -> list[str]:
-    """[d] Where each document was found."""
-    lines = zstandard.decompress((folder / _IDS).read_bytes())
-    return [orjson.loads(line) for line in lines.split(b"\n")] if lines else []
 
 
 def read_texts(folder: Path) -> Iterator[list[str]]:

@@ -1,5 +1,6 @@
 """`broadgauge prepare` as a user starts it, on corpora made here, with real worker processes."""
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-c", "from launcher.cli import main; main()", "prepare"]
 VOCAB_SIZE = 300
 SEQ_LENGTH = 16
-_SYLLABLES = "ba de fi go lu ka me ni po ru sa te vi wo xu za che dra elo fru gla hin jor kle mon".split()
+_SYLLABLES = [*map("".join, itertools.product("bdfgklmnprstvz", "aeiou"))]
 
 
 def environment() -> dict[str, str]:
@@ -50,7 +51,7 @@ def write_config(path: Path, **data: object) -> Path:
         "data": {"heldout_fraction": 0.1, **data},
     }
     from_tree(tree)
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     return path
 
 

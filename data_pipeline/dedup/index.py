@@ -14,11 +14,13 @@ import rensa
 from data_pipeline.dedup.minhash import UInt32s, band_keys, signatures
 from data_pipeline.dedup.paragraphs import paragraph_digests
 from data_pipeline.dedup.runs import BAND, EXACT, PARAGRAPH, MergedRuns, Records, Run, sorted_records
+from data_pipeline.durable import write_npy_header
 from data_pipeline.words import Int64s, WordTable
 from trainer.data_config import DedupConfig, FuzzyConfig
 
 EXACT_FILE = "exact.npy"
 """[d] One EXACT record per document, sorted."""
+SIGNATURE = np.dtype("<u4")
 SIGNATURES_FILE = "signatures.npy"
 """[d, permutations] In the order of the documents."""
 BANDS_FILE = "bands.npy"
@@ -51,7 +53,7 @@ class IndexWriter:
         self._signatures: BinaryIO | None = None
         if config.fuzzy:
             self._signatures = open(folder / SIGNATURES_FILE, "wb")  # noqa: SIM115, closed by finish
-            _write_header(self._signatures, 0, config.fuzzy.permutations)
+            write_npy_header(self._signatures, SIGNATURE, (0, config.fuzzy.permutations))
 
     def add(self, texts: Sequence[str], digests: Sequence[bytes], table: WordTable | None = None) -> None:
         """A batch of clean documents in order, the xxh3-128 of each text, and its words where they are known."""
@@ -71,7 +73,7 @@ class IndexWriter:
         exact["document"] = np.arange(self._num_documents)
         np.save(self._folder / EXACT_FILE, sorted_records(exact))
         if self._config.fuzzy and self._signatures:
-            _write_header(self._signatures, self._num_documents, self._config.fuzzy.permutations)
+            write_npy_header(self._signatures, SIGNATURE, (self._num_documents, self._config.fuzzy.permutations))
             self._signatures.close()
             documents = np.flatnonzero(np.concatenate([np.zeros(0, bool), *self._has_words]))
             _write_bands(self._folder, self._config.fuzzy, documents)
@@ -113,20 +115,12 @@ class Indexes:
         return rows
 
 
-def _write_header(handle: BinaryIO, num_documents: int, permutations: int) -> None:
-    """Of signatures that follow, in place; numpy leaves room for the number of rows to grow."""
-    handle.seek(0)
-    header = {"descr": "<u4", "fortran_order": False, "shape": (num_documents, permutations)}
-    np.lib.format.write_array_header_1_0(handle, header)
-
-
 def _write_bands(folder: Path, config: FuzzyConfig, documents: np.ndarray) -> None:
     """One band after the other, so that one is in memory."""
     stored: UInt32s = np.load(folder / SIGNATURES_FILE, mmap_mode="r")
     shape = (config.bands, len(documents))
     with open(folder / BANDS_FILE, "wb") as handle:
-        header = {"descr": np.lib.format.dtype_to_descr(BAND), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(handle, header)
+        write_npy_header(handle, BAND, shape)
         for band in range(config.bands):
             records = np.zeros(len(documents), BAND)
             keys, rests = band_keys(stored, config, band)
