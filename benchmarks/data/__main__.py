@@ -6,13 +6,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.data import whole_commands
+from benchmarks.data import decontamination, deduplication, filters, scaling, wet, whole_commands
 from benchmarks.data.corpus import Corpus, make_corpus
 
 Row = Callable[[Corpus, Path, argparse.Namespace], None]
 
 ROWS: dict[str, Row] = {
     "commands": lambda corpus, scratch, given: whole_commands.compare(corpus, scratch, given.rounds, given.megatron),
+    "minhash": lambda corpus, scratch, given: deduplication.compare(corpus, given.rounds),
+    "decontamination": lambda corpus, scratch, given: decontamination.compare(corpus, given.rounds),
+    "wet": lambda corpus, scratch, given: wet.compare(corpus, given.rounds),
+    "scaling": lambda corpus, scratch, given: scaling.measure(corpus, scratch, given.rounds),
+    "filters": lambda corpus, scratch, given: filters.measure(corpus, given.rounds),
 }
 
 

@@ -63,15 +63,11 @@ class Corpus:
         return self.folder / f"{self.name}.warc.wet{'.gz' if compressed else ''}"
 
     def texts(self, max_bytes: int | None = None) -> list[str]:
-        """So many bytes of jsonl from its beginning, or all."""
-        found, num_bytes = [], 0
+        """All texts, or about so many bytes of jsonl, drawn by a hash of the text from all packages."""
+        share = 1.0 if max_bytes is None else min(1.0, max_bytes / self.jsonl.stat().st_size)
         with open(self.jsonl, "rb") as lines:
-            for line in lines:
-                num_bytes += len(line)
-                if max_bytes is not None and num_bytes > max_bytes:
-                    break
-                found.append(orjson.loads(line)["text"])
-        return found
+            texts = (orjson.loads(line)["text"] for line in lines)
+            return [text for text in texts if xxhash.xxh3_64_intdigest(text.encode()) < share * 2**64]
 
 
 def make_corpus(folder: Path, large: bool) -> Corpus:
@@ -88,7 +84,7 @@ def make_corpus(folder: Path, large: bool) -> Corpus:
         temporary = folder / "tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        train_tokenizer(_sample(corpus), TokenizerConfig(), VOCAB_SIZE, temporary, seq_length=2048)
+        train_tokenizer(corpus.texts(TOKENIZER_SAMPLE_BYTES), TokenizerConfig(), VOCAB_SIZE, temporary, seq_length=2048)
         temporary.rename(corpus.tokenizer)
     return corpus
 
@@ -126,14 +122,6 @@ def _write_jsonl(documents: Iterable[Document], path: Path, max_bytes: int) -> N
             if num_bytes >= max_bytes:
                 break
     temporary.rename(path)
-
-
-def _sample(corpus: Corpus) -> Iterator[str]:
-    """Documents drawn by a hash of their text."""
-    share = min(1.0, TOKENIZER_SAMPLE_BYTES / corpus.jsonl.stat().st_size)
-    for text in corpus.texts():
-        if xxhash.xxh3_64_intdigest(text.encode()) < share * 2**64:
-            yield text
 
 
 # -------------------------------------------------------------------------------------------------------------- Debian

@@ -1,6 +1,7 @@
 """Whole commands, from jsonl to a Megatron .bin/.idx with the same tokenizer, start-up and imports included."""
 
 import importlib.util
+import os
 import shutil
 import statistics
 import sys
@@ -145,7 +146,8 @@ def megatron_commands(corpus: Corpus, checkout: Path) -> list[Contestant]:
     def command(script: str, *more: str) -> Callable[[Path], Cost]:
         start = [sys.executable, "-W", "ignore", str(checkout / "tools" / script), *inputs, *more]
         return lambda folder: process_tree.run(
-            [*start, "--output-prefix", str(folder / "text")], {"PYTHONPATH": str(checkout)}
+            [*start, "--output-prefix", str(folder / "text")],
+            {"PYTHONPATH": os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])},
         )
 
     def outputs(folder: Path) -> list[Path]:
@@ -191,7 +193,9 @@ def show(corpus: Corpus, costs: dict[str, list[Cost]], digests: dict[str, list[l
     mine = digests["ours"]
     print(f"jsonl of {megabytes:.0f} MB to .bin/.idx, whole commands, {NUM_CORES} cores; memory: sum of PSS, sampled,")
     print("and the peak of the largest process; tokens against ours, document by document")
-    print(f"{'':24}{'wall s':>8}{'(from, to)':>16}{'CPU s':>8}{'MB/s':>7}{'/ ours':>8}{'tree MB':>9}{'one MB':>8}  tokens")
+    print(
+        f"{'':24}{'wall s':>8}{'(from, to)':>16}{'CPU s':>8}{'MB/s':>7}{'/ ours':>8}{'tree MB':>9}{'one MB':>8}  tokens"
+    )
     base = statistics.median(cost.wall_seconds for cost in costs["ours"])
     for name, found in costs.items():
         if not found:
