@@ -19,7 +19,7 @@ _WORD = re.compile(r"\w+")
 
 
 def compare(corpus: Corpus, rounds: int) -> None:
-    """The evaluation texts are random words of the corpus; a planted phrase is one n-gram of them, at a document's end."""
+    """Evaluation texts are random words of the corpus; a planted phrase, at a document's end, is one n-gram of them."""
     draw = random.Random(1)
     vocabulary = sorted(
         {word.lower() for text in corpus.texts(TEXT_BYTES // 4) for word in _WORD.findall(text) if word.isascii()}

@@ -24,7 +24,7 @@ def datasets_map(sources: list[Path], tokenizer_folder: Path, prefix: Path) -> N
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False)
-        return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+        return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
     with tempfile.TemporaryDirectory(dir=prefix.parent) as cache:
         rows = load_dataset("json", data_files=[str(path) for path in sources], split="train", cache_dir=cache)
@@ -42,7 +42,7 @@ def tokenizers_loop(sources: list[Path], tokenizer_folder: Path, prefix: Path) -
     def documents() -> Iterator[list[int]]:
         for batch in batched_texts(sources):
             for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-                yield encoding.ids + [end_of_text_id]
+                yield [*encoding.ids, end_of_text_id]
 
     _write(documents(), tokenizer.get_vocab_size(), prefix)
 

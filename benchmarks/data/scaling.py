@@ -43,7 +43,8 @@ def _show(pools: dict[str, Workers], seconds: dict[tuple[str, str], list[float]]
     for name, work in works.items():
         whole, tiny = (statistics.median(seconds[name, which]) for which in ("whole", "tiny"))
         ratios = [one / mine for one, mine in zip(works["one worker"], work, strict=True)]
-        spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}; {min(works['one worker']) / min(work):.2f})"
+        least = min(works["one worker"]) / min(work)
+        spread = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}; {least:.2f})"
         print(f"{name:20}{whole:9.2f}{tiny:9.2f}{statistics.median(work):9.2f}  {spread}")
 
 
