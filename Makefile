@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all lint format docs parity bench-train bench-layouts bench-attention bench-startup clean
+.PHONY: help install quickstart test test-all lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -53,6 +53,12 @@ bench-attention: $(INSTALLED)  ## banded against dense attention; memory of long
 
 bench-startup: $(INSTALLED)  ## time from the command to the first completed step
 	$(BIN)/python -m benchmarks.startup
+
+bench-data: $(INSTALLED)  ## the data pipeline beside other tools, on 110 MB of real text
+	$(BIN)/python -W ignore -m benchmarks.data
+
+bench-reading: $(INSTALLED)  ## reading training samples beside megatron-core's data sets
+	$(BIN)/python -W ignore -m benchmarks.reading
 
 clean:           ## remove caches; runs and .venv stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -1,9 +1,11 @@
 """From the config to the list of splits: a pure function of what the sources hold."""
 
+import math
 import platform
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from data_pipeline.sources import hugging_face, python_stdlib
@@ -13,7 +15,7 @@ from data_pipeline.sources.storage import is_url, one_line
 from trainer.data_config import DataConfig, DatasetConfig
 from trainer.section import UserError
 
-SPLIT_BYTES = 64 << 20
+SPLIT_BYTES = 32 << 20
 _MAX_BATCH_FILES = 1000
 
 
@@ -157,12 +159,9 @@ class _Planner:
             return self._cut_parquet(whole)
         if whole.format != "jsonl" or whole.compression or not whole.seekable:
             return [whole]
-        starts = range(0, max(1, whole.end), self._split_bytes)
-        ends = [min(start + self._split_bytes, whole.end) for start in starts]
-        return [
-            replace(whole, start=start, end=end, size_bytes=end - start)
-            for start, end in zip(starts, ends, strict=True)
-        ]
+        num_splits = max(1, math.ceil(whole.end / self._split_bytes))
+        bounds = [whole.end * number // num_splits for number in range(num_splits + 1)]  # equal, for equal work
+        return [replace(whole, start=start, end=end, size_bytes=end - start) for start, end in pairwise(bounds)]
 
     def _cut_parquet(self, whole: Split) -> list[Split]:
         try:

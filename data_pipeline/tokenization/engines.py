@@ -20,7 +20,7 @@ from data_pipeline.shards import TokenBatch, token_dtype
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 _NUM_THREADS = "RAYON_NUM_THREADS"  # 1 in workers of the pipeline
-_CACHED_CHARS = 256 << 20
+_CACHED_CHARS = 64 << 20
 """Text after which gigatoken starts over with an empty cache of words: it keeps each word that it has met, 2 to 6
 bytes of memory for a byte of text without repetitions."""
 
@@ -75,6 +75,7 @@ class FastEngine:
         FastEngineError: gigatoken raises, or an id lies outside the vocabulary.
         """
         if self._encoded_chars > _CACHED_CHARS:
+            del self._backend  # first: memory holds one
             self._open()
         self._encoded_chars += sum(map(len, texts))
         return _in_parts(self._encode, texts, threads)

@@ -1,5 +1,6 @@
 """A tokenizer's folder, which `transformers.AutoTokenizer` opens with no code of ours."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +33,7 @@ def read_tokenizer(folder: Path) -> tuple[bytes, tokenizers.Tokenizer]:
     if not path.exists() and (folder / SENTENCEPIECE_FILE).exists():
         path = folder / SENTENCEPIECE_FILE
     try:
-        content = path.read_bytes()
-        if path.name == SENTENCEPIECE_FILE:
-            content = sentencepiece_as_json(content)
-        backend = tokenizers.Tokenizer.from_buffer(content)
+        content, backend = _parsed(path.name, path.read_bytes())
     except OSError as error:
         raise UserError(
             f"data.tokenizer: {path} cannot be read ({error.strerror}); name a folder that holds {TOKENIZER_FILE} or "
@@ -55,6 +53,13 @@ def read_tokenizer(folder: Path) -> tuple[bytes, tokenizers.Tokenizer]:
             f"add it to the tokenizer, or leave data.tokenizer empty to train one"
         )
     return content, backend
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(name: str, stored: bytes) -> tuple[bytes, tokenizers.Tokenizer]:
+    """Kept: the stages of a preparation open the same tokenizer again and again, at a tenth of a second each time."""
+    content = sentencepiece_as_json(stored) if name == SENTENCEPIECE_FILE else stored
+    return content, tokenizers.Tokenizer.from_buffer(content)
 
 
 def end_of_text_of(backend: tokenizers.Tokenizer) -> str:

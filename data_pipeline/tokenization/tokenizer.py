@@ -1,5 +1,6 @@
 """What the rest of the pipeline sees of a tokenizer: text to token ids and back, and the tokens that control."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,13 +21,14 @@ Engine = Literal["auto", "reference"]
 class Tokenizer:
     """Text to token ids and back. Text is always plain text here: no literal in it becomes a special token."""
 
-    def __init__(self, tokenizer_json: bytes) -> None:
+    def __init__(self, tokenizer_json: bytes, backend: tokenizers.Tokenizer | None = None) -> None:
         """From the content of a tokenizer.json with an end-of-text token; most callers `load` one."""
-        backend = tokenizers.Tokenizer.from_buffer(tokenizer_json)
+        backend = backend or tokenizers.Tokenizer.from_buffer(tokenizer_json)
+        vocab = backend.get_vocab(with_added_tokens=True)
         self.end_of_text: str = end_of_text_of(backend)
         """The token that ends every document, spelled out."""
-        self.end_of_text_id: int = backend.get_vocab(with_added_tokens=True)[self.end_of_text]
-        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_of_text_id: int = vocab[self.end_of_text]
+        self.vocab_size: int = max(vocab.values()) + 1
         """Rows an embedding needs: the largest token id plus one."""
         special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
         self.control_tokens: tuple[str, ...] = tuple(sorted(special | {self.end_of_text}))
@@ -51,8 +53,8 @@ class Tokenizer:
         Raises:
             UserError: it holds no tokenizer with an end-of-text token.
         """
-        content, _ = read_tokenizer(folder)
-        tokenizer = cls(content)
+        content, backend = read_tokenizer(folder)
+        tokenizer = cls(content, backend)
         if engine == "auto":
             tokenizer.use_fast(content)
         return tokenizer
@@ -61,7 +63,7 @@ class Tokenizer:
         """Encode splits by gigatoken from now on, if it opens this and passes the self-test; else note why not."""
         texts = [*ADVERSARIAL_TEXTS, *self.control_tokens]
         try:
-            fast = FastEngine(tokenizer_json, self.vocab_size)
+            fast = _fast_engine(tokenizer_json, self.vocab_size)
             require_equal(fast.encode_batch(texts), self._reference.encode_batch(texts), texts)
         except FastEngineError as error:
             self.fast, self.fallback = None, Fallback(FastEngine.name, "self-test", str(error))
@@ -93,3 +95,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | TokenIds) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+
+@functools.lru_cache(maxsize=1)
+def _fast_engine(tokenizer_json: bytes, vocab_size: int) -> FastEngine:
+    """Kept: a worker goes from split to split with the words that the encoder has met."""
+    return FastEngine(tokenizer_json, vocab_size)
