@@ -12,7 +12,9 @@ from benchmarks.data.corpus import Corpus, make_corpus
 Row = Callable[[Corpus, Path, argparse.Namespace], None]
 
 ROWS: dict[str, Row] = {
-    "commands": lambda corpus, scratch, given: whole_commands.compare(corpus, scratch, given.rounds, given.megatron),
+    "commands": lambda corpus, scratch, given: whole_commands.compare(
+        corpus, scratch, given.rounds, given.slow_rounds, given.megatron
+    ),
     "minhash": lambda corpus, scratch, given: deduplication.compare(corpus, given.rounds),
     "decontamination": lambda corpus, scratch, given: decontamination.compare(corpus, given.rounds),
     "wet": lambda corpus, scratch, given: wet.compare(corpus, given.rounds),
@@ -26,8 +28,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure: {', '.join(ROWS)}; all if none")
     cache = Path(os.environ.get("BENCH_DATA_CACHE", Path(tempfile.gettempdir()) / "broadgauge-bench-data"))
     parser.add_argument("--cache", type=Path, default=cache, help="folder that keeps the corpus ($BENCH_DATA_CACHE)")
-    parser.add_argument("--large", action="store_true", help="440 MB of text in place of 110")
+    parser.add_argument("--large", action="store_true", help="335 MB of text in place of 110")
     parser.add_argument("--rounds", type=int, default=5, help="of what is quick")
+    parser.add_argument("--slow-rounds", type=int, default=1, help="of whole commands that take half a minute")
     parser.add_argument("--megatron", type=Path, help="checkout of Megatron-LM whose tools take part")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - ROWS.keys():

@@ -35,7 +35,7 @@ PACKAGES = (
 )
 LARGE_PACKAGES = ("cppreference-doc-en-html", "installation-guide-amd64", "rust-doc", "openjdk-17-doc")
 SMALL_BYTES = 110_000_000
-LARGE_BYTES = 440_000_000
+LARGE_BYTES = 440_000_000  # at most: the packages hold 335 MB
 VOCAB_SIZE = 32_000
 TOKENIZER_SAMPLE_BYTES = 20_000_000
 _MIN_CHARS = 200  # shorter pages are redirections

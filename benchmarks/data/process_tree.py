@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ _SAMPLE_SECONDS = 0.05
 class Cost:
     wall_seconds: float
     cpu_seconds: float
-    """Of the command and of every descendant that was waited for."""
+    """Of the command and of every descendant that was waited for, or as sampled where that is more."""
     peak_tree_mb: float
     """The most that all processes held at once: sum of their PSS (a shared page counts once), sampled."""
     peak_process_mb: float
@@ -43,9 +44,8 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
             output.seek(0)
             tail = output.read()[-2000:].decode(errors="replace")
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{tail}")
-    return Cost(
-        wall_seconds, usage.ru_utime + usage.ru_stime, watch.peak_tree_bytes / 1e6, watch.peak_process_bytes / 1e6
-    )
+    cpu_seconds = max(usage.ru_utime + usage.ru_stime, sum(watch.cpu_seconds.values()))
+    return Cost(wall_seconds, cpu_seconds, watch.peak_tree_bytes / 1e6, watch.peak_process_bytes / 1e6)
 
 
 class _MemoryWatch:
@@ -54,6 +54,8 @@ class _MemoryWatch:
     def __init__(self, pid: int) -> None:
         self.peak_tree_bytes = 0
         self.peak_process_bytes = 0
+        self.cpu_seconds: dict[int, float] = {}
+        """Of every process, as it was seen last."""
         self._pid = pid
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -67,10 +69,13 @@ class _MemoryWatch:
         while not self._ended.wait(_SAMPLE_SECONDS):
             try:
                 root = psutil.Process(self._pid)
-                pids = [self._pid, *(child.pid for child in root.children(recursive=True))]
+                processes = [root, *root.children(recursive=True)]
             except psutil.NoSuchProcess:
                 continue
-            samples = [_memory(pid) for pid in pids]
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    self.cpu_seconds[process.pid] = sum(process.cpu_times()[:2])
+            samples = [_memory(process.pid) for process in processes]
             self.peak_tree_bytes = max(self.peak_tree_bytes, sum(pss for pss, _ in samples))
             self.peak_process_bytes = max(self.peak_process_bytes, *(peak for _, peak in samples))
 

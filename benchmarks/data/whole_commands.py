@@ -31,10 +31,10 @@ class Contestant:
     outputs: Callable[[Path], list[Path]]
     """Prefixes of the .bin/.idx that it wrote, in order; ours has what is held out last."""
     is_quick: bool
-    """Takes part in every round; the others take their turn once."""
+    """Takes part in every round; the others seldom."""
 
 
-def compare(corpus: Corpus, scratch: Path, rounds: int, megatron: Path | None) -> None:
+def compare(corpus: Corpus, scratch: Path, rounds: int, slow_rounds: int, megatron: Path | None) -> None:
     contestants = [*ours(corpus, scratch), *peers(corpus, scratch)]
     if megatron:
         contestants += megatron_commands(corpus, megatron)
@@ -42,7 +42,7 @@ def compare(corpus: Corpus, scratch: Path, rounds: int, megatron: Path | None) -
         print("Megatron-LM's commands: no --megatron DIR given, left out")
     costs: dict[str, list[Cost]] = {each.name: [] for each in contestants}
     digests: dict[str, list[list[bytes]]] = {}
-    for contestant in in_turns(contestants, rounds):
+    for contestant in in_turns(contestants, rounds, slow_rounds):
         folder = scratch / "out"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -57,10 +57,10 @@ def compare(corpus: Corpus, scratch: Path, rounds: int, megatron: Path | None) -
     show(corpus, costs, digests)
 
 
-def in_turns(contestants: list[Contestant], rounds: int) -> list[Contestant]:
-    """Quick ones in every round, one slow one after each round, and what slow ones remain at the end."""
+def in_turns(contestants: list[Contestant], rounds: int, slow_rounds: int) -> list[Contestant]:
+    """The quick ones, then one slow one, and again; what slow ones remain come at the end."""
     quick = [each for each in contestants if each.is_quick]
-    slow = [each for each in contestants if not each.is_quick]
+    slow = slow_rounds * [each for each in contestants if not each.is_quick]
     order: list[Contestant] = []
     for number in range(max(rounds, len(slow))):
         order += quick if number < rounds else []
