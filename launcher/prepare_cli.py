@@ -112,7 +112,7 @@ def inspect(
         else inspection.documents(path, dataset, "heldout" if heldout else "train", first, count)
     )
     for title, text in found:
-        display.line(f"\n--- {title}\n{text}")
+        display.line(_printable(f"\n--- {title}\n{text}"))
 
 
 @app.command("train-classifier")
@@ -136,6 +136,11 @@ def train_classifier(
         f"{report.num_heldout:,} texts it has not seen, accuracy {report.accuracy:.3f} and AUC {report.auc:.3f}; "
         f"records left out: {left_out}"
     )
+
+
+def _printable(text: str) -> str:
+    """Text from anywhere, for a terminal, which control characters would command."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager

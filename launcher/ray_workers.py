@@ -5,11 +5,13 @@ folder by the workers themselves.
 """
 
 import os
+import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
 
 from data_pipeline.tasks import MAX_TRIES, Advance, Done, Failed, Outcome, Report, Task, describe_failure
@@ -17,6 +19,7 @@ from trainer.config import UserError
 
 _AHEAD = 2  # tasks queued for every CPU, so that none waits for the driver
 _POLL_SECONDS = 0.2
+_ANSWER_SECONDS = 10.0  # that a cluster may take to accept a connection
 
 
 @contextmanager
@@ -29,12 +32,12 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
     assert not ray.is_initialized()
     try:
         ray.init(
-            address=address,
+            address=_listening(address),
             log_to_driver=False,
             configure_logging=False,
             runtime_env={"env_vars": {"RAYON_NUM_THREADS": "1"} | _path_of_this_code()},
         )
-    except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+    except (OSError, RayError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out"
@@ -43,6 +46,21 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
         yield RayWorkers()
     finally:
         ray.shutdown()
+
+
+def _listening(address: str) -> str:
+    """The cluster's host:port, where something answers: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nothing does, or there is no cluster to find.
+    """
+    found = canonicalize_bootstrap_address_or_die(address)
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers at {found}: {error.strerror or error}") from error
+    return found
 
 
 class RayWorkers:

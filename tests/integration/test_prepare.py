@@ -229,13 +229,14 @@ def test_two_commands_cannot_prepare_one_folder(whole: tuple[Path, Path, float],
 # ------------------------------------------------------------------------------------------------------ everything on
 
 WORDS = """the house that we have seen with you and the man who came to be there by night is of good stone so they say
-it has stood for a hundred years when rain was falling over hills fields rivers and every child in town knew its old door
-she opened window after window until light fell upon table chair lamp book paper where letters lay about some journey"""
+it has stood for a hundred years when rain was falling over hills fields rivers and every child in town knew its old
+door she opened window after window until light fell upon table chair lamp book paper
+where letters lay about some journey"""
 
 
 def english(draw: random.Random, *num_words: int) -> str:
     """Paragraphs of so many words."""
-    return "\n".join(" ".join(draw.choices(WORDS.split(), k=num)).capitalize() + "." for num in num_words)
+    return "\n\n".join(" ".join(draw.choices(WORDS.split(), k=num)).capitalize() + "." for num in num_words)
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +246,9 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = [english(draw, 60, 40) for _ in range(40)]
     question = english(draw, 30)
     books = [*shared, *(english(draw, 80, 60) for _ in range(80))]
-    leaked = "\n".join([english(draw, 200), question, english(draw, 200)])
+    leaked = "\n\n".join([english(draw, 200), question, english(draw, 200)])
     near = [f"{each[:-5]} zzz." for each in books[50:60]]
-    partly = ["\n".join([english(draw, 80), each.splitlines()[0]]) for each in books[60:70]]
+    partly = ["\n\n".join([english(draw, 80), each.splitlines()[0]]) for each in books[60:70]]
     spam = [english(draw, 20) + " buy cheap now click here" * 20 for _ in range(10)]
     foreign = ["안녕하세요 저는 오늘 학교에 가서 친구를 만났습니다. " * 20]
     crawl = [

@@ -1,7 +1,6 @@
 """A corpus of everything bad at once, disks that are full or read-only, and memory that must not grow."""
 
 import gzip
-import io
 import os
 import random
 import subprocess
@@ -67,8 +66,8 @@ def write_everything_bad(folder: Path) -> int:
     (folder / "round.jsonl").symlink_to(folder / "round.jsonl")
     (folder / "loop").symlink_to(folder)
     (folder / "folder.jsonl").mkdir()
-    (folder / "new\nline.txt").write_text(text(3))
-    Path(os.fsdecode(os.fsencode(folder) + b"/br\xf6ken\xff.txt")).write_text(text(4))
+    (folder / "new\nline.txt").write_text(text(3000))
+    Path(os.fsdecode(os.fsencode(folder) + b"/br\xf6ken\xff.txt")).write_text(text(4000))
     (folder / "picture.png").write_bytes(b"\x89PNG")
     (folder / "a.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
     return 50 + 1 + 10 + 2
@@ -92,7 +91,7 @@ def test_a_corpus_of_everything_bad_ends_well_and_every_loss_is_counted(tmp_path
     assert 0 < from_cut < 800
     assert dropped.pop("bad_json") >= 3  # and what is left of the lines that damage has cut
     assert dropped == {
-        "undecodable": 3,
+        "undecodable": 4,
         "missing_field": 1,
         "field_not_text": 2,
         "empty_text": 1,
@@ -200,8 +199,7 @@ def write_large(path: Path, num_bytes: int, first: int = 0) -> None:
     """Short documents, of which there are many: pieces of one text, each with a number before it."""
     draw, block = random.Random(0), " ".join(text(seed, 20) for seed in range(100))
     path.parent.mkdir(parents=True, exist_ok=True)
-    opened: io.IOBase = gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else open(path, "wb")  # type: ignore[assignment]
-    with opened as handle:
+    with gzip.open(path, "wb", 1) if path.suffix == ".gz" else open(path, "wb") as handle:
         written = 0
         while written < num_bytes:
             start = draw.randrange(len(block) - 500)
