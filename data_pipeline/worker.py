@@ -5,6 +5,7 @@ of its own, and no fork of the parent: encoders start threads, which a fork woul
 """
 
 import ctypes
+import importlib
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from data_pipeline.tasks import Advance, Done, Failed, Task, describe_failure
 
 _PR_SET_PDEATHSIG = 1
 _REPORT_SECONDS = 0.2
+_NEEDED_BY_TASKS = ("data_pipeline.cleaning", "data_pipeline.finishing", "data_pipeline.joining")
 
 
 class _Reporter:
@@ -54,6 +56,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
+    for name in _NEEDED_BY_TASKS:  # while the driver still plans
+        importlib.import_module(name)
     serve(Connection(int(sys.argv[1])))
 
 

@@ -67,10 +67,10 @@ def corpus(
         with stages.claim(config, where, display) as claimed, _workers(workers, ray) as pool:
             stages.prepare_data(claimed, pool)
         return
-    from data_pipeline import pipeline
-    from launcher import data_report
-
     with _workers(workers, ray) as pool, display.stage("prepare") as bar:
+        from data_pipeline import pipeline  # while workers start
+        from launcher import data_report
+
         prepared = pipeline.prepare(
             config.data,
             vocab_size=config.model.vocab_size,
@@ -144,9 +144,12 @@ def _printable(text: str) -> str:
 
 
 @contextmanager
-def _workers(num_workers: int | None, ray: str | None) -> Iterator["Workers | int | None"]:
+def _workers(num_workers: int | None, ray: str | None) -> Iterator["Workers"]:
     if ray is None:
-        yield num_workers
+        from data_pipeline.workers import LocalWorkers, num_cores
+
+        with LocalWorkers(num_workers or num_cores()) as local:
+            yield local
         return
     from launcher.ray_workers import ray_workers
 

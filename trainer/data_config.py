@@ -34,9 +34,9 @@ class FuzzyConfig(Section):
 
     permutations: int = Field(128, ge=1)
     """Hash functions of a signature; all of them estimate the similarity of two candidates."""
-    bands: int = Field(16, ge=1)
-    """Documents that agree on a whole band are candidates."""
-    rows: int = Field(8, ge=1)
+    bands: int = Field(21, ge=1)
+    """Documents that agree on a whole band are candidates: 99.8 % of pairs at the default threshold do."""
+    rows: int = Field(6, ge=1)
     """Hash functions of a band; bands x rows is at most permutations."""
     ngram: int = Field(5, ge=1)
     """Words of a shingle."""
