@@ -141,6 +141,7 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_next_run_goes_on(size_kb
     with small_disk(tmp_path / "disk", size_kb << 10):
         done = prepare_command(config, "--out", tmp_path / "disk/out", "--workers", 2)
         assert done.returncode == 2, done.stdout + done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
         (line,) = done.stderr.splitlines()
         assert "cannot be written (No space left on device); make room and run again" in line
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)

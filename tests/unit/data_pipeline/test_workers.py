@@ -126,6 +126,14 @@ def test_what_the_user_can_mend_ends_the_run_at_once(
     assert len(list(tmp_path.glob("1-*"))) == 1, "it was not tried again"
 
 
+def test_files_left_open_on_a_full_disk_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with LocalWorkers(1) as pool:
+        with pytest.raises(UserError, match="No space left"):
+            pool.run([Told(tmp_path, 0, "leave_a_file_open_on_a_full_disk")], ignore)
+        pool.run([Told(tmp_path, 1)], ignore)  # by then they are closed
+    assert capfd.readouterr().err == ""
+
+
 def test_what_an_ended_run_was_doing_is_not_taken_for_the_next_one(pool: LocalWorkers, tmp_path: Path) -> None:
     for folder in ("before", "after"):
         (tmp_path / folder).mkdir()
