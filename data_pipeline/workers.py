@@ -123,9 +123,9 @@ class LocalWorkers:
         return _Worker(process, Connection(ours.detach()))
 
     def _end(self, worker: _Worker) -> None:
-        worker.connection.close()
-        worker.process.kill()
+        worker.process.kill()  # first: it would complain of a closed connection
         worker.process.wait()
+        worker.connection.close()
 
 
 @contextmanager

@@ -58,6 +58,10 @@ class Told:
     def refuse(self) -> None:
         raise UserError("mend it")
 
+    def let_go_and_refuse(self) -> None:
+        (self.folder / "go").touch()
+        self.refuse()
+
     def fill_disk(self) -> None:
         with open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")

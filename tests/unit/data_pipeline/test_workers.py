@@ -134,6 +134,17 @@ def test_files_left_open_on_a_full_disk_print_nothing(tmp_path: Path, capfd: pyt
     assert capfd.readouterr().err == ""
 
 
+def test_workers_that_answer_an_ended_run_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with LocalWorkers(4) as pool:
+        for number in range(6):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            waiting = [Told(folder, i, "wait_for_go") for i in range(3)]
+            with pytest.raises(UserError):
+                pool.run([*waiting, Told(folder, 3, "let_go_and_refuse")], ignore)
+    assert capfd.readouterr().err == ""
+
+
 def test_what_an_ended_run_was_doing_is_not_taken_for_the_next_one(pool: LocalWorkers, tmp_path: Path) -> None:
     for folder in ("before", "after"):
         (tmp_path / folder).mkdir()
