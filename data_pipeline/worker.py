@@ -12,7 +12,6 @@ import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any
 
 from data_pipeline.tasks import Advance, Done, Failed, Task, describe_failure
 
@@ -52,18 +51,11 @@ def serve(connection: Connection) -> None:
         connection.send(answer)
 
 
-def _ignore_lost_writes(unraisable: Any) -> None:
-    """A full disk fails a task, which says so in one line; files it has left open fail once more as they are closed."""
-    if not isinstance(unraisable.exc_value, OSError):
-        sys.__unraisablehook__(unraisable)
-
-
 def main() -> None:
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    sys.unraisablehook = _ignore_lost_writes
     for name in _NEEDED_BY_TASKS:  # while the driver still plans
         importlib.import_module(name)
     serve(Connection(int(sys.argv[1])))

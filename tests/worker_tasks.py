@@ -66,10 +66,5 @@ class Told:
         with open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")
 
-    def leave_a_file_open_on_a_full_disk(self) -> None:
-        handle = open("/dev/full", "wb")  # noqa: SIM115
-        handle.write(b"x")
-        self.fill_disk()
-
     def be_denied(self) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/data/part")

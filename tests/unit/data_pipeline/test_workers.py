@@ -126,14 +126,6 @@ def test_what_the_user_can_mend_ends_the_run_at_once(
     assert len(list(tmp_path.glob("1-*"))) == 1, "it was not tried again"
 
 
-def test_files_left_open_on_a_full_disk_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with LocalWorkers(1) as pool:
-        with pytest.raises(UserError, match="No space left"):
-            pool.run([Told(tmp_path, 0, "leave_a_file_open_on_a_full_disk")], ignore)
-        pool.run([Told(tmp_path, 1)], ignore)  # by then they are closed
-    assert capfd.readouterr().err == ""
-
-
 def test_workers_that_answer_an_ended_run_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with LocalWorkers(4) as pool:
         for number in range(6):
