@@ -7,7 +7,8 @@ from data_pipeline.pipeline import TOKENIZER_FOLDER, check_same_tokenizer, find_
 from data_pipeline.settings import Settings
 from data_pipeline.tokenization import Tokenizer
 from launcher.job import check_embedded
-from trainer.checkpoint import store
+from trainer.checkpoint import compatibility, store
+from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig, UserError
 from trainer.data.blend import DatasetUse, epochs
 from trainer.data.prepared import fingerprints
@@ -102,11 +103,11 @@ def check_resume_from(config: RunConfig, run_dir: RunDir) -> None:
     if not config.checkpoint.resume_from or store.steps(run_dir.checkpoints):
         return
     checkpoint = store.find(Path(config.checkpoint.resume_from))
-    manifest = store.read_manifest(checkpoint)
-    store.check_continues(manifest, config, checkpoint)
+    manifest = read_manifest(checkpoint)
+    compatibility.check_continues(manifest, config, checkpoint)
     data = fingerprints(config, run_dir.data_for(config))
     if data:  # otherwise it is still to be prepared, and the ranks look at it
-        store.check_tokenizer(manifest, data, checkpoint)
+        compatibility.check_tokenizer(manifest, data, checkpoint)
 
 
 def check_prompt(config: RunConfig, run_dir: RunDir) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import orjson
 
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import Manifest as DataManifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER
 from launcher import stages
 from launcher.job import check_embedded, ready_ranks
 from trainer import config_file
-from trainer.checkpoint import store
+from trainer.checkpoint import compatibility, store
+from trainer.checkpoint.manifest import Manifest
 from trainer.config import RunConfig, UserError
 from trainer.run_dir import RunDir
 
@@ -29,7 +30,7 @@ class Found:
     """A checkpoint with the config it is read under, whose `data.prepared` is set."""
 
     checkpoint: Path
-    manifest: store.Manifest
+    manifest: Manifest
     config: RunConfig
 
 
@@ -46,11 +47,11 @@ def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
     recorded = tree["data"].get("prepared")
     prepared = data or (Path(recorded) if recorded else run_dir.data)
     config = config_file.override(tree, [*settings, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"])
-    store.check_architecture(manifest, config, checkpoint)
+    compatibility.check_architecture(manifest, config, checkpoint)
     check_embedded(config)
-    data_manifest = Manifest.load(prepared)
+    data_manifest = DataManifest.load(prepared)
     data_manifest.verify(prepared)
-    store.check_tokenizer(manifest, {"tokenizer": data_manifest.tokenizer_fingerprint}, checkpoint)
+    compatibility.check_tokenizer(manifest, {"tokenizer": data_manifest.tokenizer_fingerprint}, checkpoint)
     return Found(checkpoint.resolve(), manifest, config)
 
 

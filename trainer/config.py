@@ -162,12 +162,39 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(1000, ge=1)
-    """Steps between checkpoints; one more is written at the end."""
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints; empty: 1000, or none where every_seconds is set. The last step is always saved."""
+    every_seconds: float | Literal["auto"] | None = Field(None, gt=0.0)
+    """Time between checkpoints (s); auto: Daly's optimum for the measured cost of saving and the failures seen."""
+    snapshot_every_steps: int | None = Field(None, ge=1)
+    """Steps between snapshots that stay in the machine's memory, for restarts; empty: none but of checkpoints."""
+    replicate: bool = False
+    """Keep a copy of every snapshot in the memory of the next machine too, for when a machine is lost."""
+    asynchronous: bool = True
+    """Copy the state to shared memory and go on while a service writes it; otherwise training waits for the disk."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """What a save does that is due while the one before is still being written."""
     keep_last: int = Field(2, ge=1)
     """Checkpoints to keep; older ones are removed after a newer one is committed."""
+    keep_every_steps: int | None = Field(None, ge=1)
+    """Checkpoints of steps that this divides are kept for ever."""
+    keep_best: int = Field(0, ge=0)
+    """Checkpoints of lowest held-out loss to keep, among those whose step was evaluated."""
+    upload_to: str | None = None
+    """Folder, or URL of an object store (s3://, gs://, ...), to which every committed checkpoint is copied."""
+    verify: bool = True
+    """Check the hash of every file before it is loaded."""
+    grace_seconds: float = Field(60.0, gt=0.0)
+    """Time to save and end after SIGTERM or a preemption notice (s)."""
     resume_from: str | None = None
     """A checkpoint of another run, written in any layout, to start from when this run has none of its own."""
+    weights_from: str | None = None
+    """A checkpoint, imported or of another run, whose weights to start from, with a new optimizer and at step 0."""
+
+    @property
+    def interval_steps(self) -> int | None:
+        """Steps between checkpoints, where they are counted in steps."""
+        return self.every_steps or (None if self.every_seconds else 1000)
 
 
 class GenerateConfig(Section):

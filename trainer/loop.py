@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from trainer import parallel, stability
-from trainer.checkpoint import sharded, store
-from trainer.config import RunConfig, UserError
+from trainer.checkpoint import compatibility, saving, sharded, store
+from trainer.checkpoint.manifest import Manifest, read_manifest
+from trainer.config import RunConfig
 from trainer.data.batches import ReadAhead, TrainingData
 from trainer.data.prepared import PreparedFolder, fingerprints
 from trainer.data.windows import HeldoutReader
@@ -44,7 +45,7 @@ def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Reco
         record("evaluated", step=step, **asdict(evaluation.run(engine.evaluate)))
 
     step, state, is_own = restore(engine, config, run_dir, record)
-    saved_at = step
+    saved_at, every = step, config.checkpoint.interval_steps or 1
     if not is_own:
         evaluate(step)
     with ReadAhead(read, schedule.num_steps, config.train.micro_batch_size, device) as batches:
@@ -62,7 +63,7 @@ def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Reco
             # before saving: a run that is killed in between comes back to before both, and loses neither
             if config.evaluation.every_steps and step % config.evaluation.every_steps == 0 and not is_last:
                 evaluate(step)
-            is_due = step // config.checkpoint.every_steps > saved_at // config.checkpoint.every_steps
+            is_due = step // every > saved_at // every
             if is_last or (is_due and isinstance(decision, Accept)):
                 state = save(engine, config, run_dir, step, state, record)
                 saved_at = step
@@ -203,30 +204,15 @@ def find_checkpoint(config: RunConfig, run_dir: RunDir, record: Record) -> tuple
     data = fingerprints(config, run_dir.data_for(config))
     own = store.newest_valid(run_dir.checkpoints, lambda reason: record("checkpoint_rejected", reason=reason))
     if own is not None:
-        check_same_data(store.read_manifest(own).data, data, run_dir.data_for(config), own)
+        compatibility.check_same_data(read_manifest(own), data, run_dir.data_for(config), own)
         return own, None
     if not config.checkpoint.resume_from:
         return None, None
     given = store.find(Path(config.checkpoint.resume_from))
     manifest = store.verify(given)
-    store.check_continues(manifest, config, given)
-    store.check_tokenizer(manifest, data, given)
+    compatibility.check_continues(manifest, config, given)
+    compatibility.check_tokenizer(manifest, data, given)
     return None, given
-
-
-def check_same_data(trained_on: Mapping[str, str], found: Mapping[str, str], folder: Path, checkpoint: Path) -> None:
-    """Whether a position in the data means what it meant when a checkpoint was written.
-
-    Raises:
-        UserError: it does not.
-    """
-    if {**trained_on, "blend": None} != {**found, "blend": None}:
-        raise UserError(f"{folder} has changed since {checkpoint} was written; bring the old data back")
-    if trained_on.get("blend") != found.get("blend"):
-        raise UserError(
-            f"{checkpoint} was trained on the blend {trained_on.get('blend')}, and that of {folder} is now "
-            f"{found.get('blend')}; bring the old weights back"
-        )
 
 
 def save(
@@ -235,16 +221,14 @@ def save(
     """Write a checkpoint and remove those that are no longer kept; returns the policy's state from then on."""
     started = time.perf_counter()
     state = stability.after_checkpoint(state, step)
-    manifest = sharded.save(
-        engine,
-        run_dir.checkpoints,
+    facts = Manifest(
         step,
-        consumed_samples=Schedule(config).consumed_samples(step),
+        Schedule(config).consumed_samples(step),
+        config.model_dump(mode="json"),
         data=fingerprints(config, run_dir.data_for(config)),
         stability=state.as_tree(),
     )
-    if dist.get_rank() == 0:
-        store.prune(run_dir.checkpoints, step, config.checkpoint.keep_last)
+    manifest = saving.save(engine, run_dir.checkpoints, facts)
     record(
         "checkpoint_saved",
         step=step,

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mcore
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -10,6 +11,7 @@ from trainer.config import ParallelConfig
 from trainer.device import DeviceKind, backend
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+_HALF = 1 << 32  # of 64 bits
 
 
 def initialize(parallel: ParallelConfig, device: DeviceKind, init_method: str, rank: int, world_size: int) -> None:
@@ -50,6 +52,21 @@ def dropout_seed(seed: int, step: int, place: int) -> int:
     further from each other than any sum reaches, and steps are spread by the golden ratio.
     """
     return (seed * 1_000_003 + step * 1_327_217_885 + place * 8_191) % 2**31
+
+
+def sum_over_ranks(*values: int) -> list[int]:
+    """Sums over all ranks mod 2^64 of numbers from 0 to 2^64 - 1; the same answer on every rank."""
+    halves = [half for value in values for half in divmod(value, _HALF)]  # whose sums stay far from overflowing
+    device = torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor(halves, dtype=torch.int64, device=device)
+    dist.all_reduce(sums)
+    upper_and_lower = sums.view(-1, 2).tolist()
+    return [(upper * _HALF + lower) % _HALF**2 for upper, lower in upper_and_lower]
+
+
+def speaks_for_replica() -> bool:
+    """Whether this is the one rank of its data-parallel replica that counts where all its ranks know the same."""
+    return not (tensor_rank() or context_rank() or mcore.get_pipeline_model_parallel_rank())
 
 
 def data_rank() -> int:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parity import EPS, LEARNING_RATE, assemble, global_batch
@@ -16,7 +15,10 @@ from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer import parallel
 from trainer.checkpoint import sharded, store
+from trainer.checkpoint.chunk_reader import read_index
 from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.saving import save
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.batches import MicroBatch
@@ -103,7 +105,11 @@ def uninterrupted(folder: Path) -> Callable[[RunConfig, torch.device], Any]:
         engine.state.reset()
         history = train_steps(engine, range(SAVED_AT))
         saved = blocks(engine)
-        sharded.save(engine, folder, SAVED_AT, SAVED_AT * config.train.global_batch_size)
+        save(
+            engine,
+            folder,
+            Manifest(SAVED_AT, SAVED_AT * config.train.global_batch_size, config.model_dump(mode="json")),
+        )
         return history + train_steps(engine, range(SAVED_AT, LAST_STEP)), blocks(engine), saved
 
     return rank
@@ -222,7 +228,7 @@ def test_every_element_is_stored_once_and_all_files_are_vouched_for(
     layout: str, runs: Callable[..., tuple[Path, Outcome]]
 ) -> None:
     checkpoint, _ = runs(layout)
-    for name, entry in FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items():
+    for name, entry in read_index(checkpoint).state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata)
         times = torch.zeros(entry.size, dtype=torch.int)
         for chunk in entry.chunks:

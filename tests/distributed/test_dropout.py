@@ -15,6 +15,8 @@ from parity import EPS, LEARNING_RATE, global_batch
 from ranks import run_on_ranks
 from trainer import parallel
 from trainer.checkpoint import sharded, store
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.saving import save
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.data.batches import MicroBatch
@@ -89,7 +91,7 @@ def train(
             stats = engine.train_step(my_batches(config, step), LEARNING_RATE, step)
             history.append((stats.loss, stats.grad_norm))
             if checkpoints is not None and step + 1 == CHECKPOINT_AT:
-                sharded.save(engine, checkpoints, step + 1, 0)
+                save(engine, checkpoints, Manifest(step + 1, 0, config.model_dump(mode="json")))
         return Trained(
             history, [(f.box, {k: t.clone() for k, t in f.tensors.items()}) for f in engine.state.fragments()]
         )

@@ -18,6 +18,8 @@ from data_pipeline.shards import ShardWriter, TokenBatch, token_dtype
 from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint import sharded
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.saving import save
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.batches import TrainingData, heldout_windows
@@ -99,7 +101,7 @@ def checkpoint(reference: ReferenceGPT, tmp_path_factory: pytest.TempPathFactory
             place = tuple(slice(o, o + n) for o, n in zip(fragment.box.offset, fragment.box.shape, strict=True))
             fragment.tensors[MASTER].copy_(whole[fragment.box.key][place])
         engine.state.refresh_weights()
-        sharded.save(engine, folder, 1, 8)
+        save(engine, folder, Manifest(1, 8, config.model_dump(mode="json")))
 
     run_on_ranks(config_of("one rank"), write)
     return folder / "step-00000001"

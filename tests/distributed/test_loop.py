@@ -17,6 +17,7 @@ from data_pipeline.shards import ShardWriter, TokenBatch
 from ranks import run_on_ranks
 from trainer import loop
 from trainer.checkpoint import store
+from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.events import Event, EventLog, read_events, surviving_steps
@@ -185,7 +186,7 @@ def test_a_ramp_is_the_same_in_every_layout_and_across_them(data: Path, tmp_path
     assert [event["tokens"] for event in steps] == [SEQ * sum(RAMP_SIZES[: n + 1]) for n in range(len(RAMP_SIZES))]
     assert [event["lr"] for event in steps] == [learning_rate(config, event["tokens"]) for event in steps]
     given = run_dir.checkpoints / "step-00000006"
-    assert store.read_manifest(given).consumed_samples == sum(RAMP_SIZES[:6])
+    assert read_manifest(given).consumed_samples == sum(RAMP_SIZES[:6])
     for other, first in (
         (with_ramp(config_of("TP2 x PP2", data)), 0),
         (with_ramp(config_of("one rank", data), resume_from=str(given)), 6),
@@ -260,7 +261,7 @@ def test_a_run_does_not_go_on_with_other_data(data: Path, tmp_path: Path) -> Non
     config, run_dir = config_of("one rank", folder), RunDir(tmp_path / "run")
     state("bb")
     train(config, run_dir)
-    assert store.read_manifest(run_dir.checkpoints / "step-00000007").data == {"tokenizer": "aa", "train": "bb"}
+    assert read_manifest(run_dir.checkpoints / "step-00000007").data == {"tokenizer": "aa", "train": "bb"}
     state("cc")
     run_on_ranks(config, refuses(run_dir, r"data has changed since .*step-00000007 was written; bring the old data"))
 

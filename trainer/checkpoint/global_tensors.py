@@ -1,40 +1,46 @@
 """A checkpoint's whole tensors, read one at a time with no model and no process group: for export and inspection."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from trainer.checkpoint.chunk_file import Chunk, Shape
+from trainer.checkpoint.chunk_reader import ChunkReader, blocks_of, fill
 from trainer.training_state import MASTER
 
 
 class GlobalTensors(Mapping[str, Tensor]):
-    """Read access to a checkpoint's whole tensors, one at a time, with no process group: `tensors[name]`, fp32."""
+    """`tensors[name]`, fp32, of one kind of state."""
 
     def __init__(self, checkpoint: Path, kind: str = MASTER) -> None:
-        self._reader = FileSystemReader(checkpoint)
+        self._reader = ChunkReader(checkpoint)
         self._kind = kind
         entries = self._reader.read_metadata().state_dict_metadata
-        self._shapes: dict[str, tuple[int, ...]] = {
+        self.shapes: dict[str, Shape] = {
             name.removeprefix(f"{kind}/"): tuple(entry.size)
             for name, entry in entries.items()
             if name.startswith(f"{kind}/") and isinstance(entry, TensorStorageMetadata)
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty(self._shapes[name])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it loads in a single process, which is the point
-            dcp.load({f"{self._kind}/{name}": tensor}, storage_reader=self._reader, no_dist=True)
-        return tensor
+        return self._read(name, (0,) * len(self.shapes[name]), self.shapes[name])
+
+    def layer(self, name: str, layer: int) -> Tensor:
+        """One layer of a tensor that stacks all of them, without the layer axis."""
+        shape = self.shapes[name]
+        return self._read(name, (layer, *(0 for _ in shape[1:])), (1, *shape[1:]))[0]
+
+    def _read(self, name: str, offset: Shape, shape: Shape) -> Tensor:
+        values = torch.empty(shape)
+        chunk = Chunk(f"{self._kind}/{name}", self.shapes[name], offset, shape)
+        fill(blocks_of([(chunk, values)]), self._reader)
+        return values
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self.shapes)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self.shapes)

@@ -1,83 +1,87 @@
-"""The sharded checkpoint: every rank writes the ZeRO fragments it owns, as blocks of global tensors.
+"""The training state of a rank, written to a file of its own and read back at any layout.
 
-No rank gathers anything, and nothing in the files depends on the layout: a load asks torch.distributed.checkpoint for
-the blocks that this rank owns in its own layout. Stored are the fp32 master weights and Adam's moments, under
-`<kind>/<global name>`; the weights that forward uses are derived from them.
+Every rank writes the ZeRO fragments that it owns, as blocks of global tensors (`chunk_file`): no gather, no
+communication. To load, a rank takes its own file if that holds exactly its blocks, as it does in the layout that wrote
+it, and else asks `torch.distributed.checkpoint` which parts of which files make them up.
 """
 
-from collections.abc import Iterable, Mapping
+import mmap
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from trainer.checkpoint import store
+from trainer import parallel
+from trainer.checkpoint.chunk_file import Chunk, FileLayout, file_name, lay_out, read_layout
+from trainer.checkpoint.chunk_reader import ChunkReader, OpenFiles, blocks_of, fill, read_index
+from trainer.checkpoint.compatibility import check_architecture
+from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.engine.engine import Engine
 from trainer.engine.state import Fragment
-from trainer.model.sharding import Shape, placements
+from trainer.model.sharding import placements
 from trainer.training_state import MASTER
 
-
-def save(
-    engine: Engine,
-    checkpoints: Path,
-    step: int,
-    consumed_samples: int,
-    data: Mapping[str, str] | None = None,
-    stability: Mapping[str, Any] | None = None,
-) -> store.Manifest:
-    """Write and commit the checkpoint of `step`. Collective; on return it exists for every rank."""
-    temporary = checkpoints / f"{store.folder_name(step)}.tmp"
-    if dist.get_rank() == 0:
-        store.begin(checkpoints, step)
-    dist.barrier()
-    blocks = _blocks(fragment for fragment in engine.state.fragments() if fragment.is_main)
-    dcp.save(dict(blocks), storage_writer=FileSystemWriter(temporary, sync_files=True), planner=_SavePlanner())
-    # each rank fingerprints what it wrote; rank 0 also the index that it wrote last
-    mine = list(temporary.glob(f"__{dist.get_rank()}_*"))
-    if dist.get_rank() == 0:
-        mine.append(temporary / ".metadata")
-    described: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(described, {path.name: store.fingerprint(path, durable=True) for path in mine})
-    files = {name: facts for part in described for name, facts in part.items()}
-    manifest = store.Manifest(
-        step,
-        consumed_samples,
-        engine.config.model_dump(mode="json"),
-        files,
-        data=dict(data or {}),
-        num_updates=engine.state.num_updates,
-        stability=dict(stability or {}),
-    )
-    if dist.get_rank() == 0:
-        store.commit(temporary, manifest)
-    dist.barrier()
-    return manifest
+Blocks = list[tuple[Chunk, Tensor]]
 
 
-def load(engine: Engine, checkpoint: Path) -> store.Manifest:
+@torch.no_grad()
+def write(engine: Engine, path: Path) -> int:
+    """Write this rank's share of the training state; returns the bytes of the file.
+
+    The file gets all its room before anything is copied, so that a full disk or memory is an error, not a signal. One
+    that is there already, of the same size, is written over: its pages need not be made again.
+
+    Raises:
+        OSError: there is no room.
+    """
+    blocks = _blocks(engine.state.fragments())
+    layout = lay_out(chunk for chunk, _ in blocks)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.ftruncate(descriptor, layout.num_bytes)
+        os.posix_fallocate(descriptor, 0, layout.num_bytes)
+        with mmap.mmap(descriptor, layout.num_bytes) as memory:
+            memory[: len(layout.header)] = layout.header
+            _copy(blocks, layout, memory)
+    finally:
+        os.close(descriptor)
+    return layout.num_bytes
+
+
+def _copy(blocks: Blocks, layout: FileLayout, memory: mmap.mmap) -> None:
+    for (chunk, tensor), start in zip(blocks, layout.starts, strict=True):
+        target = torch.frombuffer(memory, dtype=torch.float32, count=chunk.numel, offset=start)
+        target.view(chunk.shape).copy_(tensor)
+
+
+def load(engine: Engine, checkpoint: Path) -> Manifest:
     """Fill the engine's whole state from a checkpoint of any layout. Collective.
 
     Raises:
         UserError: the checkpoint is of another architecture.
     """
-    manifest = store.read_manifest(checkpoint)
-    store.check_architecture(manifest, engine.config, checkpoint)
+    manifest = read_manifest(checkpoint)
+    check_architecture(manifest, engine.config, checkpoint)
     engine.state.prepare(manifest.num_updates)
-    _fill(engine.state.fragments(), checkpoint)
+    _load(_blocks(engine.state.fragments()), checkpoint)
     engine.state.refresh_weights()
     return manifest
+
+
+def load_initial_weights(engine: Engine, checkpoint: Path) -> None:
+    """Fill the engine's weights, and begin everything else anew. Collective.
+
+    Raises:
+        UserError: the checkpoint is of another architecture.
+    """
+    check_architecture(read_manifest(checkpoint), engine.config, checkpoint)
+    engine.state.prepare(0)
+    _load([block for block in _blocks(engine.state.fragments()) if _is_weight(block[0])], checkpoint)
+    engine.state.refresh_weights()
 
 
 @torch.no_grad()
@@ -88,60 +92,43 @@ def load_weights(chunks: Iterable[GPTModel], checkpoint: Path) -> None:
         for parameter, placement in placements(chunks).items()
         for box in placement.boxes
     )
-    _fill(fragments, checkpoint)
+    _load(_blocks(fragments), checkpoint)
 
 
-def _fill(fragments: Iterable[Fragment], checkpoint: Path) -> None:
-    dcp.load(dict(_blocks(fragments)), storage_reader=FileSystemReader(checkpoint), planner=_LoadPlanner())
+def _is_weight(chunk: Chunk) -> bool:
+    return chunk.name.startswith(f"{MASTER}/")
 
 
-class _Blocks:
-    """The blocks of one global tensor that this rank reads or writes, in the form DCP asks for."""
+def _blocks(fragments: Iterable[Fragment]) -> Blocks:
+    def each() -> Iterator[tuple[Chunk, Tensor]]:
+        for fragment in fragments:
+            box = fragment.box
+            for kind, tensor in fragment.tensors.items():
+                name = f"{kind}/{box.key}"
+                yield Chunk(name, box.global_shape, box.offset, box.shape, not fragment.is_main), tensor
 
-    def __init__(self, global_shape: Shape) -> None:
-        self.global_shape = torch.Size(global_shape)
-        self.tensors: dict[torch.Size, Tensor] = {}  # by offset
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(offset, tensor.size()) for offset, tensor in self.tensors.items()]
-
-    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
-        properties = TensorProperties(dtype=torch.float32)
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets, number),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.global_shape),
-            )
-            for number, chunk in enumerate(self.__create_chunk_list__())
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return self.tensors[index.offset]
+    return list(each())
 
 
-def _blocks(fragments: Iterable[Fragment]) -> dict[str, _Blocks]:
-    blocks: dict[str, _Blocks] = {}
-    for fragment in fragments:
-        for kind, tensor in fragment.tensors.items():
-            of_tensor = blocks.setdefault(f"{kind}/{fragment.box.key}", _Blocks(fragment.box.global_shape))
-            of_tensor.tensors[torch.Size(fragment.box.offset)] = tensor
-    return blocks
+def _load(blocks: Blocks, checkpoint: Path) -> None:
+    (num_complete,) = parallel.sum_over_ranks(int(_load_own(blocks, checkpoint)))
+    if num_complete == dist.get_world_size():
+        return
+    index = [read_index(checkpoint) if dist.get_rank() == 0 else None]  # thousands of files are opened by one rank
+    dist.broadcast_object_list(index, src=0)
+    fill(blocks_of(blocks), ChunkReader(checkpoint, index[0]))
 
 
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
-        """Keep our blocks as they are: the default walks into the dict and copies it."""
-        self.flatten_state_dict = False
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata = metadata
-        self.is_coordinator = is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+def _load_own(blocks: Blocks, checkpoint: Path) -> bool:
+    """Fill the blocks from the file that this rank wrote; whether it holds all of them."""
+    name = file_name(dist.get_rank())
+    if not (checkpoint / name).is_file():
+        return False
+    layout = read_layout(checkpoint / name)
+    starts = dict(zip(layout.chunks, layout.starts, strict=True))
+    if not all(chunk in starts for chunk, _ in blocks):
+        return False
+    with OpenFiles(checkpoint) as files:
+        for chunk, tensor in blocks:
+            files.read_into(tensor, name, starts[chunk])
+    return True

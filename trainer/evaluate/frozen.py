@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import parallel
-from trainer.checkpoint import sharded, store
+from trainer.checkpoint import compatibility, sharded
+from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig
 from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions
@@ -27,7 +28,7 @@ class FrozenModel:
         """Raises:
         UserError: the checkpoint is of another architecture.
         """
-        store.check_architecture(store.read_manifest(checkpoint), config, checkpoint)
+        compatibility.check_architecture(read_manifest(checkpoint), config, checkpoint)
         self.config = config
         self.chunks = build_chunks(config)
         for chunk in self.chunks:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from parity import reference_of
 from ranks import run_on_ranks
-from trainer.checkpoint import hf, sharded, store
+from trainer.checkpoint import hf, store
 from trainer.checkpoint.families.choice import FAMILIES, family_of
 from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.saving import save
 from trainer.config import ModelConfig, RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.engine.engine import Engine
@@ -92,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokens: Tensor) -> dict[st
             for fragment in engine.state.fragments():
                 place = tuple(slice(o, o + n) for o, n in zip(fragment.box.offset, fragment.box.shape, strict=True))
                 fragment.tensors[MASTER].copy_(whole[fragment.box.key][place])
-            sharded.save(engine, root / name, 1, 2)
+            save(engine, root / name, Manifest(1, 2, config.model_dump(mode="json")))
             frozen = FrozenModel(config, root / name / store.folder_name(1), device)
             logits[name] = frozen.logits(tokens)
         return logits

@@ -11,21 +11,22 @@ from typing import Any
 import orjson
 import pytest
 
-from trainer.checkpoint import store
+from trainer.checkpoint import compatibility, store
+from trainer.checkpoint.manifest import Manifest, fingerprint, read_manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 
 FILES = {"__0_0.distcp": bytes(range(256)) * 40, "__1_0.distcp": b"short", ".metadata": b"\x00" * 33, "empty": b""}
 
 
-def write_into(folder: Path, step: int, config: RunConfig | None = None) -> store.Manifest:
+def write_into(folder: Path, step: int, config: RunConfig | None = None) -> Manifest:
     """The files of a checkpoint, and the manifest to commit them with."""
     for name, content in FILES.items():
         (folder / name).write_bytes(content + str(step).encode() * bool(content))
-    files = {name: store.fingerprint(folder / name, durable=True) for name in FILES}
+    files = {name: fingerprint(folder / name, durable=True) for name in FILES}
     tree = (config or RunConfig()).model_dump(mode="json")
     stability = {"losses": [0.1, 1 / 3], "streak": [step]}
-    return store.Manifest(step, step * 16, tree, files=files, num_updates=step - 1, stability=stability)
+    return Manifest(step, step * 16, tree, files=files, num_updates=step - 1, stability=stability)
 
 
 def make(checkpoints: Path, *steps: int, config: RunConfig | None = None) -> Path:
@@ -61,9 +62,9 @@ def test_a_checkpoint_exists_from_commit_on_and_not_before(tmp_path: Path) -> No
     final = store.commit(temporary, manifest)
     assert names(tmp_path / "checkpoints") == ["step-00000007"] and final.name == store.folder_name(7)
     assert store.steps(tmp_path / "checkpoints") == [7]
-    assert store.verify(final) == store.read_manifest(final) == manifest
+    assert store.verify(final) == read_manifest(final) == manifest
     assert manifest.num_bytes == sum((final / name).stat().st_size for name in FILES)
-    assert from_tree(store.read_manifest(final).config) == RunConfig()
+    assert from_tree(read_manifest(final).config) == RunConfig()
 
 
 def test_begin_clears_what_a_crash_left(tmp_path: Path) -> None:
@@ -168,14 +169,14 @@ def test_verify_finds_a_missing_a_truncated_and_a_longer_file(tmp_path: Path, na
 def test_a_manifest_that_says_nothing_useful_makes_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     checkpoint = make(tmp_path, 7)
     (checkpoint / "manifest.json").write_bytes(content)
-    for check in (store.verify, store.read_manifest):
+    for check in (store.verify, read_manifest):
         assert "is not a checkpoint: no readable manifest.json" in refusal(check, checkpoint)
     assert store.newest_valid(tmp_path) is None
 
 
 def test_a_manifest_without_files_vouches_for_nothing(tmp_path: Path) -> None:
     temporary = store.begin(tmp_path, 7)
-    checkpoint = store.commit(temporary, store.Manifest(7, 112, RunConfig().model_dump(mode="json")))
+    checkpoint = store.commit(temporary, Manifest(7, 112, RunConfig().model_dump(mode="json")))
     assert "is damaged: its manifest lists no files" in refusal(store.verify, checkpoint)
     assert store.newest_valid(tmp_path) is None
 
@@ -183,8 +184,8 @@ def test_a_manifest_without_files_vouches_for_nothing(tmp_path: Path) -> None:
 def test_another_format_is_refused_by_number(tmp_path: Path) -> None:
     temporary = store.begin(tmp_path, 7)
     config = RunConfig().model_dump(mode="json")
-    checkpoint = store.commit(temporary, store.Manifest(7, 112, config, format=store.FORMAT + 1))
-    message = refusal(store.read_manifest, checkpoint)
+    checkpoint = store.commit(temporary, Manifest(7, 112, config, format=store.FORMAT + 1))
+    message = refusal(read_manifest, checkpoint)
     assert f"has format {store.FORMAT + 1}, this version reads {store.FORMAT}" in message
 
 
@@ -321,10 +322,10 @@ def test_find_says_what_to_give_when_there_is_nothing(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused_naming_the_fields(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 7, config=from_tree({"preset": "gpt2_small"}))
-    manifest = store.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     mine = from_tree({"preset": "gpt2_small", "model": {"num_layers": 6, "tied_embeddings": False}})
     with pytest.raises(UserError) as caught:
-        store.check_architecture(manifest, mine, checkpoint)
+        compatibility.check_architecture(manifest, mine, checkpoint)
     message = str(caught.value)
     assert "model.num_layers is 12 in the checkpoint and 6 in the config" in message
     assert "model.tied_embeddings is True in the checkpoint and False in the config" in message
@@ -342,7 +343,7 @@ def test_what_does_not_change_the_weights_is_no_other_architecture(tmp_path: Pat
     for preset in ("gpt2_small", None):
         model = from_tree({"preset": "gpt2_small"}).model.model_dump() | changes["model"]
         config = from_tree({**changes, "preset": preset, "model": model})
-        store.check_architecture(store.read_manifest(checkpoint), config, checkpoint)
+        compatibility.check_architecture(read_manifest(checkpoint), config, checkpoint)
 
 
 # ----------------------------------------------------------------------------------------------------------- continuing
@@ -352,9 +353,9 @@ OTHER_RUN: dict[str, Any] = {"train": {"total_tokens": 10 * 16 * 2048, "global_b
 
 def test_a_run_with_steps_left_and_the_same_batch_continues(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 7)
-    manifest = store.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     for changes in ({}, {"parallel": {"tensor": 2}}, {"train": {**OTHER_RUN["train"], "micro_batch_size": 4}}):
-        store.check_continues(manifest, from_tree(OTHER_RUN | changes), checkpoint)
+        compatibility.check_continues(manifest, from_tree(OTHER_RUN | changes), checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -377,8 +378,10 @@ def test_a_run_with_steps_left_and_the_same_batch_continues(tmp_path: Path) -> N
 )
 def test_a_run_that_could_not_go_on_is_refused(tmp_path: Path, changes: dict[str, Any], fragments: list[str]) -> None:
     checkpoint = make(tmp_path, 7)
-    manifest = store.read_manifest(checkpoint)
-    message = refusal(lambda path: store.check_continues(manifest, from_tree(OTHER_RUN | changes), path), checkpoint)
+    manifest = read_manifest(checkpoint)
+    message = refusal(
+        lambda path: compatibility.check_continues(manifest, from_tree(OTHER_RUN | changes), path), checkpoint
+    )
     for fragment in [str(checkpoint), *fragments]:
         assert fragment in message
 
@@ -389,10 +392,10 @@ RAMP: dict[str, Any] = {"train": OTHER_RUN["train"] | {"ramp_start_batch_size": 
 
 def test_a_ramp_decides_how_many_sequences_steps_consume(tmp_path: Path) -> None:
     checkpoint = make(tmp_path, 7)
-    manifest = store.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     config = from_tree(RAMP)
-    store.check_continues(replace(manifest, consumed_samples=3 * 8 + 4 * 16), config, checkpoint)
-    message = refusal(lambda path: store.check_continues(manifest, config, path), checkpoint)
+    compatibility.check_continues(replace(manifest, consumed_samples=3 * 8 + 4 * 16), config, checkpoint)
+    message = refusal(lambda path: compatibility.check_continues(manifest, config, path), checkpoint)
     assert "consumed 112 sequences in 7 steps" in message
     assert "global_batch_size 16 after a ramp from 8 over 49152 tokens they would be 88; use its own batch" in message
 
@@ -400,7 +403,7 @@ def test_a_ramp_decides_how_many_sequences_steps_consume(tmp_path: Path) -> None
 def test_the_fix_for_a_finished_run_works(tmp_path: Path) -> None:
     config = from_tree({"train": {"total_tokens": 7 * 16 * 2048 + 1, "global_batch_size": 16}})
     checkpoint = make(tmp_path, 7)
-    store.check_continues(store.read_manifest(checkpoint), config, checkpoint)
+    compatibility.check_continues(read_manifest(checkpoint), config, checkpoint)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -408,7 +411,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     written = write_into(temporary, 7)
     checkpoint = store.commit(temporary, replace(written, data={"tokenizer": "aa", "train": "bb"}))
     manifest = store.verify(checkpoint)
-    store.check_tokenizer(manifest, {"tokenizer": "aa", "train": "other text"}, checkpoint)
+    compatibility.check_tokenizer(manifest, {"tokenizer": "aa", "train": "other text"}, checkpoint)
     for data in ({"tokenizer": "cc", "train": "bb"}, {}):
-        message = refusal(lambda path, data=data: store.check_tokenizer(manifest, data, path), checkpoint)
+        message = refusal(lambda path, data=data: compatibility.check_tokenizer(manifest, data, path), checkpoint)
         assert "trained with another tokenizer (xxh3-128 aa, the data's is" in message

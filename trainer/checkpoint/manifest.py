@@ -1,0 +1,118 @@
+"""The manifest of a checkpoint: what it holds, with the size and hash of every file. Without one, none exists."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from trainer.config import UserError
+from trainer.training_state import STATE_KINDS
+
+FORMAT = 3
+MANIFEST = "manifest.json"
+_DIGEST = "manifest_xxh3_128"  # of everything else in the manifest, which no other file vouches for
+_PIECE_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    There is no state of random generators in it, because dropout streams are functions of seed and step, as learning
+    rate and batch size are of the step; nor a loss scale, because bf16 needs none.
+    """
+
+    step: int
+    """Steps done."""
+    consumed_samples: int
+    """Position in the data order: sequences consumed by all replicas together."""
+    config: dict[str, Any]
+    """The resolved config of the run that wrote it."""
+    files: dict[str, list[Any]] = field(default_factory=dict)
+    """Name -> [bytes, xxh3-128 in hex]."""
+    num_files: int | None = None
+    """Files of the whole checkpoint, where `files` may be the part of one machine; None means that they are all."""
+    data: dict[str, str] = field(default_factory=dict)
+    """`trainer.data.prepared.fingerprints` of what the run trained on."""
+    data_digest: str | None = None
+    """Sum mod 2^64 of the digests of all samples consumed and computed on, in hex; see `trainer.data.digest`."""
+    num_updates: int = 0
+    """Updates of the weights; steps that were skipped made none."""
+    stability: dict[str, Any] = field(default_factory=dict)
+    """`trainer.stability.StabilityState` as a tree."""
+    kinds: list[str] = field(default_factory=lambda: list(STATE_KINDS))
+    """Kinds of state, of `trainer.training_state`; weights that were imported are `master` alone."""
+    heldout_loss: float | None = None
+    """Nats per token, where this step was evaluated before it was saved."""
+    written_at: float | None = None
+    """Unix seconds."""
+    origin: str | None = None
+    """Where imported weights are from."""
+    format: int = FORMAT
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.files) and self.num_files in (None, len(self.files))
+
+
+def fingerprint(path: Path, *, durable: bool = False) -> list[Any]:
+    """[bytes, xxh3-128 in hex] of a file; `durable` also waits until the disk has it."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as handle:
+        while piece := handle.read(_PIECE_BYTES):
+            digest.update(piece)
+        if durable:
+            os.fsync(handle.fileno())
+        return [handle.tell(), digest.hexdigest()]
+
+
+def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
+    """Write it whole or not at all, and durably."""
+    tree = asdict(manifest)
+    temporary = folder / f"{name}.tmp"
+    with open(temporary, "wb") as handle:
+        handle.write(orjson.dumps({**tree, _DIGEST: _digest(tree)}, option=orjson.OPT_INDENT_2))
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, folder / name)
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
+    """Raises:
+    UserError: there is none, it cannot be understood, or it is not as it was written.
+    """
+    try:
+        tree = orjson.loads((folder / name).read_bytes())
+        digest = tree.pop(_DIGEST, None)
+        found_format = tree.get("format")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is not a checkpoint: no readable {name}") from error
+    if found_format != FORMAT:
+        raise UserError(f"{folder} has format {found_format}, this version reads {FORMAT}")
+    if digest != _digest(tree):
+        raise UserError(f"{folder} is damaged: {name} does not have the hash that it states")
+    try:
+        return Manifest(**tree)
+    except TypeError as error:
+        raise UserError(f"{folder} is not a checkpoint: {name} has other fields than this version's") from error
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(orjson.dumps(tree))
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the disk has the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

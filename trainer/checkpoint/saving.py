@@ -1,0 +1,76 @@
+"""Writing a whole checkpoint while training waits; `trainer.checkpoint.saver` lets it go on."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from trainer.checkpoint import sharded, store
+from trainer.checkpoint.chunk_file import file_name, incomplete, read_layout
+from trainer.checkpoint.manifest import Manifest, fingerprint
+from trainer.engine.engine import Engine
+
+
+class SaveFailed(RuntimeError):
+    """The checkpoint was not written; those before it are as they were. The text is one line."""
+
+
+def save(engine: Engine, checkpoints: Path, facts: Manifest) -> Manifest:
+    """Write and commit the checkpoint of `facts.step`. Collective; on return it exists for every rank.
+
+    Args:
+        facts: all that the manifest says but the files and the number of updates.
+
+    Raises:
+        SaveFailed: on every rank, if one of them could not write.
+    """
+    temporary, problem = store.temporary_folder(checkpoints, facts.step), None
+    if dist.get_rank() == 0:
+        problem = _attempt(lambda: store.begin(checkpoints, facts.step))
+    _agree(problem, facts.step)
+    mine: dict[str, list[Any]] = {}
+
+    def write() -> None:
+        path = temporary / file_name(dist.get_rank())
+        sharded.write(engine, path)
+        mine[path.name] = fingerprint(path, durable=True)
+
+    _agree(_attempt(write), facts.step)
+    parts: list[dict[str, list[Any]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    files = {name: described for part in parts for name, described in part.items()}
+    manifest = replace(facts, files=files, num_updates=engine.state.num_updates)
+    if dist.get_rank() == 0:
+        problem = _attempt(lambda: commit_whole(temporary, manifest))
+    _agree(problem, facts.step)
+    return manifest
+
+
+def commit_whole(temporary: Path, manifest: Manifest) -> Path:
+    """Commit a folder whose files together hold every element of the state.
+
+    Raises:
+        SaveFailed: they do not.
+    """
+    lacking = incomplete([read_layout(temporary / name) for name in manifest.files])
+    if lacking:
+        raise SaveFailed(f"the files of step {manifest.step} are no whole checkpoint: {lacking}")
+    return store.commit(temporary, manifest)
+
+
+def _attempt(action: Any) -> str | None:
+    """What went wrong."""
+    try:
+        action()
+    except OSError as error:
+        return f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+    return None
+
+
+def _agree(problem: str | None, step: int) -> None:
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, each in enumerate(problems):
+        if each:
+            raise SaveFailed(f"the checkpoint of step {step} could not be written: rank {rank}: {each}")
