@@ -7,13 +7,10 @@ from typing import Any
 import torch.distributed as dist
 
 from trainer.checkpoint import sharded, store
-from trainer.checkpoint.chunk_file import file_name, incomplete, read_layout
+from trainer.checkpoint.chunk_file import file_name
+from trainer.checkpoint.disk import reason_of
 from trainer.checkpoint.manifest import Manifest, fingerprint
 from trainer.engine.engine import Engine
-
-
-class SaveFailed(RuntimeError):
-    """The checkpoint was not written; those before it are as they were. The text is one line."""
 
 
 def save(engine: Engine, checkpoints: Path, facts: Manifest) -> Manifest:
@@ -42,21 +39,9 @@ def save(engine: Engine, checkpoints: Path, facts: Manifest) -> Manifest:
     files = {name: described for part in parts for name, described in part.items()}
     manifest = replace(facts, files=files, num_updates=engine.state.num_updates)
     if dist.get_rank() == 0:
-        problem = _attempt(lambda: commit_whole(temporary, manifest))
+        problem = _attempt(lambda: store.commit_whole(temporary, manifest))
     _agree(problem, facts.step)
     return manifest
-
-
-def commit_whole(temporary: Path, manifest: Manifest) -> Path:
-    """Commit a folder whose files together hold every element of the state.
-
-    Raises:
-        SaveFailed: they do not.
-    """
-    lacking = incomplete([read_layout(temporary / name) for name in manifest.files])
-    if lacking:
-        raise SaveFailed(f"the files of step {manifest.step} are no whole checkpoint: {lacking}")
-    return store.commit(temporary, manifest)
 
 
 def _attempt(action: Any) -> str | None:
@@ -64,7 +49,9 @@ def _attempt(action: Any) -> str | None:
     try:
         action()
     except OSError as error:
-        return f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+        return reason_of(error)
+    except store.SaveFailed as error:
+        return error.reason
     return None
 
 
@@ -73,4 +60,4 @@ def _agree(problem: str | None, step: int) -> None:
     dist.all_gather_object(problems, problem)
     for rank, each in enumerate(problems):
         if each:
-            raise SaveFailed(f"the checkpoint of step {step} could not be written: rank {rank}: {each}")
+            raise store.SaveFailed(step, f"{each} (rank {rank})")

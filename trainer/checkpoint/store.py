@@ -14,11 +14,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trainer.checkpoint.chunk_file import incomplete, read_layout
 from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, sync_folder, write_manifest
 from trainer.config import UserError
 
 _NAME = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger(__name__)
+
+
+class SaveFailed(RuntimeError):
+    """A checkpoint was not written; those before it are as they were."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"the checkpoint of step {step} could not be written: {reason}")
+        self.reason = reason
 
 
 def folder_name(step: int) -> str:
@@ -53,6 +62,18 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
     os.rename(temporary, final)
     sync_folder(final.parent)
     return final
+
+
+def commit_whole(temporary: Path, manifest: Manifest) -> Path:
+    """Commit a folder whose files together hold every element of the state.
+
+    Raises:
+        SaveFailed: they do not.
+    """
+    lacking = incomplete([read_layout(temporary / name) for name in manifest.files])
+    if lacking:
+        raise SaveFailed(manifest.step, f"its files are not the whole state: {lacking}")
+    return commit(temporary, manifest)
 
 
 def steps(checkpoints: Path) -> list[int]:
