@@ -29,7 +29,7 @@ def check_run(config: RunConfig, run_dir: RunDir) -> None:
         check_prepared(config, run_dir)
     else:
         check_sources(config, run_dir)
-    check_resume_from(config, run_dir)
+    check_start_from(config, run_dir)
     if (run_dir.data_for(config) / MANIFEST_FILE).exists():
         check_prompt(config, run_dir)
 
@@ -42,7 +42,7 @@ def check_train(config: RunConfig, run_dir: RunDir) -> None:
     """
     check_start(config, run_dir)
     check_prepared(config, run_dir)
-    check_resume_from(config, run_dir)
+    check_start_from(config, run_dir)
 
 
 def check_start(config: RunConfig, run_dir: RunDir) -> None:
@@ -96,18 +96,16 @@ def planned_epochs(config: RunConfig, manifest: Manifest) -> list[DatasetUse]:
     return epochs(config, tokens, manifest.blend)
 
 
-def check_resume_from(config: RunConfig, run_dir: RunDir) -> None:
+def check_start_from(config: RunConfig, run_dir: RunDir) -> None:
     """Raises:
-    UserError: `checkpoint.resume_from` is needed, and is no checkpoint that this run can go on from.
+    UserError: `checkpoint.resume_from` or `weights_from` is needed, and this run cannot start from it.
     """
-    if not config.checkpoint.resume_from or store.steps(run_dir.checkpoints):
+    wanted = config.checkpoint.resume_from or config.checkpoint.weights_from
+    if not wanted or store.steps(run_dir.checkpoints):
         return
-    checkpoint = store.find(Path(config.checkpoint.resume_from))
-    manifest = read_manifest(checkpoint)
-    compatibility.check_continues(manifest, config, checkpoint)
+    checkpoint = store.find(Path(wanted))
     data = fingerprints(config, run_dir.data_for(config))
-    if data:  # otherwise it is still to be prepared, and the ranks look at it
-        compatibility.check_tokenizer(manifest, data, checkpoint)
+    compatibility.check_start(read_manifest(checkpoint), config, data, checkpoint)
 
 
 def check_prompt(config: RunConfig, run_dir: RunDir) -> None:

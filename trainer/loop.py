@@ -2,238 +2,262 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import torch
 import torch.distributed as dist
 
 from trainer import parallel, stability
-from trainer.checkpoint import compatibility, saving, sharded, store
-from trainer.checkpoint.manifest import Manifest, read_manifest
+from trainer.checkpoint.interval import read_history
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.room import Room
+from trainer.checkpoint.saver import Saver
 from trainer.config import RunConfig
 from trainer.data.batches import ReadAhead, TrainingData
+from trainer.data.digest import as_hex
 from trainer.data.prepared import PreparedFolder, fingerprints
 from trainer.data.windows import HeldoutReader
-from trainer.engine.engine import Engine
+from trainer.engine.engine import Engine, StepStats
 from trainer.evaluate.heldout import HeldoutEvaluation
+from trainer.events import read_events
+from trainer.restore import Progress, Source, restore
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule, Step, learning_rate
-from trainer.stability import Accept, Decision, RollBack, Skip, StabilityState, Stop, TrainingDiverged
+from trainer.signals import Agreed, Signals
+from trainer.stability import Accept, Decision, RollBack, Skip, Stop, TrainingDiverged
+from trainer.stop import StopRequest
 
 Record = Callable[..., None]
 """Appends an event of a kind with its fields; does nothing on ranks that do not write events."""
 
+_NUM_DIGESTS = 1 << 64
 
-def train(config: RunConfig, run_dir: RunDir, device: torch.device, record: Record) -> None:
+
+def train(
+    config: RunConfig,
+    run_dir: RunDir,
+    device: torch.device,
+    record: Record,
+    room: Room | None = None,
+    stop: StopRequest | None = None,
+) -> None:
     """Train from the newest checkpoint, or from the seed, to the end of the run, and evaluate before and after.
+
+    Args:
+        room: where a checkpoint service waits for snapshots; without one, training waits while it saves.
+        stop: once it is made the run saves and ends; the event `preempted` says so.
 
     Raises:
         TrainingDiverged: neither skipping steps nor going back to a checkpoint has helped.
     """
-    data = PreparedFolder.open(run_dir.data_for(config))
-    samples = TrainingData.open(data, config)
-    evaluation = HeldoutEvaluation(samples, HeldoutReader(data, config.model.seq_length), config, device)
-    schedule = Schedule(config)
-    engine = Engine(config, device)
-
-    def read(step: int) -> torch.Tensor:
-        place = schedule.step_after(step)
-        return samples.replica_tokens(place.first_sample, place.batch_size, parallel.data_rank())
-
-    def evaluate(step: int) -> None:
-        record("evaluated", step=step, **asdict(evaluation.run(engine.evaluate)))
-
-    step, state, is_own = restore(engine, config, run_dir, record)
-    saved_at, every = step, config.checkpoint.interval_steps or 1
-    if not is_own:
-        evaluate(step)
-    with ReadAhead(read, schedule.num_steps, config.train.micro_batch_size, device) as batches:
-        while step < schedule.num_steps:
-            place, is_last = schedule.step_after(step), step + 1 == schedule.num_steps
-            if place.number in state.quarantined:
-                decision, state = pass_over(place, state, record)
-            else:
-                decision, state = take_step(engine, config, place, batches, state, record)
+    training = Training(config, run_dir, device, record, room, stop or StopRequest(None))
+    with training.batches:
+        training.begin()
+        while (place := training.next_step()) is not None:
+            decision, agreed = training.advance(place)
             if isinstance(decision, RollBack):
-                step, state = roll_back(engine, config, run_dir, decision, step + 1, state, record)
-                saved_at = step
+                training.roll_back(decision, place)
                 continue
-            step += 1
             # before saving: a run that is killed in between comes back to before both, and loses neither
-            if config.evaluation.every_steps and step % config.evaluation.every_steps == 0 and not is_last:
-                evaluate(step)
-            is_due = step // every > saved_at // every
-            if is_last or (is_due and isinstance(decision, Accept)):
-                state = save(engine, config, run_dir, step, state, record)
-                saved_at = step
-    evaluate(step)
+            training.evaluate_if_due()
+            training.save_if_due(decision, agreed)
+            if agreed.stop:
+                training.record_stop()
+                return
+        training.evaluate_once()
 
 
-def take_step(
-    engine: Engine,
-    config: RunConfig,
-    place: Step,
-    batches: ReadAhead,
-    state: StabilityState,
-    record: Record,
-) -> tuple[Decision, StabilityState]:
-    """Compute a step, and update the weights if it is sound.
+class Training:
+    """One rank's part in a run, between its steps."""
 
-    Raises:
-        TrainingDiverged: see `train`.
-    """
-    started = time.perf_counter()
-    batch = batches.micro_batches(place.number - 1)
-    lr = learning_rate(config, place.tokens_after)
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDir,
+        device: torch.device,
+        record: Record,
+        room: Room | None,
+        stop: StopRequest,
+    ) -> None:
+        data = PreparedFolder.open(run_dir.data_for(config))
+        samples = TrainingData.open(data, config)
+        schedule = Schedule(config)
 
-    def is_sound(loss: float, grad_norm: float) -> bool:
-        return stability.fault(config.stability, state, loss, grad_norm) is None
+        def read(step: int) -> torch.Tensor:
+            place = schedule.step_after(step)
+            return samples.replica_tokens(place.first_sample, place.batch_size, parallel.data_rank())
 
-    stats = engine.train_step(batch, lr, place.number - 1, is_sound)
-    decision, state = stability.judge(config.stability, state, place.number, stats.loss, stats.grad_norm)
-    assert stats.updated == isinstance(decision, Accept)
-    if isinstance(decision, Accept):
-        record(
+        heldout = HeldoutReader(data, config.model.seq_length)
+        self._config, self._run_dir, self._record, self._room = config, run_dir, record, room
+        self._schedule = schedule
+        self._evaluation = HeldoutEvaluation(samples, heldout, config, device)
+        self._engine = Engine(config, device)
+        self._saver = Saver(self._engine, run_dir.checkpoints, room, record)
+        self._signals = Signals(config, stop, read_history(read_events(run_dir.events_path)))
+        self.batches = ReadAhead(read, schedule.num_steps, config.train.micro_batch_size, device)
+        self._progress = Progress()
+        self._saved_step = 0
+        self._evaluated: tuple[int, float] | None = None  # step and held-out loss of the last evaluation
+
+    def begin(self) -> None:
+        """Go on from wherever the run can."""
+        source = self._restore()
+        self._record(
+            "training_started",
+            step=self._progress.step,
+            checkpoint=source.shown,
+            tier=source.tier,
+            threads_per_rank=torch.get_num_threads(),
+        )
+        if not source.is_own:
+            self.evaluate_once()
+
+    def next_step(self) -> Step | None:
+        step = self._progress.step
+        return self._schedule.step_after(step) if step < self._schedule.num_steps else None
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    def advance(self, place: Step) -> tuple[Decision, Agreed]:
+        """Do a step, or pass it over; a step that is not to be rolled back is done.
+
+        Raises:
+            TrainingDiverged: see `train`.
+        """
+        if place.number in self._progress.stability.quarantined:
+            return self._pass_over(place)
+        started = time.perf_counter()
+        state = self._progress.stability
+        batch = self.batches.micro_batches(place.number - 1)
+        lr = learning_rate(self._config, place.tokens_after)
+
+        def is_sound(loss: float, grad_norm: float) -> bool:
+            return stability.fault(self._config.stability, state, loss, grad_norm) is None
+
+        stats = self._engine.train_step(batch, lr, place.number - 1, is_sound)
+        decision, state = stability.judge(self._config.stability, state, place.number, stats.loss, stats.grad_norm)
+        assert stats.updated == isinstance(decision, Accept)
+        agreed = self._signals.after_step(place.number, self.batches.digest(place.number - 1))
+        self._record_step(place, decision, stats, agreed, lr, time.perf_counter() - started)
+        if isinstance(decision, Stop):
+            self._record("diverged", verdict=decision.verdict)
+            dist.barrier()  # once a rank has raised, the others are killed: not before it is recorded
+            raise TrainingDiverged(decision.verdict)
+        if not isinstance(decision, RollBack):
+            digest = (self._progress.data_digest + agreed.data_digest) % _NUM_DIGESTS
+            self._progress = Progress(place.number, state, digest)
+        else:
+            self._progress = replace(self._progress, stability=state)
+        return decision, agreed
+
+    def _pass_over(self, place: Step) -> tuple[Decision, Agreed]:
+        """Consume the samples of a quarantined step."""
+        agreed = self._signals.after_step(place.number, 0)
+        self._record_skip(place, "quarantined", None, None)
+        state = stability.pass_over(self._progress.stability, place.number)
+        self._progress = replace(self._progress, step=place.number, stability=state)
+        return Skip("quarantined"), agreed
+
+    def _record_step(
+        self, place: Step, decision: Decision, stats: StepStats, agreed: Agreed, lr: float, seconds: float
+    ) -> None:
+        tokens_xxh3 = as_hex(agreed.data_digest)
+        if not isinstance(decision, Accept):
+            self._record_skip(place, decision.reason, stats, tokens_xxh3)
+            return
+        self._record(
             "step",
             step=place.number,
             tokens=place.tokens_after,
+            first_sample=place.first_sample,
+            num_samples=place.batch_size,
+            tokens_xxh3=tokens_xxh3,
             loss=stats.loss,
             grad_norm=stats.grad_norm,
             lr=lr,
-            seconds=round(time.perf_counter() - started, 6),
+            seconds=round(seconds, 6),
         )
-    else:
-        record_skip(record, place, decision.reason, stats.loss, stats.grad_norm)
-    if isinstance(decision, Stop):
-        record("diverged", verdict=decision.verdict)
-        dist.barrier()  # once a rank has raised, the others are killed: not before it is recorded
-        raise TrainingDiverged(decision.verdict)
-    return decision, state
 
+    def _record_skip(self, place: Step, reason: str, stats: StepStats | None, tokens_xxh3: str | None) -> None:
+        self._record(
+            "step_skipped",
+            step=place.number,
+            first_sample=place.first_sample,
+            num_samples=place.batch_size,
+            tokens_xxh3=tokens_xxh3,
+            reason=reason,
+            loss=stats.loss if stats else None,
+            grad_norm=stats.grad_norm if stats else None,
+        )
 
-def pass_over(place: Step, state: StabilityState, record: Record) -> tuple[Decision, StabilityState]:
-    """Consume the samples of a quarantined step."""
-    record_skip(record, place, "quarantined", None, None)
-    return Skip("quarantined"), stability.pass_over(state, place.number)
+    # ------------------------------------------------------------------------------------------------------- evaluation
 
+    def evaluate_if_due(self) -> None:
+        step, every = self._progress.step, self._config.evaluation.every_steps
+        if step == self._schedule.num_steps or (every and step % every == 0):
+            self.evaluate_once()
 
-def record_skip(record: Record, place: Step, reason: str, loss: float | None, grad_norm: float | None) -> None:
-    record(
-        "step_skipped",
-        step=place.number,
-        first_sample=place.first_sample,
-        num_samples=place.batch_size,
-        reason=reason,
-        loss=loss,
-        grad_norm=grad_norm,
-    )
+    def evaluate_once(self) -> None:
+        """Evaluate the weights as they are, unless that has been done."""
+        step = self._progress.step
+        if self._evaluated is None or self._evaluated[0] != step:
+            result = self._evaluation.run(self._engine.evaluate)
+            self._record("evaluated", step=step, **asdict(result))
+            self._evaluated = step, result.loss
 
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+    def save_if_due(self, decision: Decision, agreed: Agreed) -> None:
+        """Save where it is due: no checkpoint is written in a streak of skipped steps, but at the end of the run."""
+        step, every = self._progress.step, self._config.checkpoint.snapshot_every_steps
+        is_last, is_sound = step == self._schedule.num_steps, isinstance(decision, Accept)
+        if is_last or (is_sound and (agreed.save or agreed.stop)):
+            self._save(durable=True, must=is_last or agreed.stop)
+        elif is_sound and every and step % every == 0:
+            self._save(durable=False, must=False)
 
+    def _save(self, *, durable: bool, must: bool) -> None:
+        progress = self._progress
+        state = stability.after_checkpoint(progress.stability, progress.step)
+        is_evaluated = self._evaluated is not None and self._evaluated[0] == progress.step
+        facts = Manifest(
+            progress.step,
+            self._schedule.consumed_samples(progress.step),
+            self._config.model_dump(mode="json"),
+            data=fingerprints(self._config, self._run_dir.data_for(self._config)),
+            data_digest=as_hex(progress.data_digest),
+            stability=state.as_tree(),
+            heldout_loss=self._evaluated[1] if self._evaluated and is_evaluated else None,
+        )
+        stall_seconds = self._saver.save(facts, durable=durable, must=must)
+        if stall_seconds is None:
+            return
+        self._progress = replace(progress, stability=state)
+        if durable:
+            self._signals.saved(progress.step, stall_seconds)
+            self._saved_step = progress.step
 
-def restore(engine: Engine, config: RunConfig, run_dir: RunDir, record: Record) -> tuple[int, StabilityState, bool]:
-    """Load the newest valid checkpoint of this run, else `checkpoint.resume_from`, else start from the seed.
+    def record_stop(self) -> None:
+        """The run ends early, as it was asked to."""
+        self._record("preempted", step=self._progress.step, saved_step=self._saved_step)
 
-    Returns the number of steps done, the policy's state then, and whether they are from a checkpoint of this run.
-    """
-    checkpoint, is_own = agree_on_checkpoint(config, run_dir, record)
-    step, state = load(engine, checkpoint)
-    record(
-        "training_started",
-        step=step,
-        checkpoint=str(checkpoint) if checkpoint else None,
-        threads_per_rank=torch.get_num_threads(),
-    )
-    return step, state, is_own
+    def roll_back(self, decision: RollBack, place: Step) -> None:
+        """Go back to before the streak; no checkpoint is written during one."""
+        troubled = self._progress.stability
+        source = self._restore()
+        self._progress = replace(self._progress, stability=stability.roll_back(self._progress.stability, troubled))
+        self._record(
+            "rolled_back",
+            from_step=place.number,
+            to_step=self._progress.step,
+            reason=decision.reason,
+            quarantined=decision.quarantine,
+            checkpoint=source.shown,
+        )
 
-
-def roll_back(
-    engine: Engine,
-    config: RunConfig,
-    run_dir: RunDir,
-    decision: RollBack,
-    from_step: int,
-    troubled: StabilityState,
-    record: Record,
-) -> tuple[int, StabilityState]:
-    """Load what `restore` would, which is from before the streak: none is written during one."""
-    checkpoint, _ = agree_on_checkpoint(config, run_dir, record)
-    step, restored = load(engine, checkpoint)
-    record(
-        "rolled_back",
-        from_step=from_step,
-        to_step=step,
-        reason=decision.reason,
-        quarantined=decision.quarantine,
-        checkpoint=str(checkpoint) if checkpoint else None,
-    )
-    return step, stability.roll_back(restored, troubled)
-
-
-def load(engine: Engine, checkpoint: Path | None) -> tuple[int, StabilityState]:
-    """Fill the engine from a checkpoint, or from the seed."""
-    if checkpoint is None:
-        engine.state.reset()
-        return 0, StabilityState()
-    manifest = sharded.load(engine, checkpoint)
-    return manifest.step, StabilityState.from_tree(manifest.stability)
-
-
-def agree_on_checkpoint(config: RunConfig, run_dir: RunDir, record: Record) -> tuple[Path | None, bool]:
-    """The checkpoint to begin from, if there is one, and whether it is this run's own; collective.
-
-    Raises:
-        UserError: see `find_checkpoint`.
-    """
-    found: list[Path | None] = [None, None]
-    if dist.get_rank() == 0:  # one rank decides, so that all load the same
-        found = list(find_checkpoint(config, run_dir, record))
-    dist.broadcast_object_list(found, src=0)
-    own, given = found
-    return own or given, own is not None
-
-
-def find_checkpoint(config: RunConfig, run_dir: RunDir, record: Record) -> tuple[Path | None, Path | None]:
-    """The newest valid checkpoint of this run, or else, second, the one that it starts from.
-
-    Raises:
-        UserError: the run's data is not what it trained on, or it cannot start from the given checkpoint.
-    """
-    data = fingerprints(config, run_dir.data_for(config))
-    own = store.newest_valid(run_dir.checkpoints, lambda reason: record("checkpoint_rejected", reason=reason))
-    if own is not None:
-        compatibility.check_same_data(read_manifest(own), data, run_dir.data_for(config), own)
-        return own, None
-    if not config.checkpoint.resume_from:
-        return None, None
-    given = store.find(Path(config.checkpoint.resume_from))
-    manifest = store.verify(given)
-    compatibility.check_continues(manifest, config, given)
-    compatibility.check_tokenizer(manifest, data, given)
-    return None, given
-
-
-def save(
-    engine: Engine, config: RunConfig, run_dir: RunDir, step: int, state: StabilityState, record: Record
-) -> StabilityState:
-    """Write a checkpoint and remove those that are no longer kept; returns the policy's state from then on."""
-    started = time.perf_counter()
-    state = stability.after_checkpoint(state, step)
-    facts = Manifest(
-        step,
-        Schedule(config).consumed_samples(step),
-        config.model_dump(mode="json"),
-        data=fingerprints(config, run_dir.data_for(config)),
-        stability=state.as_tree(),
-    )
-    manifest = saving.save(engine, run_dir.checkpoints, facts)
-    record(
-        "checkpoint_saved",
-        step=step,
-        path=str(run_dir.checkpoints / store.folder_name(step)),
-        bytes=manifest.num_bytes,
-        seconds=round(time.perf_counter() - started, 6),
-    )
-    return state
+    def _restore(self) -> Source:
+        self._saver.finish()
+        source, self._progress = restore(self._engine, self._config, self._run_dir, self._room, self._record)
+        self._saved_step = self._progress.step if source.is_own else 0
+        self._signals.saved(self._progress.step)
+        return source

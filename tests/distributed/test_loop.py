@@ -129,9 +129,8 @@ def test_a_run_records_what_happened_in_order(layout: str, runs: Callable[..., T
     expected: list[tuple[str, int]] = [("training_started", 0), ("evaluated", 0)]
     for step in range(1, NUM_STEPS + 1):
         expected.append(("step", step))
-        expected += [("evaluated", step)] * (step in (2, 4, 6))
+        expected += [("evaluated", step)] * (step in (2, 4, 6, 7))
         expected += [("checkpoint_saved", step)] * (step in (3, 6, 7))
-    expected.append(("evaluated", NUM_STEPS))
     assert [(event["kind"], event["step"]) for event in run.events] == expected
     assert run.events[0]["checkpoint"] is None
     for event in of_kind(run.events, "step"):
@@ -207,7 +206,7 @@ def lose_the_newest(checkpoints: Path) -> None:
 
 
 def damage_the_newest(checkpoints: Path) -> None:
-    largest = max((checkpoints / "step-00000007").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    largest = max((checkpoints / "step-00000007").glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
@@ -233,8 +232,8 @@ def test_a_lost_checkpoint_does_not_show_in_the_result(
     assert [(event["kind"], event["step"]) for event in again] == [
         ("training_started", 6),
         ("step", 7),
-        ("checkpoint_saved", 7),
         ("evaluated", 7),
+        ("checkpoint_saved", 7),
     ]
     assert again[0]["checkpoint"] == str(harmed.checkpoints / "step-00000006")
     assert facts(again)[1:] == facts(run.events)[-3:]  # bit for bit
@@ -247,7 +246,7 @@ def test_a_finished_run_only_evaluates(data: Path, tmp_path: Path) -> None:
     config, run_dir = config_of("one rank", data), RunDir(tmp_path / "run")
     first = train(config, run_dir)
     again = train(config, run_dir)
-    assert facts(again)[1:] == facts(first)[-1:]
+    assert facts(again)[1:] == facts(first)[-2:-1]
     assert (again[0]["kind"], again[0]["step"]) == ("training_started", NUM_STEPS)
 
 
@@ -300,8 +299,8 @@ def test_another_run_continues_in_another_layout(data: Path, tmp_path: Path, run
         ("training_started", 6),
         ("evaluated", 6),  # the other run's result is this one's beginning
         ("step", 7),
-        ("checkpoint_saved", 7),
         ("evaluated", 7),
+        ("checkpoint_saved", 7),
     ]
     assert events[0]["checkpoint"] == str(given)
     for event in events:
@@ -318,7 +317,7 @@ def test_a_damaged_checkpoint_of_another_run_is_refused(
     given = tmp_path / source.name
     given.mkdir()
     for path in source.iterdir():
-        (given / path.name).write_bytes(path.read_bytes() + b"\0" * (path.suffix == ".distcp"))
+        (given / path.name).write_bytes(path.read_bytes() + b"\0" * (path.suffix == ".safetensors"))
     config, run_dir = config_of("one rank", data, resume_from=str(given)), RunDir(tmp_path / "other")
     run_dir.create(config)
     run_on_ranks(config, refuses(run_dir, "is damaged: .* does not have the size and hash"))

@@ -24,6 +24,20 @@ def check_architecture(manifest: Manifest, config: RunConfig, checkpoint: Path) 
         raise UserError(f"{checkpoint} is of another architecture ({'; '.join(changed)}); use its own config")
 
 
+def check_start(manifest: Manifest, config: RunConfig, data: Mapping[str, str], path: Path) -> None:
+    """Whether a run can start from the checkpoint that its config names.
+
+    Raises:
+        UserError: says what differs.
+    """
+    if config.checkpoint.resume_from:
+        check_continues(manifest, config, path)
+    else:
+        check_architecture(manifest, config, path)
+    if data:  # otherwise it is still to be prepared
+        check_tokenizer(manifest, data, path)
+
+
 def check_continues(manifest: Manifest, config: RunConfig, checkpoint: Path) -> None:
     """Whether a run can go on from a checkpoint and mean the same by its steps.
 

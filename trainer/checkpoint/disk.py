@@ -1,4 +1,4 @@
-"""Copying snapshots to disk: past the page cache where the disk allows it, and read back from the disk to be checked."""
+"""Copying snapshots to disk: past the page cache where that is possible, and read back from the disk to be checked."""
 
 import errno
 import mmap
@@ -59,7 +59,7 @@ def _write_all(descriptor: int, view: memoryview, size: int, is_direct: bool) ->
 
 
 def fingerprint_on_disk(path: Path) -> list[Any]:
-    """[bytes, xxh3-128 in hex], like `fingerprint`, of what the disk holds rather than what the page cache remembers."""
+    """[bytes, xxh3-128 in hex], like `fingerprint`, of what the disk holds, not of what the page cache remembers."""
     digest, size = xxhash.xxh3_128(), path.stat().st_size
     descriptor, _ = _open_direct(path, os.O_RDONLY)
     position = 0

@@ -130,16 +130,10 @@ class Room:
         """Whether a snapshot is being written or saved."""
         return any(snapshot.is_pending() for snapshot in self.snapshots())
 
-    def begin(self, step: int) -> None:
-        """Make place for a snapshot; for one rank of the machine, before any begins to write."""
-        snapshot = self._snapshot(step)
-        if snapshot.path.exists():  # of a life that was given up
-            self.retire(snapshot)
-        snapshot.path.mkdir(parents=True, mode=0o700)
-
     def begin_file(self, step: int, rank: int) -> Path:
         """Where a rank writes: a spare file, if there is one, to write over."""
         path = self._snapshot(step).path / (file_name(rank) + _UNFINISHED)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(self._spare / file_name(rank), path)
         except FileNotFoundError:
@@ -154,6 +148,17 @@ class Room:
     def request(self, step: int, request: Request) -> None:
         """Say what the snapshot is; for one rank of the machine."""
         self._snapshot(step).write_request(request)
+
+    def drop(self, step: int) -> None:
+        """Give a snapshot up that cannot be finished, with its memory; for one rank, when none writes any more."""
+        shutil.rmtree(self._snapshot(step).path)
+        shutil.rmtree(self._spare, ignore_errors=True)
+
+    def void_after(self, step: int) -> None:
+        """Remove the snapshots of later steps, which are no part of the history any more; for one rank."""
+        for snapshot in self.snapshots():
+            if snapshot.step > step:
+                self.retire(snapshot)
 
     # ------------------------------------------------------------------------------------------- keeping the room small
 

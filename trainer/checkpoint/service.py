@@ -43,7 +43,7 @@ class CheckpointService:
         checkpoints: Path,
         policy: CheckpointConfig,
         record: Record,
-        machine: Machine = Machine(0, 1),  # noqa: B008
+        machine: Machine = Machine(0, 1),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._room, self._checkpoints, self._policy = room, checkpoints, policy

@@ -1,0 +1,105 @@
+"""A rank's side of saving: snapshot into the room and go on, or write and wait where there is no room."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from trainer import parallel
+from trainer.checkpoint import retention, saving, sharded, store
+from trainer.checkpoint.disk import reason_of
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.room import Request, Room
+from trainer.checkpoint.service import Record
+from trainer.config import CheckpointConfig
+from trainer.engine.engine import Engine
+
+_POLL_SECONDS = 0.01
+
+
+class Saver:
+    """Saves the training state of one run; every method is collective."""
+
+    def __init__(self, engine: Engine, checkpoints: Path, room: Room | None, record: Record) -> None:
+        """`room` is that of a machine with a checkpoint service; without one, training waits for the disk."""
+        self._engine, self._checkpoints, self._room, self._record = engine, checkpoints, room, record
+        self._policy: CheckpointConfig = engine.config.checkpoint
+
+    def save(self, facts: Manifest, *, durable: bool = True, must: bool = False) -> float | None:
+        """Save the state as it is now; returns for how many seconds that held training up, or None if it was not saved.
+
+        Args:
+            facts: all that the manifest says but the files, the number of updates and the time.
+            durable: as a checkpoint; else as a snapshot from which only a restart on these machines can go on.
+            must: wait for a save that is still under way, whatever the policy says.
+        """
+        started = time.perf_counter()
+        facts = replace(facts, num_updates=self._engine.state.num_updates)
+        if self._room is None:
+            return self._save_and_wait(facts, started) if durable else None
+        written_at = self._begin(must or self._policy.when_busy == "wait")
+        if written_at is None:
+            self._record("checkpoint_skipped", step=facts.step, reason="the one before is still being written")
+            return None
+        problem = self._snapshot(self._room, Request(replace(facts, written_at=written_at), durable))
+        if problem:
+            self._record("checkpoint_failed", step=facts.step, reason=problem)
+            return self._save_and_wait(facts, started) if durable else None
+        seconds = time.perf_counter() - started
+        self._record("checkpoint_snapshot", step=facts.step, durable=durable, seconds=round(seconds, 6))
+        return seconds
+
+    def finish(self) -> None:
+        """Wait until every save that is under way has come to its end."""
+        if self._room is not None:
+            self._begin(wait=True)
+
+    def _begin(self, wait: bool) -> float | None:
+        """The time, the same on every rank, as soon as no save is under way; None if that is later and not waited for.
+
+        All ranks ask again and again together: one that waited alone would let the others run into a timeout.
+        """
+        assert self._room is not None
+        while True:
+            now = time.time_ns() if dist.get_rank() == 0 else 0
+            num_busy, nanoseconds = parallel.sum_over_ranks(int(self._room.is_busy()), now)
+            if not num_busy:
+                return nanoseconds / 1e9
+            if not wait:
+                return None
+            time.sleep(_POLL_SECONDS)
+
+    def _snapshot(self, room: Room, request: Request) -> str | None:
+        """Write all ranks' snapshots, or none; returns what went wrong."""
+        step, rank, problem = request.facts.step, dist.get_rank(), None
+        try:
+            sharded.write(self._engine, room.begin_file(step, rank))
+            room.finish_file(step, rank)
+        except OSError as error:
+            problem = f"no snapshot in shared memory: {reason_of(error)}"
+        (num_failed,) = parallel.sum_over_ranks(int(problem is not None))
+        if rank == room.ranks.start:
+            if num_failed:
+                room.drop(step)
+            else:
+                room.request(step, request)
+        return problem or (f"no snapshot in shared memory on {num_failed} ranks" if num_failed else None)
+
+    def _save_and_wait(self, facts: Manifest, started: float) -> float | None:
+        try:
+            manifest = saving.save(self._engine, self._checkpoints, replace(facts, written_at=round(time.time(), 3)))
+        except store.SaveFailed as error:
+            self._record("checkpoint_failed", step=facts.step, reason=error.reason)
+            return None
+        if dist.get_rank() == 0:
+            retention.prune(self._checkpoints, facts.step, self._policy)
+        seconds = time.perf_counter() - started
+        self._record(
+            "checkpoint_saved",
+            step=facts.step,
+            path=str(self._checkpoints / store.folder_name(facts.step)),
+            bytes=manifest.num_bytes,
+            seconds=round(seconds, 6),
+        )
+        return seconds
