@@ -10,10 +10,12 @@ from pathlib import Path
 import ray
 
 from launcher import fork_server, placement
+from launcher.checkpoint_process import ServiceKeeper, ServiceOptions
 from launcher.fork_server import Channel, Kill, Ready, ServerOptions, Start
 from launcher.forked_rank import RankEnd
 from launcher.placement import Placement
 from trainer import config_file
+from trainer.checkpoint.room import room_path
 from trainer.config import RunConfig
 from trainer.rank_spec import RankSpec, Task
 
@@ -104,17 +106,47 @@ class Agent:
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
     def run(self, task: Round) -> NodeEnd:
-        """Fork this machine's ranks and return when all have ended; when one fails, the others are killed at once."""
+        """Fork this machine's ranks and return when all have ended; when one fails, the others are killed at once.
+
+        What they have left to be saved is saved then.
+        """
         if self._server is None:
             return NodeEnd((), self._problem)
+        keeper = (
+            self._checkpoint_service() if task.task == "train" and self._job.config.checkpoint.asynchronous else None
+        )
         try:
             self._ready = self._ready or self._server.recv()
             if self._ready.problem:
                 return NodeEnd((), self._ready.problem)
+            if keeper is not None:
+                keeper.start()
             self._server.send(Start(self._specs(task), self._rank_env()))
             return NodeEnd(self._watch(self._server))
         except (EOFError, OSError):
             return NodeEnd((), self._problem)
+        finally:
+            if keeper is not None:
+                keeper.drain()
+
+    def _checkpoint_service(self) -> ServiceKeeper:
+        ranks = self._where.ranks_of(self._node)
+        options = ServiceOptions(
+            room=str(self._room_path),
+            run_dir=str(self._job.run_dir),
+            config_yaml=config_file.dump(self._job.config),
+            first_rank=ranks.start,
+            num_ranks=len(ranks),
+            node=self._node,
+            num_nodes=self._where.nodes,
+            lock=str(self._job.lock),
+            job_id=self._job.id,
+        )
+        return ServiceKeeper(options, self._job.logs / f"checkpoints-{self._node}.log", self._job.cwd)
+
+    @property
+    def _room_path(self) -> Path:
+        return room_path(Path(self._job.config.checkpoint.snapshots_in), self._job.run_dir, self._node)
 
     def _watch(self, server: Channel) -> tuple[RankEnd, ...]:
         failed: list[RankEnd] = []
@@ -142,6 +174,7 @@ class Agent:
                 threads=placement.threads_per_rank(self._job.config, num_cores()),
                 checkpoint=task.checkpoint,
                 output=task.output,
+                room=self._room_path if self._job.config.checkpoint.asynchronous else None,
             )
             for rank in ranks
         ]

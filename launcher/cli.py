@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 failed, 2 something the user can mend, 130 interrupted."""
+"""The command line. Exit codes: 0 done, 1 failed, 2 something the user can mend, 75 preempted, 130 interrupted."""
 
 import json
 import sys
@@ -15,8 +15,10 @@ from launcher.display import Display
 from launcher.options import ConfigFile, DataOption, RunDirOption, SetOption, run_dir_of
 from trainer import config_file
 from trainer.config import UserError
+from trainer.stop import Preempted
 
 _INTERRUPTED = 130
+_PREEMPTED = 75  # EX_TEMPFAIL of <sysexits.h>: try again
 
 app = typer.Typer(
     name="broadgauge",
@@ -139,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if end.code == _INTERRUPTED:
             print("interrupted; run the same command again to go on", file=sys.stderr)
         raise
+    except Preempted as error:
+        print(f"preempted: {error}", file=sys.stderr)
+        sys.exit(_PREEMPTED)
     except UserError as error:
         _complain(f"error: {error}", debug)
         sys.exit(2)

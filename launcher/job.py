@@ -19,6 +19,7 @@ from launcher.embedded_ray import embedded_ray
 from launcher.forked_rank import RankEnd
 from launcher.placement import Placement, place
 from launcher.session import session
+from trainer.checkpoint import store
 from trainer.config import RunConfig, UserError
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
@@ -176,6 +177,7 @@ def ready_ranks(config: RunConfig, run_dir: RunDir, target: str = RANK_TARGET) -
     check_embedded(config)
     job = _new_job(config, run_dir, target)
     with session() as folder, _owned(job):
+        store.clear_leftovers(run_dir.checkpoints)
         socket_path = folder / "fork.sock"
         # Before Ray, so that the imports of the ranks (4 s) overlap with Ray's start (3 s).
         server = fork_server.spawn(job.server_options(0), socket_path, job.server_env, job.cwd)

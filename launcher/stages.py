@@ -6,7 +6,7 @@ whatever moment, goes on from there.
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +16,22 @@ from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
 from launcher import checks, data_report, report
 from launcher.display import Display, StageBar
-from launcher.job import Ranks, ready_ranks
+from launcher.job import JobFailed, Ranks, ready_ranks
+from launcher.preemption import Preemption, listening
 from trainer.checkpoint import store
+from trainer.checkpoint.manifest import MANIFEST
 from trainer.config import RunConfig
 from trainer.events import EventLog, EventReader, read_events
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
+from trainer.stop import Preempted
 
 WARNINGS = {
     "checkpoint_rejected": "{reason}",
     "step_skipped": "step {step} skipped: {reason}",
     "rolled_back": "rolled back from step {from_step} to {to_step}: {reason}",
+    "checkpoint_failed": "the checkpoint of step {step} could not be written: {reason}",
+    "checkpoint_skipped": "no checkpoint of step {step}: {reason}",
 }
 """Kind of event that a person should see at once -> what to say of it."""
 
@@ -72,6 +77,8 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display) -> Iterator[Clai
         resources.callback(log.close)
         try:
             yield ClaimedRun(config, run_dir, display, log, resources)
+        except Preempted:  # the event of that name says all
+            raise
         except Exception as error:
             log.write("failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -171,10 +178,45 @@ def train(claimed: ClaimedRun) -> None:
                     claimed.display.line(f"  warning: {WARNINGS[event['kind']].format_map(event)}")
 
         bar.update("train: starting ranks", 0, schedule.num_steps, "steps")
-        claimed.ranks().run("train", show_progress)
+        _train_ranks(claimed, show_progress)
         history = report.RunHistory.read(config, run_dir.events_path)
         report.plot_losses(history, run_dir.loss_plot)
         bar.result = report.verdict(history.evaluations[0], history.evaluations[-1])
+
+
+def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None:
+    """Run the ranks to the end of training.
+
+    Raises:
+        Preempted: they were asked to end before.
+        JobFailed: they failed, or the last checkpoint could not be written.
+    """
+    config, run_dir = claimed.config, claimed.run_dir
+    run_dir.stop_path.unlink(missing_ok=True)
+    ranks, preemption = claimed.ranks(), Preemption(run_dir, config.checkpoint.grace_seconds)
+
+    def on_poll() -> None:
+        show_progress()
+        preemption.look_at_nodes()
+        preemption.check_deadline()
+
+    with listening(preemption):  # after Ray has installed its own handler
+        ranks.run("train", on_poll)
+    run_dir.stop_path.unlink(missing_ok=True)
+    events = read_events(run_dir.events_path)
+    last = next(event for event in reversed(events) if event["kind"] in ("training_started", "preempted"))
+    if last["kind"] == "preempted":
+        raise Preempted(
+            f"{preemption.reason or 'SIGTERM to a rank'}: stopped after step {last['step']}, saved at step "
+            f"{last['saved_step']}; the same command goes on from there"
+        )
+    checkpoint = run_dir.checkpoints / store.folder_name(Schedule(config).num_steps)
+    if not (checkpoint / MANIFEST).exists():
+        reasons = [event["reason"] for event in events if event["kind"] == "checkpoint_failed"]
+        raise JobFailed(
+            f"training has ended, but its last checkpoint {checkpoint} could not be written: "
+            f"{reasons[-1] if reasons else 'no reason was recorded'}; mend that and run the same command again"
+        )
 
 
 def export(claimed: ClaimedRun) -> None:

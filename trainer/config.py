@@ -172,6 +172,8 @@ class CheckpointConfig(Section):
     """Keep a copy of every snapshot in the memory of the next machine too, for when a machine is lost."""
     asynchronous: bool = True
     """Copy the state to shared memory and go on while a service writes it; otherwise training waits for the disk."""
+    snapshots_in: str = Field("/dev/shm", min_length=1)
+    """Folder of memory, or of a fast disk, on every machine, with room for the state of its ranks three times."""
     when_busy: Literal["wait", "skip"] = "wait"
     """What a save does that is due while the one before is still being written."""
     keep_last: int = Field(2, ge=1)

@@ -16,6 +16,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
 
     from trainer import device as devices
     from trainer import loop, parallel
+    from trainer.checkpoint.room import Room
     from trainer.config import RunConfig
     from trainer.config_file import from_tree, parse_yaml
     from trainer.data.batches import TrainingData
@@ -26,6 +27,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.events import EventLog
     from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
+    from trainer.stop import StopRequest
 
 
 def main(spec: RankSpec) -> None:
@@ -44,7 +46,7 @@ def main(spec: RankSpec) -> None:
     parallel.initialize(config.parallel, kind, spec.rendezvous, spec.rank, spec.world_size)
     run_dir = RunDir(spec.run_dir)
     if spec.task == "train":
-        _train(config, run_dir, device)
+        _train(spec, config, run_dir, device)
     elif spec.task == "evaluate":
         _evaluate(spec, config, run_dir, device)
     else:
@@ -53,11 +55,14 @@ def main(spec: RankSpec) -> None:
     dist.destroy_process_group()
 
 
-def _train(config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
-    if dist.get_rank() == 0:
-        loop.train(config, run_dir, device, EventLog(run_dir.events_path).write)
-    else:
-        loop.train(config, run_dir, device, _write_nothing)
+def _train(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
+    is_first = spec.rank == 0
+    first_here = spec.rank - spec.local_rank
+    room = Room(spec.room, range(first_here, first_here + spec.local_world_size)) if spec.room else None
+    stop = StopRequest(run_dir.stop_path if is_first else None)
+    stop.listen()
+    record = EventLog(run_dir.events_path).write if is_first else _write_nothing
+    loop.train(config, run_dir, device, record, room, stop)
 
 
 def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:

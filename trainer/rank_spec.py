@@ -24,5 +24,7 @@ class RankSpec:
     threads: int = 1
     checkpoint: Path | None = None
     """What the tasks `evaluate` and `logits` read."""
+    room: Path | None = None
+    """Of this machine (`trainer.checkpoint.room`), where a checkpoint service is at work."""
     output: Path | None = None
     """Where they write their result."""

@@ -39,6 +39,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def stop_path(self) -> Path:
+        """Its presence asks the ranks to save and end."""
+        return self.path / "stop"
+
+    @property
     def export(self) -> Path:
         """The Hugging Face folder."""
         return self.path / "export"

@@ -4,6 +4,10 @@ import signal
 from pathlib import Path
 
 
+class Preempted(Exception):
+    """The run was asked to end before its end, and did; the text is one line for a person."""
+
+
 class StopRequest:
     """Whether this rank has heard of one; what it hears the others learn after the step."""
 

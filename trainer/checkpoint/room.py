@@ -15,11 +15,13 @@ All that the two sides tell each other lies here as files, so that either may di
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
+import xxhash
 
 from trainer.checkpoint.chunk_file import file_name
 from trainer.checkpoint.manifest import MANIFEST, Manifest
@@ -107,6 +109,12 @@ class Snapshot:
         _write(self.path / _REQUEST, orjson.dumps({"facts": asdict(request.facts), "durable": request.durable}))
 
 
+def room_path(snapshots_in: Path, run_dir: Path, node: int) -> Path:
+    """Where the room of a run lies on its machine `node`: the same for every life of the run."""
+    run = xxhash.xxh3_64_hexdigest(str(run_dir.resolve()).encode())
+    return snapshots_in / f"broadgauge-{os.getuid()}" / run / f"node-{node:05d}"
+
+
 class Room:
     """The snapshots of the ranks of one machine."""
 
@@ -186,6 +194,13 @@ class Room:
         for snapshot in self.snapshots():
             if not snapshot.is_complete():
                 self.retire(snapshot)
+
+    def remove(self) -> None:
+        """Give all memory back; nobody may use the room any more."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        for parent in self.path.parents[:2]:  # of the run and of the user, shared with other rooms
+            with suppress(OSError):
+                parent.rmdir()
 
     @property
     def _spare(self) -> Path:

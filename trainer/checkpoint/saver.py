@@ -90,7 +90,7 @@ class Saver:
         try:
             manifest = saving.save(self._engine, self._checkpoints, replace(facts, written_at=round(time.time(), 3)))
         except store.SaveFailed as error:
-            self._record("checkpoint_failed", step=facts.step, reason=error.reason)
+            self._record("checkpoint_failed", step=facts.step, reason=str(error))
             return None
         if dist.get_rank() == 0:
             retention.prune(self._checkpoints, facts.step, self._policy)

@@ -25,7 +25,7 @@ def save(engine: Engine, checkpoints: Path, facts: Manifest) -> Manifest:
     temporary, problem = store.temporary_folder(checkpoints, facts.step), None
     if dist.get_rank() == 0:
         problem = _attempt(lambda: store.begin(checkpoints, facts.step))
-    _agree(problem, facts.step)
+    _agree(problem)
     mine: dict[str, list[Any]] = {}
 
     def write() -> None:
@@ -33,14 +33,14 @@ def save(engine: Engine, checkpoints: Path, facts: Manifest) -> Manifest:
         sharded.write(engine, path)
         mine[path.name] = fingerprint(path, durable=True)
 
-    _agree(_attempt(write), facts.step)
+    _agree(_attempt(write))
     parts: list[dict[str, list[Any]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, mine)
     files = {name: described for part in parts for name, described in part.items()}
     manifest = replace(facts, files=files, num_updates=engine.state.num_updates)
     if dist.get_rank() == 0:
         problem = _attempt(lambda: store.commit_whole(temporary, manifest))
-    _agree(problem, facts.step)
+    _agree(problem)
     return manifest
 
 
@@ -51,13 +51,13 @@ def _attempt(action: Any) -> str | None:
     except OSError as error:
         return reason_of(error)
     except store.SaveFailed as error:
-        return error.reason
+        return str(error)
     return None
 
 
-def _agree(problem: str | None, step: int) -> None:
+def _agree(problem: str | None) -> None:
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for rank, each in enumerate(problems):
         if each:
-            raise store.SaveFailed(step, f"{each} (rank {rank})")
+            raise store.SaveFailed(f"{each} (rank {rank})")

@@ -9,6 +9,7 @@ room: a service that is killed is replaced by a new one.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from trainer.config import CheckpointConfig, UserError
 Record = Callable[..., None]
 """Appends an event of a kind with its fields."""
 
+_POLL_SECONDS = 0.01
+_OTHERS_SECONDS = 60.0
+"""How long the first machine waits for the others' parts when the ranks have ended."""
 _RETRY_SECONDS = 5.0
 """Between attempts to write a snapshot that could not be written, for as long as no newer one is there."""
 
@@ -66,18 +70,31 @@ class CheckpointService:
         """Whether no complete snapshot waits to be hashed or saved, but those that could not be."""
         return not any(each.is_complete() and each.is_pending() for each in self._room.snapshots())
 
-    def retry_now(self) -> None:
-        """Let the next pass try again what has failed."""
+    def finish(self) -> None:
+        """The ranks have ended: save what is there, once more what could not be, and give the memory back.
+
+        On a single machine the newest snapshot becomes a checkpoint too, if it was not to be one: memory is no place to
+        leave it. What could not be saved stays in the room.
+        """
+        if self._machine.num_nodes == 1:
+            for snapshot in list(self._room.restartable())[-1:]:
+                snapshot.make_durable()
         self._retry_at.clear()
+        deadline = self._clock() + _OTHERS_SECONDS
+        while self.work() or (not self.is_idle() and self._clock() < deadline):
+            time.sleep(_POLL_SECONDS)
+        if all(snapshot.is_saved() or not snapshot.is_complete() for snapshot in self._room.snapshots()):
+            self._room.remove()
 
     # -------------------------------------------------------------------------------------------------------- hashing
 
     def _hash(self, snapshot: Snapshot) -> None:
         """Vouch for the snapshot's files as they are in memory, which everything later is compared with."""
-        request = snapshot.request()
-        assert request is not None
-        files = {name: fingerprint(snapshot.path / name) for name in snapshot.files}
-        write_manifest(snapshot.path, replace(request.facts, files=files))
+        with suppress(FileNotFoundError):  # the ranks went back to an earlier step and removed it
+            request = snapshot.request()
+            assert request is not None
+            files = {name: fingerprint(snapshot.path / name) for name in snapshot.files}
+            write_manifest(snapshot.path, replace(request.facts, files=files))
 
     # --------------------------------------------------------------------------------------------------------- saving
 
@@ -96,8 +113,10 @@ class CheckpointService:
             return False
         try:
             return self._advance(snapshot)
-        except (OSError, store.SaveFailed) as error:
-            why = error.reason if isinstance(error, store.SaveFailed) else reason_of(error)
+        except (OSError, UserError, store.SaveFailed) as error:
+            if not snapshot.path.exists():  # the ranks went back to an earlier step and removed it
+                return False
+            why = reason_of(error) if isinstance(error, OSError) else str(error)
             if snapshot.failure() != why:
                 self._record("checkpoint_failed", step=snapshot.step, reason=why)
             snapshot.mark_failed(why)
@@ -141,7 +160,7 @@ class CheckpointService:
         for name, expected in manifest.files.items():
             copy_durably(snapshot.path / name, temporary / name)
             if fingerprint_on_disk(temporary / name) != expected:
-                raise store.SaveFailed(snapshot.step, f"{temporary / name} reads back other than it was written")
+                raise store.SaveFailed(f"{temporary / name} reads back other than it was written")
         write_manifest(temporary, manifest, _part(self._machine.node))
 
     def _whole_manifest(self, own: Manifest) -> Manifest | None:

@@ -23,11 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint was not written; those before it are as they were."""
-
-    def __init__(self, step: int, reason: str) -> None:
-        super().__init__(f"the checkpoint of step {step} could not be written: {reason}")
-        self.reason = reason
+    """A checkpoint was not written, for this reason; those before it are as they were."""
 
 
 def folder_name(step: int) -> str:
@@ -72,7 +68,7 @@ def commit_whole(temporary: Path, manifest: Manifest) -> Path:
     """
     lacking = incomplete([read_layout(temporary / name) for name in manifest.files])
     if lacking:
-        raise SaveFailed(manifest.step, f"its files are not the whole state: {lacking}")
+        raise SaveFailed(f"its files are not the whole state: {lacking}")
     return commit(temporary, manifest)
 
 

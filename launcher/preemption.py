@@ -1,0 +1,70 @@
+"""Being asked to leave: SIGTERM, or a Ray node that is to be drained, makes the ranks save and end.
+
+The request is a file in the run's folder, which rank 0 looks for after every step: whoever sees it coming, on whatever
+machine, may write it, and the ranks agree on the step after which they stop.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ray._private.state import state as ray_state
+
+from trainer.run_dir import RunDir
+from trainer.stop import Preempted
+
+_DRAIN_LOOK_SECONDS = 1.0
+"""Between looks at which nodes are to be drained."""
+
+
+class Preemption:
+    """Whether the run has been asked to end, and by when it must have."""
+
+    def __init__(self, run_dir: RunDir, grace_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run_dir, self._grace_seconds, self._clock = run_dir, grace_seconds, clock
+        self._deadline: float | None = None
+        self._looked = clock()
+        self.reason: str | None = None
+
+    def ask(self, reason: str, seconds: float | None = None) -> None:
+        """Ask the ranks to save and end, within the grace period or the seconds that are left, if those are fewer."""
+        if self.reason is None:
+            self.reason = reason
+            self._run_dir.stop_path.write_text(reason, encoding="utf-8")
+        deadline = self._clock() + min(self._grace_seconds, self._grace_seconds if seconds is None else seconds)
+        self._deadline = min(deadline, self._deadline or deadline)
+
+    def look_at_nodes(self) -> None:
+        """See whether Ray is to drain a node of its own; at most once a second."""
+        if self._clock() - self._looked < _DRAIN_LOOK_SECONDS:
+            return
+        self._looked = self._clock()
+        for node, deadline_ms in ray_state.get_draining_nodes().items():
+            seconds = deadline_ms / 1000 - time.time() if deadline_ms else None
+            self.ask(f"node {node[:8]} is to be drained", seconds)
+
+    def check_deadline(self) -> None:
+        """Raises:
+        Preempted: the ranks were asked and have not ended in time.
+        """
+        if self._deadline is not None and self._clock() > self._deadline:
+            raise Preempted(
+                f"{self.reason}: the ranks did not end in time (checkpoint.grace_seconds {self._grace_seconds:g}) and "
+                "were killed; the same command goes on from the newest checkpoint"
+            )
+
+
+@contextmanager
+def listening(preemption: Preemption) -> Iterator[None]:
+    """SIGTERM to this process asks the run to end."""
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        preemption.ask("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
