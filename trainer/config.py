@@ -4,7 +4,7 @@ Everything else (the megatron-core config, the DeepSpeed JSON, the number of ran
 imports torch, so reading and checking a config takes milliseconds.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -164,7 +164,7 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     every_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints; empty: 1000, or none where every_seconds is set. The last step is always saved."""
-    every_seconds: float | Literal["auto"] | None = Field(None, gt=0.0)
+    every_seconds: Annotated[float, Field(gt=0.0)] | Literal["auto"] | None = None
     """Time between checkpoints (s); auto: Daly's optimum for the measured cost of saving and the failures seen."""
     snapshot_every_steps: int | None = Field(None, ge=1)
     """Steps between snapshots that stay in the machine's memory, for restarts; empty: none but of checkpoints."""

@@ -13,9 +13,12 @@ The tensors begin at a multiple of the page size, so that files can be copied pa
 """
 
 import math
+import os
 import struct
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import orjson
@@ -27,6 +30,9 @@ _ITEM_BYTES = 4
 _COPY = "copy:"
 _GLOBAL_SHAPES = "__metadata__"
 _LONGEST_HEADER = 100_000_000  # bytes; what readers of safetensors accept
+_MOST_AXES = 8
+_LONGEST_AXIS = 2**63 - 1  # what torch can count
+_LONGEST_REASON = 300  # characters of an error, which quotes the file
 
 Shape = tuple[int, ...]
 
@@ -106,33 +112,39 @@ def read_layout(path: Path) -> FileLayout:
     """
     try:
         with open(path, "rb") as file:
-            length = file.read(8)
+            num_bytes, length = os.fstat(file.fileno()).st_size, file.read(8)
             size = struct.unpack("<Q", length)[0]
-            if size > _LONGEST_HEADER:
-                raise ValueError("its header is too long")
+            if size > min(_LONGEST_HEADER, num_bytes - len(length)):
+                raise ValueError(f"it has {num_bytes} bytes and says that {size} of them are its header")
             content = file.read(size)
             layout = _parse(length + content, orjson.loads(content))
-            if layout.num_bytes != path.stat().st_size:
-                raise ValueError(f"it has {path.stat().st_size} bytes and says {layout.num_bytes}")
+            if layout.num_bytes != num_bytes:
+                raise ValueError(f"it has {num_bytes} bytes and says {layout.num_bytes}")
             return layout
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{path} is not part of a checkpoint: {error}") from error
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not part of a checkpoint: {' '.join(what.split())[:_LONGEST_REASON]}") from error
 
 
 def _parse(header: bytes, entries: dict[str, dict[str, object]]) -> FileLayout:
-    shapes = {name: _numbers(str(sizes)) for name, sizes in entries.pop(_GLOBAL_SHAPES).items()}
-    chunks, starts = [], []
+    """Nothing but what `lay_out` makes: the blocks fill the file without gaps, and none shares bytes with another."""
+    shapes = {name: _global_shape(str(sizes)) for name, sizes in entries.pop(_GLOBAL_SHAPES).items()}
+    found: list[tuple[list[int], Chunk]] = []
     for label, entry in entries.items():
         if entry["dtype"] != "F32":
             raise ValueError(f"{label} is {entry['dtype']}, not F32")
         chunk = _chunk_of(label, shapes)
-        first, end = entry["data_offsets"]  # type: ignore[misc]
-        if list(chunk.shape) != entry["shape"] or end - first != chunk.num_bytes:  # type: ignore[has-type]
+        if list(chunk.shape) != entry["shape"]:
             raise ValueError(f"{label} has shape {entry['shape']}")
-        chunks.append(chunk)
-        starts.append(len(header) + first)  # type: ignore[has-type]
-    order = sorted(range(len(chunks)), key=starts.__getitem__)
-    return FileLayout(header, tuple(chunks[n] for n in order), tuple(starts[n] for n in order))
+        found.append((entry["data_offsets"], chunk))  # type: ignore[arg-type]
+    starts, position = [], 0
+    found.sort(key=lambda each: each[0])
+    for extent, chunk in found:
+        if extent != [position, position + chunk.num_bytes]:
+            raise ValueError(f"{chunk.label} should begin at {position} and have {chunk.num_bytes} bytes, not {extent}")
+        starts.append(len(header) + position)
+        position += chunk.num_bytes
+    return FileLayout(header, tuple(chunk for _, chunk in found), tuple(starts))
 
 
 def _chunk_of(label: str, shapes: dict[str, Shape]) -> Chunk:
@@ -144,26 +156,59 @@ def _chunk_of(label: str, shapes: dict[str, Shape]) -> Chunk:
     fits = len(bounds) == len(shapes[name]) and all(end <= size for end, size in zip(ends, shapes[name], strict=True))
     if not fits or min((*offset, *shape), default=0) < 0:
         raise ValueError(f"{label} lies outside of {shapes[name]}")
-    return Chunk(name, shapes[name], offset, shape, is_copy)
+    chunk = Chunk(name, shapes[name], offset, shape, is_copy)
+    if chunk.label != label:  # Python reads more spellings of a number than one
+        raise ValueError(f"{label} is spelt otherwise than {chunk.label}")
+    return chunk
 
 
-def _numbers(sizes: str) -> Shape:
-    return tuple(map(int, sizes.split(","))) if sizes else ()
+def _global_shape(text: str) -> Shape:
+    shape = tuple(map(int, text.split(","))) if text else ()
+    if len(shape) > _MOST_AXES or not all(0 < size <= _LONGEST_AXIS for size in shape):
+        raise ValueError(f"no tensor has the shape {text}")
+    return shape
 
 
 def incomplete(layouts: Sequence[FileLayout]) -> str | None:
     """What the files of one checkpoint, put together, lack or hold twice; None if they are whole.
 
-    By the number of elements: blocks are cut from disjoint shares, so that one too few or too many shows in the sum.
+    Exact: blocks cover a tensor once everywhere if and only if their corners, counted positive or negative by the
+    number of upper ends, add up to the corners of the tensor. (The count of corners is the mixed difference of how
+    often each element is covered, and only zero has the difference zero.)
     """
     found: dict[str, int] = {}
     shapes: dict[str, Shape] = {}
+    corners: dict[str, Counter[Shape]] = {}
     for chunk in (chunk for layout in layouts for chunk in layout.chunks):
-        if shapes.setdefault(chunk.name, chunk.global_shape) != chunk.global_shape:
+        if chunk.name not in shapes:
+            shapes[chunk.name], found[chunk.name] = chunk.global_shape, 0
+            corners[chunk.name] = Counter()
+            _count_corners(corners[chunk.name], (0,) * len(chunk.global_shape), chunk.global_shape, -1)
+        if shapes[chunk.name] != chunk.global_shape:
             return f"{chunk.name} has shape {shapes[chunk.name]} in one file and {chunk.global_shape} in another"
         if not chunk.is_copy:
-            found[chunk.name] = found.get(chunk.name, 0) + chunk.numel
+            found[chunk.name] += chunk.numel
+            _count_corners(corners[chunk.name], chunk.offset, chunk.shape, 1)
     for name, shape in shapes.items():
-        if found.get(name, 0) != math.prod(shape):
-            return f"{name} has {found.get(name, 0)} of {math.prod(shape)} elements"
-    return None
+        if found[name] != math.prod(shape):
+            return f"{name} has {found[name]} of {math.prod(shape)} elements"
+        if any(corners[name].values()):
+            return f"{name} has some of its elements twice and lacks others"
+    return _missing_kind(shapes)
+
+
+def _count_corners(counts: Counter[Shape], offset: Shape, shape: Shape, sign: int) -> None:
+    for upper in product((0, 1), repeat=len(shape)):
+        corner = tuple(first + end * size for first, end, size in zip(offset, upper, shape, strict=True))
+        counts[corner] += -sign if sum(upper) % 2 else sign
+
+
+def _missing_kind(names: Iterable[str]) -> str | None:
+    """A weight that lacks a kind of state which others have: no block of it is left to count."""
+    kinds: dict[str, set[str]] = {}
+    for name in names:
+        kind, _, key = name.partition("/")
+        kinds.setdefault(key, set()).add(kind)
+    every = {kind for of_key in kinds.values() for kind in of_key}
+    lacking = [f"{kind}/{key}" for key, of_key in kinds.items() for kind in sorted(every - of_key)]
+    return f"{lacking[0]} has no elements" if lacking else None

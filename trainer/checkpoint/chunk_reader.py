@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
-from trainer.checkpoint.chunk_file import Chunk, Shape, read_layout
+from trainer.checkpoint.chunk_file import Chunk, Shape, incomplete, read_layout
 from trainer.checkpoint.manifest import read_manifest
+from trainer.config import UserError
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,22 @@ def read_index(checkpoint: Path) -> Metadata:
     """What lies where in a checkpoint, from the headers of its files; copies are left out.
 
     Raises:
-        UserError: it has no manifest, or a file's header is damaged.
+        UserError: it has no manifest, a file's header is damaged, or the files do not hold every element once.
     """
+    layouts = {}
+    for file in read_manifest(checkpoint).files:
+        try:
+            layouts[file] = read_layout(checkpoint / file)
+        except OSError as error:
+            raise UserError(f"{checkpoint} is damaged: {file} cannot be read ({error.strerror})") from error
+    lacking = incomplete(list(layouts.values()))
+    if lacking:
+        raise UserError(f"{checkpoint} is damaged: {lacking}")
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, StoredChunk] = {}
-    for file in read_manifest(checkpoint).files:
-        layout = read_layout(checkpoint / file)
+    for file, layout in layouts.items():
         for chunk, start in zip(layout.chunks, layout.starts, strict=True):
-            if chunk.is_copy:
+            if chunk.is_copy or not chunk.numel:  # an empty one would take the place of another with its offset
                 continue
             entry = tensors.setdefault(chunk.name, _tensor_entry(chunk))
             entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape)))
@@ -133,6 +142,8 @@ class OpenFiles:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self._checkpoint / file, os.O_RDONLY)
         values = np.empty(count, dtype="<f4")
+        if not count:
+            return values
         view, done = memoryview(values.data).cast("B"), 0
         while done < len(view):
             got = os.preadv(self._descriptors[file], [view[done:]], start + done)

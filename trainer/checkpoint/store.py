@@ -18,7 +18,7 @@ from trainer.checkpoint.chunk_file import incomplete, read_layout
 from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, sync_folder, write_manifest
 from trainer.config import UserError
 
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # of each step exactly the name that `folder_name` gives it
 _log = logging.getLogger(__name__)
 
 
