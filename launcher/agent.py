@@ -15,7 +15,7 @@ from launcher.fork_server import Channel, Kill, Ready, ServerOptions, Start
 from launcher.forked_rank import RankEnd
 from launcher.placement import Placement
 from trainer import config_file
-from trainer.checkpoint.room import room_path
+from trainer.checkpoint.room import Room, room_path
 from trainer.config import RunConfig
 from trainer.rank_spec import RankSpec, Task
 
@@ -120,6 +120,7 @@ class Agent:
             if self._ready.problem:
                 return NodeEnd((), self._ready.problem)
             if keeper is not None:
+                self._room().clear_unfinished()  # no rank is alive
                 keeper.start()
             self._server.send(Start(self._specs(task), self._rank_env()))
             return NodeEnd(self._watch(self._server))
@@ -143,6 +144,9 @@ class Agent:
             job_id=self._job.id,
         )
         return ServiceKeeper(options, self._job.logs / f"checkpoints-{self._node}.log", self._job.cwd)
+
+    def _room(self) -> Room:
+        return Room(self._room_path, self._where.ranks_of(self._node))
 
     @property
     def _room_path(self) -> Path:

@@ -17,7 +17,7 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # the least Ray accepts; nothing but commands 
 
 @contextmanager
 def embedded_ray(folder: Path) -> Iterator[None]:
-    """Start Ray with its files in `folder`, and stop it at the end; meanwhile SIGTERM is taken as Ctrl-C.
+    """Start Ray with its files in `folder`, and stop it at the end; meanwhile SIGTERM is Ctrl-C, unless it has a handler.
 
     Within a `launcher.session`, which ends what an interrupt leaves half-started.
     """
@@ -36,7 +36,8 @@ def embedded_ray(folder: Path) -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder / "ray"),
             )
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's would print a stack
+            # Ray's would print a stack
+            signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.default_int_handler)
             yield
         finally:
             ray.shutdown(wait_for_processes=True)

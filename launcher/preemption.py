@@ -1,14 +1,14 @@
 """Being asked to leave: SIGTERM, or a Ray node that is to be drained, makes the ranks save and end.
 
 The request is a file in the run's folder, which rank 0 looks for after every step: whoever sees it coming, on whatever
-machine, may write it, and the ranks agree on the step after which they stop.
+machine, may write it, and the ranks agree on the step after which they stop. While no rank trains there is nothing to
+save, and SIGTERM ends the command at once, in order.
 """
 
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from ray._private.state import state as ray_state
 
@@ -26,7 +26,33 @@ class Preemption:
         self._run_dir, self._grace_seconds, self._clock = run_dir, grace_seconds, clock
         self._deadline: float | None = None
         self._looked = clock()
+        self._is_training = False
+        self.is_over = False
+        """What is left is to clean up, which nothing may disturb."""
         self.reason: str | None = None
+
+    @contextmanager
+    def of_training(self) -> Iterator[None]:
+        """Meanwhile whoever is to end is asked, and given time."""
+        self._run_dir.stop_path.unlink(missing_ok=True)
+        self._is_training = True
+        try:
+            yield
+        finally:
+            self._is_training = False
+            self._run_dir.stop_path.unlink(missing_ok=True)
+
+    def hear(self, *_: object) -> None:
+        """Of a signal; what comes after the first one must not disturb the end.
+
+        Raises:
+            Preempted: nothing is trained now.
+        """
+        if self._is_training:
+            self.ask("SIGTERM")
+        elif self.reason is None and not self.is_over:
+            self.reason = "SIGTERM"
+            raise Preempted("SIGTERM; the same command goes on")
 
     def ask(self, reason: str, seconds: float | None = None) -> None:
         """Ask the ranks to save and end, within the grace period or the seconds that are left, if those are fewer."""
@@ -59,11 +85,7 @@ class Preemption:
 @contextmanager
 def listening(preemption: Preemption) -> Iterator[None]:
     """SIGTERM to this process asks the run to end."""
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        preemption.ask("SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, hear)
+    before = signal.signal(signal.SIGTERM, preemption.hear)
     try:
         yield
     finally:

@@ -44,6 +44,7 @@ class ClaimedRun:
     run_dir: RunDir
     display: Display
     log: EventLog
+    preemption: Preemption
     resources: ExitStack = field(default_factory=ExitStack)
     _ranks: Ranks | None = None
 
@@ -71,17 +72,22 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display) -> Iterator[Clai
         UserError: the folder belongs to another run, or another process works in it.
     """
     run_dir.check(config)
-    with run_dir.locked(), ExitStack() as resources:
+    preemption = Preemption(run_dir, config.checkpoint.grace_seconds)
+    with run_dir.locked(), listening(preemption), ExitStack() as resources:
         run_dir.create(config)
         log = EventLog(run_dir.events_path)
         resources.callback(log.close)
         try:
-            yield ClaimedRun(config, run_dir, display, log, resources)
-        except Preempted:  # the event of that name says all
+            yield ClaimedRun(config, run_dir, display, log, preemption, resources)
+        except Preempted as end:
+            if not end.is_recorded:
+                log.write("preempted", reason=str(end))
             raise
         except Exception as error:
             log.write("failed", error=f"{type(error).__name__}: {error}")
             raise
+        finally:
+            preemption.is_over = True
 
 
 # ----------------------------------------------------------------------------------------------------------- whole run
@@ -191,25 +197,26 @@ def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None
         Preempted: they were asked to end before.
         JobFailed: they failed, or the last checkpoint could not be written.
     """
-    config, run_dir = claimed.config, claimed.run_dir
-    run_dir.stop_path.unlink(missing_ok=True)
-    ranks, preemption = claimed.ranks(), Preemption(run_dir, config.checkpoint.grace_seconds)
+    config, run_dir, preemption = claimed.config, claimed.run_dir, claimed.preemption
+    ranks = claimed.ranks()
 
     def on_poll() -> None:
         show_progress()
         preemption.look_at_nodes()
         preemption.check_deadline()
 
-    with listening(preemption):  # after Ray has installed its own handler
+    with preemption.of_training():
         ranks.run("train", on_poll)
-    run_dir.stop_path.unlink(missing_ok=True)
     events = read_events(run_dir.events_path)
     last = next(event for event in reversed(events) if event["kind"] in ("training_started", "preempted"))
     if last["kind"] == "preempted":
         raise Preempted(
-            f"{preemption.reason or 'SIGTERM to a rank'}: stopped after step {last['step']}, saved at step "
-            f"{last['saved_step']}; the same command goes on from there"
+            f"{preemption.reason or last['reason']}: stopped after step {last['step']}, saved at step "
+            f"{last['saved_step']}; the same command goes on from there",
+            is_recorded=True,
         )
+    if preemption.reason is not None:
+        raise Preempted(f"{preemption.reason}: training had come to its end; the same command goes on from there")
     checkpoint = run_dir.checkpoints / store.folder_name(Schedule(config).num_steps)
     if not (checkpoint / MANIFEST).exists():
         reasons = [event["reason"] for event in events if event["kind"] == "checkpoint_failed"]

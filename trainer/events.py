@@ -22,6 +22,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     checkpoint_saved    step, path, bytes, seconds
     export_verified     largest_difference, tokens
     generated           prompt, text
+    preempted           reason; and where ranks were training: step, saved_step (a checkpoint, or being written)
     run_finished        seconds
     failed              error
 """

@@ -93,6 +93,7 @@ class Training:
         self._evaluation = HeldoutEvaluation(samples, heldout, config, device)
         self._engine = Engine(config, device)
         self._saver = Saver(self._engine, run_dir.checkpoints, room, record)
+        self._stop = stop
         self._signals = Signals(config, stop, read_history(read_events(run_dir.events_path)))
         self.batches = ReadAhead(read, schedule.num_steps, config.train.micro_batch_size, device)
         self._progress = Progress()
@@ -239,7 +240,7 @@ class Training:
 
     def record_stop(self) -> None:
         """The run ends early, as it was asked to."""
-        self._record("preempted", step=self._progress.step, saved_step=self._saved_step)
+        self._record("preempted", reason=self._stop.reason(), step=self._progress.step, saved_step=self._saved_step)
 
     def roll_back(self, decision: RollBack, place: Step) -> None:
         """Go back to before the streak; no checkpoint is written during one."""

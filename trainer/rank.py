@@ -43,10 +43,13 @@ def main(spec: RankSpec) -> None:
     config = from_tree(parse_yaml(spec.config_yaml))
     kind = devices.resolve(config.launch.device)
     device = devices.activate(kind, spec.local_rank)
-    parallel.initialize(config.parallel, kind, spec.rendezvous, spec.rank, spec.world_size)
     run_dir = RunDir(spec.run_dir)
+    stop = StopRequest(run_dir.stop_path if spec.rank == 0 else None)
     if spec.task == "train":
-        _train(spec, config, run_dir, device)
+        stop.listen()
+    parallel.initialize(config.parallel, kind, spec.rendezvous, spec.rank, spec.world_size)
+    if spec.task == "train":
+        _train(spec, config, run_dir, device, stop)
     elif spec.task == "evaluate":
         _evaluate(spec, config, run_dir, device)
     else:
@@ -55,13 +58,10 @@ def main(spec: RankSpec) -> None:
     dist.destroy_process_group()
 
 
-def _train(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
-    is_first = spec.rank == 0
+def _train(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device, stop: StopRequest) -> None:
     first_here = spec.rank - spec.local_rank
     room = Room(spec.room, range(first_here, first_here + spec.local_world_size)) if spec.room else None
-    stop = StopRequest(run_dir.stop_path if is_first else None)
-    stop.listen()
-    record = EventLog(run_dir.events_path).write if is_first else _write_nothing
+    record = EventLog(run_dir.events_path).write if spec.rank == 0 else _write_nothing
     loop.train(config, run_dir, device, record, room, stop)
 
 

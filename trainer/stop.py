@@ -4,8 +4,16 @@ import signal
 from pathlib import Path
 
 
-class Preempted(Exception):
-    """The run was asked to end before its end, and did; the text is one line for a person."""
+class Preempted(BaseException):
+    """The run was asked to end before its end, and did; the text is one line for a person.
+
+    No `Exception`, as KeyboardInterrupt is none: a signal may raise it anywhere, and nothing on the way may swallow it.
+    """
+
+    def __init__(self, text: str, *, is_recorded: bool = False) -> None:
+        """`is_recorded`: the ranks have written the event `preempted`."""
+        super().__init__(text)
+        self.is_recorded = is_recorded
 
 
 class StopRequest:
@@ -25,3 +33,9 @@ class StopRequest:
 
     def is_made(self) -> bool:
         return self._signalled or (self._path is not None and self._path.exists())
+
+    def reason(self) -> str:
+        """Why, as far as this rank knows."""
+        if self._path is not None and self._path.exists():
+            return self._path.read_text(encoding="utf-8").strip() or f"the file {self._path}"
+        return "SIGTERM to a rank"

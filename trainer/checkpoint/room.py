@@ -96,7 +96,10 @@ class Snapshot:
 
     def mark_failed(self, why: str) -> None:
         (self.path / _WRITTEN).unlink(missing_ok=True)
-        _write(self.path / _FAILED, why.encode())
+        try:
+            _write(self.path / _FAILED, why.encode())
+        except OSError:  # no memory for the words
+            (self.path / _FAILED).touch()
 
     def make_durable(self) -> None:
         """Have a snapshot that was for restarts alone become a checkpoint."""
@@ -159,8 +162,8 @@ class Room:
 
     def drop(self, step: int) -> None:
         """Give a snapshot up that cannot be finished, with its memory; for one rank, when none writes any more."""
-        shutil.rmtree(self._snapshot(step).path)
-        shutil.rmtree(self._spare, ignore_errors=True)
+        for folder in (self._snapshot(step).path, self._spare):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def void_after(self, step: int) -> None:
         """Remove the snapshots of later steps, which are no part of the history any more; for one rank."""

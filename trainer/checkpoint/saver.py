@@ -76,14 +76,13 @@ class Saver:
         try:
             sharded.write(self._engine, room.begin_file(step, rank))
             room.finish_file(step, rank)
+            if rank == room.ranks.start:
+                room.request(step, request)  # no one looks at it before all files are there
         except OSError as error:
             problem = f"no snapshot in shared memory: {reason_of(error)}"
         (num_failed,) = parallel.sum_over_ranks(int(problem is not None))
-        if rank == room.ranks.start:
-            if num_failed:
-                room.drop(step)
-            else:
-                room.request(step, request)
+        if num_failed and rank == room.ranks.start:
+            room.drop(step)
         return problem or (f"no snapshot in shared memory on {num_failed} ranks" if num_failed else None)
 
     def _save_and_wait(self, facts: Manifest, started: float) -> float | None:

@@ -9,7 +9,6 @@ room: a service that is killed is replaced by a new one.
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +75,7 @@ class CheckpointService:
         On a single machine the newest snapshot becomes a checkpoint too, if it was not to be one: memory is no place to
         leave it. What could not be saved stays in the room.
         """
+        self.work()  # what is not hashed yet counts too
         if self._machine.num_nodes == 1:
             for snapshot in list(self._room.restartable())[-1:]:
                 snapshot.make_durable()
@@ -85,16 +85,24 @@ class CheckpointService:
             time.sleep(_POLL_SECONDS)
         if all(snapshot.is_saved() or not snapshot.is_complete() for snapshot in self._room.snapshots()):
             self._room.remove()
+            if self._machine.node == 0:
+                store.clear_leftovers(self._checkpoints)
 
     # -------------------------------------------------------------------------------------------------------- hashing
 
     def _hash(self, snapshot: Snapshot) -> None:
         """Vouch for the snapshot's files as they are in memory, which everything later is compared with."""
-        with suppress(FileNotFoundError):  # the ranks went back to an earlier step and removed it
-            request = snapshot.request()
-            assert request is not None
+        request = snapshot.request()
+        if request is None:  # the ranks went back to an earlier step and removed it
+            return
+        try:
             files = {name: fingerprint(snapshot.path / name) for name in snapshot.files}
             write_manifest(snapshot.path, replace(request.facts, files=files))
+        except FileNotFoundError:
+            return  # likewise
+        except OSError as error:  # somebody else has filled the memory: give back what we have of it
+            self._record("checkpoint_failed", step=snapshot.step, reason=f"snapshot given up: {reason_of(error)}")
+            self._room.drop(snapshot.step)
 
     # --------------------------------------------------------------------------------------------------------- saving
 
@@ -124,19 +132,23 @@ class CheckpointService:
             return False
 
     def _advance(self, snapshot: Snapshot) -> bool:
-        did_write = not snapshot.is_written()
+        own = read_manifest(snapshot.path)
+        checkpoint = self._checkpoints / store.folder_name(snapshot.step)
+        temporary = store.temporary_folder(self._checkpoints, snapshot.step)
+        manifest = _if_same(own, checkpoint)  # committed by a service that was killed before it could say so
+        did_write = manifest is None and not snapshot.is_written()
         started = self._clock()
         if did_write:
-            self._write(snapshot)
+            self._write(own, snapshot.path, temporary)
             snapshot.mark_written()
         if self._machine.node > 0:
             snapshot.mark_saved()
             return did_write
-        manifest = self._whole_manifest(read_manifest(snapshot.path))
-        if manifest is None:  # other machines are still at it
-            return did_write
-        checkpoint = store.commit_whole(store.temporary_folder(self._checkpoints, snapshot.step), manifest)
-        snapshot.mark_saved()
+        if manifest is None:
+            manifest = self._whole_manifest(own, temporary)
+            if manifest is None:  # other machines are still at it
+                return did_write
+            store.commit_whole(temporary, manifest)
         self._record(
             "checkpoint_saved",
             step=snapshot.step,
@@ -145,37 +157,44 @@ class CheckpointService:
             seconds=round(self._clock() - started, 6),
         )
         retention.prune(self._checkpoints, snapshot.step, self._policy)
+        snapshot.mark_saved()  # at last: the next service repeats what one that is killed has not done
         return True
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, own: Manifest, snapshot: Path, temporary: Path) -> None:
         """Write this machine's part, and see that the disk has what was in memory.
 
         Raises:
             OSError: the disk is full, or does not let us write.
             SaveFailed: it holds something else than was written.
         """
-        temporary = store.temporary_folder(self._checkpoints, snapshot.step)
         temporary.mkdir(parents=True, exist_ok=True)
-        manifest = read_manifest(snapshot.path)
-        for name, expected in manifest.files.items():
-            copy_durably(snapshot.path / name, temporary / name)
+        for name, expected in own.files.items():
+            copy_durably(snapshot / name, temporary / name)
             if fingerprint_on_disk(temporary / name) != expected:
                 raise store.SaveFailed(f"{temporary / name} reads back other than it was written")
-        write_manifest(temporary, manifest, _part(self._machine.node))
+        write_manifest(temporary, own, _part(self._machine.node))
 
-    def _whole_manifest(self, own: Manifest) -> Manifest | None:
+    def _whole_manifest(self, own: Manifest, temporary: Path) -> Manifest | None:
         """The manifest of all machines' files together, once all have written theirs."""
-        temporary = store.temporary_folder(self._checkpoints, own.step)
+        begun = _if_same(own, temporary)  # by a service that was killed while it committed
+        if begun is not None:
+            return begun
         files: dict[str, list[Any]] = {}
         for node in range(self._machine.num_nodes):
-            try:
-                part = read_manifest(temporary, _part(node))
-            except UserError:
-                return None
-            if replace(part, files={}) != replace(own, files={}):  # of an earlier attempt
+            part = _if_same(own, temporary, _part(node))
+            if part is None:  # or of an earlier attempt
                 return None
             files |= part.files
         return replace(own, files=files)
+
+
+def _if_same(own: Manifest, folder: Path, name: str = MANIFEST) -> Manifest | None:
+    """The manifest in the folder, if there is one and it speaks of the same snapshot."""
+    try:
+        found = read_manifest(folder, name)
+    except UserError:
+        return None
+    return found if replace(found, files={}) == replace(own, files={}) else None
 
 
 def _part(node: int) -> str:

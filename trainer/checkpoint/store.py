@@ -48,10 +48,10 @@ def commit(temporary: Path, manifest: Manifest) -> Path:
 
     The files must be durable already; those that the manifest does not list are removed.
     """
+    write_manifest(temporary, manifest)  # first: whoever takes over from a writer that is killed now finds it
     for path in temporary.iterdir():
-        if path.name not in manifest.files:
+        if path.name not in (*manifest.files, MANIFEST):
             path.unlink()
-    write_manifest(temporary, manifest)
     final = temporary.with_suffix("")
     if final.exists():  # an earlier life of this run got here too; its copy was found invalid, or we would not be here
         _remove(final)
