@@ -148,7 +148,7 @@ def with_noise(clean: Path, folder: Path, steps: Sequence[int]) -> Path:
     tokens = np.memmap(folder / "train.bin", dtype=samples.readers[0].shard.dtype, mode="r+")
     for step in steps:
         place = schedule.step_after(step - 1)
-        _, windows = samples.sample_windows(np.arange(place.first_sample, place.first_sample + place.batch_size))
+        windows = samples.draws(np.arange(place.first_sample, place.first_sample + place.batch_size)).windows
         for window in windows:
             tokens[window * SEQ + 1 : (window + 1) * SEQ] = draw.integers(0, VOCAB - 1, SEQ - 1)
     tokens.flush()

@@ -7,7 +7,9 @@
 | `permutation` | a shuffled order that is computed, never stored                              |
 | `shards`      | `.bin` and `.idx` as an array of token ids                                   |
 | `windows`     | sequences of token ids out of shards                                         |
+| `digest`      | a number for what a step was fed, the same however replicas split it         |
 | `batches`     | samples by position, held-out sequences, reading ahead                       |
+| `ledger`      | proof, from a run's events, that each sample was used once an epoch          |
 
 The first four are free of torch, so that the launcher can look at data before a rank starts.
 """

@@ -14,6 +14,7 @@ import torch
 
 from trainer.config import RunConfig
 from trainer.data.blend import Blend
+from trainer.data.digest import digest
 from trainer.data.permutation import permute, permute_groups
 from trainer.data.prepared import PreparedFolder
 from trainer.data.windows import HeldoutReader, WindowReader, read_windows
@@ -26,6 +27,18 @@ class MicroBatch:
     tokens: torch.Tensor
     weight: torch.Tensor | None = None
     """[b] 0 for a sequence that only fills up the batch, else 1; None means that all count."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Where samples come from; each array is [n]."""
+
+    datasets: np.ndarray
+    """Numbers of data sets, in the order of the blend's names."""
+    epochs: np.ndarray
+    """How often the data set had been gone through before, from 0."""
+    windows: np.ndarray
+    """Numbers of windows in the data set."""
 
 
 class TrainingData:
@@ -47,8 +60,8 @@ class TrainingData:
         seq_length = config.model.seq_length
         return cls([WindowReader(folder.datasets[name] / "train", seq_length) for name in blend.names], blend, config)
 
-    def sample_windows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each sample position, the number of its data set (in `readers`) and of the window in that.
+    def draws(self, positions: np.ndarray) -> Draws:
+        """Where the samples at `positions` [n] come from.
 
         Every epoch of a data set visits each of its windows once, in an order of that epoch and data set.
         """
@@ -58,7 +71,8 @@ class TrainingData:
         codes, groups = np.unique(epochs * len(sizes) + datasets, return_inverse=True)
         orders = [divmod(code, len(sizes)) for code in codes.tolist()]
         keys = [self._order_key(epoch, dataset) for epoch, dataset in orders]
-        return datasets, permute_groups(within, groups, [int(sizes[dataset]) for _, dataset in orders], keys)
+        windows = permute_groups(within, groups, [int(sizes[dataset]) for _, dataset in orders], keys)
+        return Draws(datasets, epochs, windows)
 
     def _order_key(self, epoch: int, dataset: int) -> str:
         key = f"{self.config.seed}:{epoch}"
@@ -69,7 +83,16 @@ class TrainingData:
         micro, replicas = self.config.train.micro_batch_size, self.config.parallel.data
         batch = np.arange(first_sample, first_sample + batch_size)
         mine = batch.reshape(-1, replicas, micro)[:, data_rank].reshape(-1)
-        return read_windows(self.readers, *self.sample_windows(mine))
+        draws = self.draws(mine)
+        return read_windows(self.readers, draws.datasets, draws.windows)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One step's token ids [b, s + 1] on the host, and their digest."""
+
+    tokens: torch.Tensor
+    digest: int
 
 
 class ReadAhead:
@@ -81,7 +104,8 @@ class ReadAhead:
         """`read(step)`, of 0 to num_steps - 1, is called on the thread and gives token ids [b, s + 1] on the host."""
         self._read, self._num_steps, self._micro_batch_size, self._device = read, num_steps, micro_batch_size, device
         self._thread = ThreadPoolExecutor(1, "read-ahead", self._enter_thread)
-        self._ahead: dict[int, Future[torch.Tensor]] = {}
+        self._ahead: dict[int, Future[_Read]] = {}
+        self._given: tuple[int, int] | None = None  # the step last given, and its digest
 
     def __enter__(self) -> Self:
         return self
@@ -97,19 +121,29 @@ class ReadAhead:
             Exception: whatever `read` raised for this step.
         """
         wanted = self._ahead.get(step) or self._thread.submit(self._read_for_device, step)
-        tokens = wanted.result()
+        read = wanted.result()
         following = range(step + 1, min(step + 2, self._num_steps))
         self._ahead = {step: self._thread.submit(self._read_for_device, step) for step in following}
-        parts = tokens.to(self._device, non_blocking=True).split(self._micro_batch_size)
+        self._given = step, read.digest
+        parts = read.tokens.to(self._device, non_blocking=True).split(self._micro_batch_size)
         return [MicroBatch(part) for part in parts]
+
+    def digest(self, step: int) -> int:
+        """The digest (`trainer.data.digest`) of what `micro_batches` gave last, which must have been this step.
+
+        It was computed on the thread: asking for it costs nothing.
+        """
+        assert self._given is not None and self._given[0] == step, f"step {step} was not the last one given"
+        return self._given[1]
 
     def _enter_thread(self) -> None:
         if self._device.type == "cuda":  # a new thread is on the first GPU, and pinning would start a context there
             torch.cuda.set_device(self._device)
 
-    def _read_for_device(self, step: int) -> torch.Tensor:
+    def _read_for_device(self, step: int) -> _Read:
         tokens = self._read(step)
-        return tokens.pin_memory() if self._device.type == "cuda" else tokens
+        seen = digest(tokens)
+        return _Read(tokens.pin_memory() if self._device.type == "cuda" else tokens, seen)
 
 
 def heldout_windows(reader: HeldoutReader, config: RunConfig) -> np.ndarray:

@@ -20,6 +20,7 @@ from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.batches import MicroBatch, ReadAhead, TrainingData, heldout_micro_batches, heldout_windows
 from trainer.data.blend import Blend
+from trainer.data.digest import digest
 from trainer.data.permutation import permute, permute_groups
 from trainer.data.prepared import PreparedFolder
 from trainer.data.windows import HeldoutReader, WindowReader
@@ -284,6 +285,28 @@ def test_any_step_may_follow_any_other() -> None:
     with ReadAhead(Reads(), 9, 2, CPU) as batches:
         for step in (0, 1, 5, 2, 2, 8, 0, 1):
             assert step_of(batches.micro_batches(step)) == step
+
+
+def test_the_digest_is_of_the_batch_given_and_not_of_the_one_read_ahead() -> None:
+    with ReadAhead(Reads(), 9, 2, CPU) as batches:
+        for step in (0, 1, 5, 2, 2):
+            given = torch.cat([batch.tokens for batch in batches.micro_batches(step)])
+            assert batches.digest(step) == digest(given)
+        with pytest.raises(AssertionError, match="step 3 was not the last one given"):
+            batches.digest(3)
+
+
+def test_the_digest_is_computed_while_the_step_before_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def watched(tokens: torch.Tensor) -> int:
+        threads.append(threading.current_thread().name)
+        return digest(tokens)
+
+    monkeypatch.setattr("trainer.data.batches.digest", watched)
+    with ReadAhead(Reads(), 2, 2, CPU) as batches:
+        batches.micro_batches(0), batches.micro_batches(1), batches.digest(1)
+    assert [name.startswith("read-ahead") for name in threads] == [True, True]
 
 
 def test_an_error_of_the_reader_reaches_the_step_that_needs_the_batch() -> None:
