@@ -15,6 +15,7 @@ SURFACE = {
     "eval": ["PATH", "--data", "--set"],
     "export": ["PATH", "--out", "--data", "--set"],
     "generate": ["PATH", "--prompt", "--max-new-tokens", "--seed"],
+    "data ledger": ["RUN", "--step", "--tokens", "--json"],
     "config show": ["CONFIG", "--set"],
     "config schema": [],
 }
