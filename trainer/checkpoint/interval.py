@@ -93,6 +93,8 @@ def mean_seconds_between_failures(history: FailureHistory, num_ranks: int) -> fl
 def daly_seconds(cost_seconds: float, mean_seconds: float) -> float:
     """Time to work between two saves for the least expected run time (Daly 2006, eq. 37).
 
+    Within 0.2 % of the minimum of his model while a save takes less than a fifth of the time between failures.
+
     Args:
         cost_seconds: for which a save holds the work up.
         mean_seconds: between failures.
