@@ -154,12 +154,12 @@ def _lives(events: Iterable[Event]) -> list[_Life]:
 
 def _stalls(events: Iterable[Event]) -> Iterable[float]:
     """For how long each save held training up: for its snapshot, or, where none was taken, until it was written."""
-    snapshots: set[int] = set()
+    written_beside: set[int] = set()  # steps whose snapshot a service still writes, perhaps into the next life
     for event in events:
-        if event["kind"] == "training_started":
-            snapshots.clear()  # an earlier life's; this one may save the same step again, and otherwise
-        elif event["kind"] == "checkpoint_snapshot":
-            snapshots.add(event["step"])
+        if event["kind"] == "checkpoint_snapshot":
+            written_beside.add(event["step"])
             yield event["seconds"]
-        elif event["kind"] == "checkpoint_saved" and event["step"] not in snapshots:
+        elif event["kind"] == "checkpoint_saved" and event["step"] in written_beside:
+            written_beside.remove(event["step"])
+        elif event["kind"] == "checkpoint_saved":
             yield event["seconds"]

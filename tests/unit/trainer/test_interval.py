@@ -183,8 +183,10 @@ def test_a_stall_is_the_snapshot_where_there_is_one_and_else_the_whole_save() ->
             save("saved", 10, 9.0),
             save("saved", 20, 9.0),
             save("saved", 30, 3.0),
+            save("snapshot", 40, 0.4),
             (0.0, "training_started"),
             save("saved", 20, 4.0),
+            save("saved", 40, 9.0),  # the service has outlived the ranks
         )
     )
-    assert found.stall_seconds == (0.1, 0.2, 3.0, 4.0)
+    assert found.stall_seconds == (0.1, 0.2, 3.0, 0.4, 4.0)
