@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import ownership
 from trainer import config_file
 from trainer.checkpoint import retention, store
 from trainer.checkpoint.chunk_file import Shape, incomplete, read_layout
@@ -260,10 +261,13 @@ def prune(path: Path, changes: Mapping[str, int], *, dry_run: bool) -> Pruned:
 
 
 def _hold(run_dir: RunDir, held: ExitStack) -> bool:
-    """Keep jobs out of the run; False if one is in it."""
+    """Keep jobs out of the run; False if one is in it, or what a killed one has left still works there."""
+    lock = run_dir.path / ownership.LOCK_NAME
     try:
         held.enter_context(run_dir.locked())
-    except UserError:
+        if lock.exists():
+            ownership.wait_until_free(lock, timeout_seconds=0)
+    except (UserError, TimeoutError):
         return False
     return True
 

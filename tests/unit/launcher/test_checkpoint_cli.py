@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launcher import ownership
 from launcher.cli import main
 from made_checkpoints import spread, write_checkpoint
 from trainer.checkpoint import store
@@ -205,6 +206,17 @@ def test_prune_beside_a_job_leaves_what_the_job_is_writing(run: RunDir, command:
         code, printed = command("prune", run.path)
     assert code == 0 and "step-00000050.tmp: left: a job works in this run" in printed
     assert temporary.is_dir() and store.steps(run.checkpoints) == [10, 30, 40]
+
+
+def test_prune_after_a_killed_job_leaves_what_its_last_processes_are_writing(run: RunDir, command: Command) -> None:
+    temporary = store.begin(run.checkpoints, 50)
+    lock = run.path / ownership.LOCK_NAME
+    ownership.claim(lock, "killed", 0)
+    service = ownership.hold(lock, "killed")
+    assert service is not None
+    assert "step-00000050.tmp: left" in command("prune", run.path)[1] and temporary.is_dir()
+    os.close(service)
+    assert "step-00000050.tmp: removed" in command("prune", run.path)[1] and not temporary.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------- diff
