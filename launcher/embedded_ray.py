@@ -17,7 +17,7 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # the least Ray accepts; nothing but commands 
 
 @contextmanager
 def embedded_ray(folder: Path) -> Iterator[None]:
-    """Start Ray with its files in `folder`, and stop it at the end; meanwhile SIGTERM is Ctrl-C, unless it has a handler.
+    """Start Ray with its files in `folder`, and stop it at the end; meanwhile SIGTERM without a handler is Ctrl-C.
 
     Within a `launcher.session`, which ends what an interrupt leaves half-started.
     """

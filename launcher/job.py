@@ -230,7 +230,7 @@ def _new_job(config: RunConfig, run_dir: RunDir, target: str) -> Job:
         config=config,
         run_dir=absolute.path,
         logs=absolute.logs,
-        lock=absolute.path / ".ranks.lock",
+        lock=absolute.path / ownership.LOCK_NAME,
         target=target,
         cwd=os.getcwd(),
     )

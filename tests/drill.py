@@ -32,6 +32,7 @@ from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.room import room_path
 from trainer.config import RunConfig
 from trainer.data.digest import as_hex, from_hex
+from trainer.data.ledger.audit import audit
 from trainer.events import Event, EventReader, read_events, surviving_steps
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
@@ -406,6 +407,7 @@ def expect_exact_ledger(run: DrilledRun) -> None:
         assert step["first_sample"] == next_sample
         next_sample += step["num_samples"]
         digest += from_hex(step["tokens_xxh3"])
+    assert not audit(run.run_dir).findings
     manifest = read_manifest(last_checkpoint(run))
     assert (manifest.consumed_samples, manifest.data_digest) == (next_sample, as_hex(digest))
 

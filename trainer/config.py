@@ -193,6 +193,15 @@ class CheckpointConfig(Section):
     weights_from: str | None = None
     """A checkpoint, imported or of another run, whose weights to start from, with a new optimizer and at step 0."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.resume_from and self.weights_from:
+            raise ValueError(
+                "checkpoint.resume_from and checkpoint.weights_from are both set, and a run starts from one; "
+                "resume_from goes on with optimizer and step, weights_from begins anew"
+            )
+        return self
+
     @property
     def interval_steps(self) -> int | None:
         """Steps between checkpoints, where they are counted in steps."""

@@ -9,17 +9,23 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     stage_started       stage
     stage_finished      stage, seconds, result (one line for a person)
     data_prepared       documents, tokens (each by split), vocab_size, dropped, repaired (counts by reason)
-    training_started    step, checkpoint (path, or null for a fresh start), threads_per_rank; steps after it are void
+    training_started    step, checkpoint (path, or null for a fresh start), tier ("memory" or "disk"),
+                        threads_per_rank; steps after it are void
     checkpoint_rejected reason: a damaged checkpoint was passed over
-    step                step (1-based), tokens (consumed so far), loss, grad_norm, lr, seconds
-    step_skipped        step, first_sample, num_samples, reason ("not finite", "loss spike", "gradient norm spike", or
-                        "quarantined" where it was not computed), loss, grad_norm (null where there is no number);
-                        the weights are as before it
+    step                step (1-based), tokens (consumed so far), first_sample, num_samples, tokens_xxh3 (of what all
+                        replicas were fed, see `trainer.data.digest`), loss, grad_norm, lr, seconds
+    step_skipped        step, first_sample, num_samples, tokens_xxh3, reason ("not finite", "loss spike", "gradient
+                        norm spike", or "quarantined" where it was not computed), loss, grad_norm (null where there is
+                        no number); the weights are as before it
     rolled_back         from_step, to_step (steps after it are void), reason, quarantined (steps to pass over from now
                         on), checkpoint (path, or null for a fresh start)
     diverged            verdict
     evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss
-    checkpoint_saved    step, path, bytes, seconds
+    checkpoint_snapshot step, durable (whether it is to become a checkpoint), seconds (for which training stood still)
+    checkpoint_saved    step, path, bytes, seconds (to write it; training stood still where there was no snapshot)
+    checkpoint_skipped  step, reason: one was due and was left out, as `checkpoint.when_busy` says
+    checkpoint_failed   step, reason: it could not be written; those before it are as they were
+    preempted           step, saved_step: the run was asked to end, and has saved what it could
     export_verified     largest_difference, tokens
     generated           prompt, text
     preempted           reason; and where ranks were training: step, saved_step (a checkpoint, or being written)
@@ -61,6 +67,10 @@ class EventLog:
     def write(self, kind: str, **fields: Any) -> None:
         line = orjson.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, option=orjson.OPT_SERIALIZE_NUMPY)
         os.write(self._fd, line + b"\n")
+
+    def sync(self) -> None:
+        """Wait until the disk has all that any process has written to the file so far."""
+        os.fsync(self._fd)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -1,6 +1,7 @@
 """A rank's side of saving: snapshot into the room and go on, or write and wait where there is no room."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from trainer.checkpoint import retention, saving, sharded, store
 from trainer.checkpoint.disk import reason_of
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.room import Request, Room
-from trainer.checkpoint.service import Record
 from trainer.config import CheckpointConfig
 from trainer.engine.engine import Engine
+
+Record = Callable[..., None]
+"""Appends an event of a kind with its fields; does nothing on ranks that do not write events."""
 
 _POLL_SECONDS = 0.01
 

@@ -18,9 +18,7 @@ from trainer.checkpoint.disk import copy_durably, fingerprint_on_disk, reason_of
 from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, write_manifest
 from trainer.checkpoint.room import Room, Snapshot
 from trainer.config import CheckpointConfig, UserError
-
-Record = Callable[..., None]
-"""Appends an event of a kind with its fields."""
+from trainer.events import EventLog
 
 _POLL_SECONDS = 0.01
 _OTHERS_SECONDS = 60.0
@@ -45,12 +43,12 @@ class CheckpointService:
         room: Room,
         checkpoints: Path,
         policy: CheckpointConfig,
-        record: Record,
+        log: EventLog,
         machine: Machine = Machine(0, 1),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._room, self._checkpoints, self._policy = room, checkpoints, policy
-        self._record, self._machine, self._clock = record, machine, clock
+        self._log, self._machine, self._clock = log, machine, clock
         self._retry_at: dict[int, float] = {}  # step -> when it may be tried again
 
     def work(self) -> bool:
@@ -101,7 +99,7 @@ class CheckpointService:
         except FileNotFoundError:
             return  # likewise
         except OSError as error:  # somebody else has filled the memory: give back what we have of it
-            self._record("checkpoint_failed", step=snapshot.step, reason=f"snapshot given up: {reason_of(error)}")
+            self._log.write("checkpoint_failed", step=snapshot.step, reason=f"snapshot given up: {reason_of(error)}")
             self._room.drop(snapshot.step)
 
     # --------------------------------------------------------------------------------------------------------- saving
@@ -126,7 +124,7 @@ class CheckpointService:
                 return False
             why = reason_of(error) if isinstance(error, OSError) else str(error)
             if snapshot.failure() != why:
-                self._record("checkpoint_failed", step=snapshot.step, reason=why)
+                self._log.write("checkpoint_failed", step=snapshot.step, reason=why)
             snapshot.mark_failed(why)
             self._retry_at[snapshot.step] = self._clock() + _RETRY_SECONDS
             return False
@@ -148,8 +146,9 @@ class CheckpointService:
             manifest = self._whole_manifest(own, temporary)
             if manifest is None:  # other machines are still at it
                 return did_write
+            self._log.sync()  # no checkpoint of steps of which the events may yet be lost
             store.commit_whole(temporary, manifest)
-        self._record(
+        self._log.write(
             "checkpoint_saved",
             step=snapshot.step,
             path=str(checkpoint),

@@ -163,11 +163,15 @@ def remove(checkpoint: Path) -> bool:
     return True
 
 
+def leftovers(checkpoints: Path) -> list[Path]:
+    """What writers and removers that were killed have left, or those at work are using."""
+    return [path for pattern in ("step-*.tmp", "step-*.removed") for path in sorted(checkpoints.glob(pattern))]
+
+
 def clear_leftovers(checkpoints: Path) -> None:
     """Remove what writers and removers that were killed have left; nobody may be at work."""
-    for pattern in ("step-*.tmp", "step-*.removed"):
-        for leftover in checkpoints.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in leftovers(checkpoints):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:
