@@ -8,9 +8,10 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from trainer.data.ledger.audit import audit
 from trainer.events import Event, EventReader, read_events, surviving_steps
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
+from trainer.stop import Preempted
 from trainer.training_state import STATE_KINDS
 
 PATIENCE_SECONDS = 120  # only a broken program waits this long
@@ -108,28 +110,54 @@ class SmallJob:
         return DrilledRun(config_file.load(path), path, RunDir(folder / "run"))
 
 
-# ------------------------------------------------------------------------------------------------------------ the kills
+# ------------------------------------------------------------------------------------------------------------ the deeds
 
-Target = Literal["rank", "service", "fork server", "agent", "job"]
+Target = Literal["rank", "service", "fork server", "agent", "job", "driver"]
 
 
 @dataclass(frozen=True)
-class Kill:
-    """What is to be killed, and when in the life of the job."""
+class Deed:
+    """What is done to a job, and when in its life."""
 
-    target: Target
+    name: str
+    do: "Callable[[DrilledRun], bool]"
+    """Whether it could be done; else it is tried again."""
     sign: str
-    """What is waited for, counted from the beginning of the life or from the last kill in it: `event KIND`, or a new
+    """What is waited for, counted from the beginning of the life or from the last deed in it: `event KIND`, or a new
     file, `room PATTERN` or `checkpoints PATTERN`."""
-    count: int
+    count: int = 1
     """How many of them."""
-    delay_seconds: float
-    """From the sign to the kill."""
-    rank: int = 0
+    delay_seconds: float = 0.0
+    """From the sign to the deed."""
+    ends_life: bool = True
 
     def __str__(self) -> str:
-        target = f"rank {self.rank}" if self.target == "rank" else self.target
-        return f"{target}, {1000 * self.delay_seconds:.0f} ms after {self.count} x {self.sign}"
+        return f"{self.name}, {1000 * self.delay_seconds:.0f} ms after {self.count} x {self.sign}"
+
+
+def kill(
+    target: Target,
+    sign: str,
+    count: int = 1,
+    delay_seconds: float = 0.0,
+    *,
+    rank: int = 0,
+    number: signal.Signals = signal.SIGKILL,
+    ends_life: bool = True,
+) -> Deed:
+    """A signal to a part of the job."""
+
+    def do(run: DrilledRun) -> bool:
+        pid = find(run, target, rank)
+        try:
+            if pid is not None:
+                (os.killpg if target == "job" else os.kill)(pid, number)
+        except ProcessLookupError:
+            return False
+        return pid is not None
+
+    name = f"{number.name} to {f'rank {rank}' if target == 'rank' else target}"
+    return Deed(name, do, sign, count, delay_seconds, ends_life and target != "service")
 
 
 _STEPPING = ("event training_started", "event step", "event evaluated")
@@ -148,43 +176,44 @@ _SAVING = (
 _WEIGHTS: dict[Target, int] = {"rank": 20, "service": 20, "fork server": 2, "agent": 2, "job": 6}
 
 
-def plan_kills(seed: int, number: int, targets: Sequence[Target]) -> list[Kill]:
-    """Kills at random moments, two of three while something is being saved; those of the whole job last."""
+def plan_kills(seed: int, number: int) -> tuple[list[Deed], list[Deed]]:
+    """Kills of parts and of the whole job, at random moments, most of them while something is being saved."""
     draw = random.Random(seed)
 
-    def one() -> Kill:
-        target = draw.choices(targets, [_WEIGHTS[each] for each in targets])[0]
+    def one() -> tuple[Target, Deed]:
+        target = draw.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
         saves = target == "service" or draw.random() < 0.6
         sign = draw.choice(_SAVING if saves else _STEPPING)
         count = 1 if sign in ("event training_started", "event evaluated") else draw.randint(1, 4)
         delay = draw.choice((0.0, draw.uniform(0, 0.02), draw.uniform(0, 0.2)))
-        return Kill(target, sign, count, delay, draw.randrange(4))
+        return target, kill(target, sign, count, delay, rank=draw.randrange(4))
 
-    return sorted((one() for _ in range(number)), key=lambda kill: kill.target == "job")
+    drawn = [one() for _ in range(number)]
+    return [deed for target, deed in drawn if target != "job"], [deed for target, deed in drawn if target == "job"]
 
 
 @dataclass(frozen=True)
 class Done:
-    """A kill that took place."""
+    """A deed that took place."""
 
-    kill: Kill
+    deed: Deed
     at: float
     """Unix seconds."""
     after_step: int
 
 
-class Killer:
-    """Carries out the next kills of a plan during one life of a job: several, as long as they do not end it."""
+class Doer:
+    """Does the next deeds of a plan during one life of a job: several, as long as they do not end it."""
 
-    def __init__(self, run: DrilledRun, kills: deque[Kill], done: list[Done]) -> None:
-        self._run, self._kills, self._done = run, kills, done
+    def __init__(self, run: DrilledRun, deeds: deque[Deed], done: list[Done]) -> None:
+        self._run, self._deeds, self._done = run, deeds, done
         self._events = EventReader(run.run_dir.events_path)
         self._events.skip_to_end()
         self._step = 0
         self._life_ends = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="killer")
+        self._thread = threading.Thread(target=self._work, name="doer")
 
-    def __enter__(self) -> "Killer":
+    def __enter__(self) -> "Doer":
         self._thread.start()
         return self
 
@@ -193,23 +222,23 @@ class Killer:
         self._thread.join()
 
     def _work(self) -> None:
-        while self._kills and not self._life_ends.is_set():
-            kill = self._kills[0]
-            if not self._see(kill) or self._life_ends.wait(kill.delay_seconds):
+        while self._deeds and not self._life_ends.is_set():
+            deed = self._deeds[0]
+            if not self._see(deed) or self._life_ends.wait(deed.delay_seconds):
                 return
-            while not self._carry_out(kill):  # a service may just be being replaced
+            while not deed.do(self._run):  # a service may just be being replaced
                 if self._life_ends.wait(_LOOK_SECONDS):
                     return
-            self._done.append(Done(self._kills.popleft(), time.time(), self._step))
-            if kill.target != "service":
+            self._done.append(Done(self._deeds.popleft(), time.time(), self._step))
+            if deed.ends_life:
                 return
 
-    def _see(self, kill: Kill) -> bool:
-        where, pattern = kill.sign.split(" ", 1)
+    def _see(self, deed: Deed) -> bool:
+        where, pattern = deed.sign.split(" ", 1)
         folder = {"room": self._run.room, "checkpoints": self._run.run_dir.checkpoints}.get(where)
         before = set(folder.glob(pattern)) if folder else set()
         seen, num_events = set[Path](), 0
-        while num_events + len(seen) < kill.count:
+        while num_events + len(seen) < deed.count:
             if self._life_ends.wait(_LOOK_SECONDS):
                 return False
             for event in self._events.new_events():
@@ -218,28 +247,20 @@ class Killer:
             seen |= set(folder.glob(pattern)) - before if folder else set()
         return True
 
-    def _carry_out(self, kill: Kill) -> bool:
-        found = find(self._run, kill.target, kill.rank)
-        try:
-            if found and kill.target == "job":
-                os.killpg(found, signal.SIGKILL)
-            elif found:
-                os.kill(found, signal.SIGKILL)
-        except ProcessLookupError:
-            return False
-        return found is not None
-
 
 def find(run: DrilledRun, target: Target, rank: int = 0) -> int | None:
     """The process id of a part of the job."""
     if target == "agent":
         service = find(run, "service")
         return _parent(service) if service else None
+    if target == "driver" and not any(BROADGAUGE in line for line in processes_of(run).values()):
+        return os.getpid()
     command, name = {
         "rank": ("launcher.fork_server", f"rank {rank}"),  # a fork has the command line of its parent
         "fork server": ("launcher.fork_server", None),
         "service": ("launcher.checkpoint_process", None),
         "job": (BROADGAUGE, None),
+        "driver": (BROADGAUGE, None),
     }[target]
     for pid, line in processes_of(run).items():
         own_name = _read(pid, "comm").strip()
@@ -294,6 +315,7 @@ class Supervisor:
 
         Raises:
             JobFailed: it was cut short.
+            Preempted: it was asked to end.
         """
         with stages.claim(self._run.config, self._run.run_dir, Display(Console(quiet=True))) as claimed:
             if self._ranks is None:
@@ -303,6 +325,10 @@ class Supervisor:
                 stages.train(claimed)
             except NodeFailed:
                 self.end()
+                raise
+            except Preempted as end:
+                if not end.is_recorded:  # the ranks did not end by themselves
+                    self.end()
                 raise
 
     def _start(self) -> Ranks:
@@ -323,28 +349,36 @@ class Supervisor:
         self._resources = self._ranks = None
 
 
-def train_to_the_end(run: DrilledRun, folder: Path, kills: deque[Kill], done: list[Done]) -> None:
-    """Life after life on one Ray, until the run has ended."""
+@contextmanager
+def supervised(run: DrilledRun, folder: Path) -> Iterator[Supervisor]:
     supervisor = Supervisor(run, folder)
     try:
-        while True:
-            try:
-                with Killer(run, kills, done):
-                    supervisor.train()
-                return
-            except JobFailed:
-                assert done, "nothing was killed"
+        yield supervisor
     finally:
         supervisor.end()
 
 
-def train_by_command(run: DrilledRun, kills: deque[Kill], done: list[Done]) -> None:
+def train_to_the_end(run: DrilledRun, folder: Path, deeds: Iterable[Deed] = (), done: list[Done] | None = None) -> None:
+    """Life after life on one Ray, until the run has ended; what is done to it is taken from `deeds`, if that is one."""
+    planned, done = deeds if isinstance(deeds, deque) else deque(deeds), [] if done is None else done
+    with supervised(run, folder) as supervisor:
+        while True:
+            before = len(done)
+            try:
+                with Doer(run, planned, done):
+                    supervisor.train()
+                return
+            except (JobFailed, Preempted):
+                assert len(done) > before, "it failed, and nothing was done to it"
+
+
+def train_by_command(run: DrilledRun, deeds: deque[Deed], done: list[Done]) -> None:
     """The command again and again, until it succeeds."""
     while True:
         process = subprocess.Popen(
             run.command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        with Killer(run, kills, done):
+        with Doer(run, deeds, done):
             _, complaint = process.communicate(timeout=PATIENCE_SECONDS)
         if process.returncode == 0:
             return
@@ -444,9 +478,9 @@ class Campaign:
     lines: list[str] = field(default_factory=list)
     """What was killed when, and how long it took until training went on."""
 
-    def carry_out(self, kills: Sequence[Kill], ray: Path | None) -> None:
+    def carry_out(self, deeds: Sequence[Deed], ray: Path | None) -> None:
         """On the Ray of this process, or by the command where there is none."""
-        planned = deque(kills)
+        planned = deque(deeds)
         while planned:
             run = self.job.new_run(self.folder / f"run-{len(self.done)}", self.num_steps, self.layout)
             before = len(self.done)
@@ -461,6 +495,10 @@ class Campaign:
 
 
 def summary(run: DrilledRun, done: Done) -> str:
-    later = [event for event in run.events("step") if event["time"] > done.at]
-    seconds = f"{later[0]['time'] - done.at:.1f} s" if later else "the run had done its steps"
-    return f"after step {done.after_step:3}: {done.kill}; next step: {seconds}"
+    """When the next step was done; if a life was ended, in the next one."""
+    later = [event for event in run.events("training_started", "step") if event["time"] > done.at]
+    if done.deed.ends_life:
+        later = list(dropwhile(lambda event: event["kind"] == "step", later))
+    steps = [event["time"] for event in later if event["kind"] == "step"]
+    seconds = f"next step after {steps[0] - done.at:.1f} s" if steps else "all steps were done"
+    return f"after step {done.after_step:3}: {done.deed}; {seconds}"

@@ -1,14 +1,13 @@
 """`kill -9` of any part of a job at any moment: it goes on from a sound checkpoint and ends as if undisturbed."""
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import drill
-from drill import Campaign, DrilledRun, Kill, SmallJob
+from drill import Campaign, DrilledRun, SmallJob, kill
 
 FEW_STEPS, MANY_STEPS = 24, 40
 
@@ -34,7 +33,7 @@ def undisturbed(
     def run(num_steps: int, layout: str) -> DrilledRun:
         if (num_steps, layout) not in runs:
             new = job.new_run(tmp_path_factory.mktemp("undisturbed"), num_steps, layout)
-            drill.train_to_the_end(new, ray_folder, deque(), [])
+            drill.train_to_the_end(new, ray_folder)
             drill.expect_as_if_undisturbed(new, new)
             runs[num_steps, layout] = new
         return runs[num_steps, layout]
@@ -49,9 +48,9 @@ def test_a_rank_and_the_service_are_killed_during_saves(
     layout = "TP2 x PP2"
     campaign = Campaign(job, tmp_path, layout, FEW_STEPS, undisturbed(FEW_STEPS, layout))
     kills = [
-        Kill("service", "checkpoints step-*.tmp/rank-*", 1, 0.0),
-        Kill("service", "event step", 3, 0.0),
-        Kill("rank", "room step-*/rank-*.part", 2, 0.0, rank=2),
+        kill("service", "checkpoints step-*.tmp/rank-*"),
+        kill("service", "event step", 3),
+        kill("rank", "room step-*/rank-*.part", 2, rank=2),
     ]
     campaign.carry_out(kills, ray_folder)
     assert len(campaign.done) == len(kills)
@@ -67,10 +66,10 @@ def test_killed_at_many_moments(
     number = int(os.environ.get("DRILL_KILLS", "50")) // len(drill.LAYOUTS)
     seed = int(os.environ.get("DRILL_SEED", "0")) * len(drill.LAYOUTS) + list(drill.LAYOUTS).index(layout)
     campaign = Campaign(job, tmp_path, layout, MANY_STEPS, undisturbed(MANY_STEPS, layout))
-    kills = drill.plan_kills(seed, number, ["rank", "service", "fork server", "agent", "job"])
+    of_parts, of_the_job = drill.plan_kills(seed, number)
     try:
-        campaign.carry_out([kill for kill in kills if kill.target != "job"], ray_folder)
-        campaign.carry_out([kill for kill in kills if kill.target == "job"], None)
+        campaign.carry_out(of_parts, ray_folder)
+        campaign.carry_out(of_the_job, None)
     finally:
         print(f"\n{layout}, seed {seed}: {len(campaign.done)} of {number} kills", *campaign.lines, sep="\n  ")
     assert len(campaign.done) == number
