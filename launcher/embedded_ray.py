@@ -4,9 +4,10 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import ray
 from ray._private import ray_constants
@@ -23,25 +24,33 @@ def embedded_ray(folder: Path) -> Iterator[None]:
     """
     assert threading.current_thread() is threading.main_thread(), "the kernel ends Ray with the thread that starts it"
     assert not ray.is_initialized(), "this process is connected to another Ray"
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
+    on_sigterm = before if callable(before) else signal.default_int_handler
     with isolated():
         try:
-            ray.init(
-                address="local",
-                num_cpus=1,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder / "ray"),
-            )
-            # Ray's would print a stack
-            signal.signal(signal.SIGTERM, on_sigterm if callable(on_sigterm) else signal.default_int_handler)
+            _init(folder, on_sigterm)
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's would print a stack
             yield
         finally:
             ray.shutdown(wait_for_processes=True)
-            signal.signal(signal.SIGTERM, on_sigterm)
+            signal.signal(signal.SIGTERM, before)
+
+
+def _init(folder: Path, on_sigterm: Callable[[int, FrameType | None], object]) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=1,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder / "ray"),
+        )
+    except SystemExit:  # how Ray answers SIGTERM while it starts
+        on_sigterm(signal.SIGTERM, None)
+        raise
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import dropwhile
 from pathlib import Path
@@ -25,6 +25,7 @@ from launcher.display import Display
 from launcher.embedded_ray import embedded_ray
 from launcher.job import JobFailed, NodeFailed, Ranks
 from launcher.session import session
+from launcher.stages import ClaimedRun
 from small_run import BROADGAUGE, write_config
 from trainer import config_file
 from trainer.checkpoint import store
@@ -102,6 +103,7 @@ class SmallJob:
             folder,
             train={"total_tokens": num_steps * 8 * 32, "global_batch_size": 8, "micro_batch_size": 2},
             data={"prepared": str(self._folder / "data")},
+            optimizer={"warmup_tokens": 1000},
             parallel=LAYOUTS[layout],
             evaluation={"every_steps": evaluate_every, "max_sequences": 4},
             checkpoint={**every, "snapshots_in": str(folder / "snapshots"), **checkpoint},
@@ -301,6 +303,10 @@ def one_ray() -> Iterator[Path]:
         yield folder
 
 
+def claimed(run: DrilledRun) -> AbstractContextManager[ClaimedRun]:
+    return stages.claim(run.config, run.run_dir, Display(Console(quiet=True)))
+
+
 class Supervisor:
     """Keeps agents of a run on the Ray of this process and has them train; new ones after they were lost."""
 
@@ -317,12 +323,12 @@ class Supervisor:
             JobFailed: it was cut short.
             Preempted: it was asked to end.
         """
-        with stages.claim(self._run.config, self._run.run_dir, Display(Console(quiet=True))) as claimed:
+        with claimed(self._run) as claim:
             if self._ranks is None:
                 self._ranks = self._start()
-            claimed._ranks = self._ranks
+            claim._ranks = self._ranks
             try:
-                stages.train(claimed)
+                stages.train(claim)
             except NodeFailed:
                 self.end()
                 raise
