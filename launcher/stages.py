@@ -77,10 +77,12 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display) -> Iterator[Clai
         run_dir.create(config)
         log = EventLog(run_dir.events_path)
         resources.callback(log.close)
+        written = EventReader(run_dir.events_path)
+        written.skip_to_end()
         try:
             yield ClaimedRun(config, run_dir, display, log, preemption, resources)
         except Preempted as end:
-            if not end.is_recorded:
+            if not any(event["kind"] == "preempted" for event in written.new_events()):  # by the ranks
                 log.write("preempted", reason=str(end))
             raise
         except Exception as error:
@@ -212,8 +214,7 @@ def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None
     if last["kind"] == "preempted":
         raise Preempted(
             f"{preemption.reason or last['reason']}: stopped after step {last['step']}, saved at step "
-            f"{last['saved_step']}; the same command goes on from there",
-            is_recorded=True,
+            f"{last['saved_step']}; the same command goes on from there"
         )
     if preemption.reason is not None:
         raise Preempted(f"{preemption.reason}: training had come to its end; the same command goes on from there")

@@ -131,7 +131,7 @@ class Deed:
     """How many of them."""
     delay_seconds: float = 0.0
     """From the sign to the deed."""
-    ends_life: bool = True
+    ends_life: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}, {1000 * self.delay_seconds:.0f} ms after {self.count} x {self.sign}"
@@ -333,7 +333,7 @@ class Supervisor:
                 self.end()
                 raise
             except Preempted as end:
-                if not end.is_recorded:  # the ranks did not end by themselves
+                if "were killed" in str(end):
                     self.end()
                 raise
 

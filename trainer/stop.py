@@ -10,11 +10,6 @@ class Preempted(BaseException):
     No `Exception`, as KeyboardInterrupt is none: a signal may raise it anywhere, and nothing on the way may swallow it.
     """
 
-    def __init__(self, text: str, *, is_recorded: bool = False) -> None:
-        """`is_recorded`: the ranks have written the event `preempted`."""
-        super().__init__(text)
-        self.is_recorded = is_recorded
-
 
 class StopRequest:
     """Whether this rank has heard of one; what it hears the others learn after the step."""

@@ -78,7 +78,7 @@ class TestOnOneRay:
             sigterm("driver", "event step", 2, ends_life=False),
             sigterm("driver", "event step", 0),  # and again at once
             sigterm("rank", "event step", 2, rank=3),
-            Deed("stop file", ask_by_file, "event step", 2),
+            Deed("stop file", ask_by_file, "event step", 2, ends_life=True),
         ]
         done: list[Done] = []
         drill.train_to_the_end(run, ray_folder, deeds, done)

@@ -3,6 +3,7 @@
     ROOM/step-00000100/              a snapshot
         rank-00000.safetensors       the state of a rank, whole; while it is being written it has another name
         request.json                 what is to become of the snapshot; one rank of the machine writes it
+        reserve                      memory for what the service is to write here
         manifest.json                the service has hashed the files: the snapshot can be restarted from
         written                      this machine's part of the checkpoint is on disk
         saved                        the checkpoint is committed, or is to be no more
@@ -28,7 +29,10 @@ from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.checkpoint.store import folder_name, steps
 
 _REQUEST, _WRITTEN, _SAVED, _FAILED = "request.json", "written", "saved", "failed"
+_RESERVE = "reserve"
 _UNFINISHED = ".part"
+_FILE_ENTRY_BYTES = 256
+"""More than a manifest takes for a file."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,19 @@ class Snapshot:
         if not request.durable:
             self.write_request(replace(request, durable=True))
 
+    def reserve(self) -> None:
+        """Take the memory that the manifest will need, so that it is not lacking once training has gone on.
+
+        Raises:
+            OSError: there is none.
+        """
+        size = 2 * (self.path / _REQUEST).stat().st_size + _FILE_ENTRY_BYTES * len(self.ranks)  # indented, it is longer
+        with open(self.path / _RESERVE, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+    def release_reserve(self) -> None:
+        (self.path / _RESERVE).unlink(missing_ok=True)
+
     def write_request(self, request: Request) -> None:
         _write(self.path / _REQUEST, orjson.dumps({"facts": asdict(request.facts), "durable": request.durable}))
 
@@ -158,7 +175,9 @@ class Room:
 
     def request(self, step: int, request: Request) -> None:
         """Say what the snapshot is; for one rank of the machine."""
-        self._snapshot(step).write_request(request)
+        snapshot = self._snapshot(step)
+        snapshot.write_request(request)
+        snapshot.reserve()
 
     def drop(self, step: int) -> None:
         """Give a snapshot up that cannot be finished, with its memory; for one rank, when none writes any more."""

@@ -95,6 +95,7 @@ class CheckpointService:
             return
         try:
             files = {name: fingerprint(snapshot.path / name) for name in snapshot.files}
+            snapshot.release_reserve()
             write_manifest(snapshot.path, replace(request.facts, files=files))
         except FileNotFoundError:
             return  # likewise
