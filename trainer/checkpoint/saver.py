@@ -38,7 +38,7 @@ class Saver:
             must: wait for a save that is still under way, whatever the policy says.
         """
         started = time.perf_counter()
-        facts = replace(facts, num_updates=self._engine.state.num_updates)
+        facts = replace(facts, num_updates=self._engine.state.num_updates, num_files=dist.get_world_size())
         if self._room is None:
             return self._save_and_wait(facts, started) if durable else None
         written_at = self._begin(must or self._policy.when_busy == "wait")

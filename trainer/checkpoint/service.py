@@ -174,6 +174,8 @@ class CheckpointService:
             if replace(part, files={}) != replace(own, files={}):  # of an earlier attempt
                 return None
             files |= part.files
+        if own.num_files not in (None, len(files)):
+            raise store.SaveFailed(f"the machines have written {len(files)} of {own.num_files} files")
         return replace(own, files=files)
 
 
