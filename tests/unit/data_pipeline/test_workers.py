@@ -156,12 +156,14 @@ def test_a_worker_that_dies_while_idle_is_replaced(pool: LocalWorkers, tmp_path:
 
 
 def test_a_worker_killed_from_outside_does_not_fail_its_task(pool: LocalWorkers, tmp_path: Path) -> None:
+    """The one that would never end its task, whichever has begun first."""
     killed: list[int] = []
 
     def kill_it(advance: Advance) -> None:
-        if not killed and (started := pids(tmp_path)):
-            os.kill(started[0], signal.SIGKILL)
-            killed.append(started[0])
+        blocked = tmp_path / "0-1"
+        if not killed and blocked.exists() and (pid := blocked.read_text()):
+            os.kill(int(pid), signal.SIGKILL)
+            killed.append(int(pid))
 
     tasks = [Told(tmp_path, 0, "block", times=1), *(Told(tmp_path, number) for number in range(1, 40))]
     assert all(isinstance(outcome, Done) for outcome in pool.run(tasks, kill_it))
