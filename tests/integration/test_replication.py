@@ -71,6 +71,7 @@ def test_the_copy_of_a_lost_machine_s_snapshot_is_gone_on_from(tmp_path: Path) -
         tmp_path,
         parallel={"tensor": 1, "pipeline": 1, "data": 2},
         launch={"nodes": 2, "device": "cpu"},
+        train={"total_tokens": 8 * NUM_STEPS * 16 * 32},
         checkpoint={
             "every_steps": 1000,
             "snapshot_every_steps": 2,
@@ -104,4 +105,4 @@ def test_the_copy_of_a_lost_machine_s_snapshot_is_gone_on_from(tmp_path: Path) -
     losses = [
         [event["loss"] for event in surviving_steps(read_events(run.events_path))] for run in (undisturbed, disturbed)
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == NUM_STEPS
+    assert losses[0] == losses[1] and len(losses[0]) == 8 * NUM_STEPS
