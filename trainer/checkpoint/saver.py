@@ -50,6 +50,26 @@ class Saver:
         self._record("checkpoint_snapshot", step=facts.step, durable=durable, seconds=round(seconds, 6))
         return seconds
 
+    def take_over(self) -> None:
+        """At the beginning of a life: give up what the life before left, and the services cannot finish.
+
+        Some machines may have a snapshot whole and wait for others that do not, and never will.
+        """
+        room = self._room
+        if room is None:
+            return
+        if self._speaks_for_machine(room):
+            room.clear_unfinished()
+        dist.barrier()
+        mine = {snapshot.step for snapshot in room.snapshots()}
+        everywhere: list[set[int]] = [set() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everywhere, mine)
+        if self._speaks_for_machine(room):
+            for snapshot in room.snapshots():
+                if snapshot.step not in set.intersection(*everywhere) and snapshot.is_pending():
+                    room.retire(snapshot)
+        dist.barrier()
+
     def finish(self) -> None:
         """Wait until every save that is under way has come to its end."""
         if self._room is not None:
@@ -78,13 +98,23 @@ class Saver:
             room.finish_file(step, rank)
         except OSError as error:
             problem = f"no snapshot in shared memory: {reason_of(error)}"
+        return self._agree_on(room, request, problem)
+
+    def _agree_on(self, room: Room, request: Request, problem: str | None) -> str | None:
+        """Make of what the ranks have written a snapshot, on all machines or on none."""
         (num_failed,) = parallel.sum_over_ranks(int(problem is not None))
-        if rank == room.ranks.start:
-            if num_failed:
-                room.drop(step)
-            else:
-                room.request(step, request)
+        if self._speaks_for_machine(room) and not num_failed:
+            try:
+                room.request(request.facts.step, request)
+            except OSError as error:
+                problem = f"no snapshot in shared memory: {reason_of(error)}"
+        (num_failed,) = parallel.sum_over_ranks(int(problem is not None))
+        if num_failed and self._speaks_for_machine(room):
+            room.drop(request.facts.step)
         return problem or (f"no snapshot in shared memory on {num_failed} ranks" if num_failed else None)
+
+    def _speaks_for_machine(self, room: Room) -> bool:
+        return dist.get_rank() == room.ranks.start
 
     def _save_and_wait(self, facts: Manifest, started: float) -> float | None:
         try:
