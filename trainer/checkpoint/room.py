@@ -81,13 +81,13 @@ class Snapshot:
         """Whether it became a checkpoint: it, and not one of the same step that was here before."""
         request = self.request()
         try:
-            return request is not None and (self.path / _SAVED).read_text(encoding="utf-8") == _identity(request.facts)
+            return request is not None and (self.path / _SAVED).read_bytes() == _identity(request.facts)
         except FileNotFoundError:
             return False
 
     def failure(self) -> str | None:
         try:
-            return (self.path / _FAILED).read_text(encoding="utf-8")
+            return (self.path / _FAILED).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
 
@@ -104,7 +104,7 @@ class Snapshot:
         return request is not None and request.durable and not self.is_saved()
 
     def mark_saved(self, facts: Manifest) -> None:
-        _write(self.path / _SAVED, _identity(facts).encode())
+        _write(self.path / _SAVED, _identity(facts))
         (self.path / _FAILED).unlink(missing_ok=True)
 
     def mark_failed(self, why: str) -> None:
@@ -242,9 +242,9 @@ class Room:
         return self.path / "spare"
 
 
-def _identity(facts: Manifest) -> str:
+def _identity(facts: Manifest) -> bytes:
     """Tells a snapshot from another of the same step, which the run came to again after it went back."""
-    return f"{facts.step} {facts.written_at}"
+    return f"{facts.step} {facts.written_at}".encode()
 
 
 def _make_private(folder: Path) -> None:
