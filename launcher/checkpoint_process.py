@@ -53,13 +53,15 @@ def serve() -> None:
     if ownership.hold(Path(options.lock), options.job_id) is None:
         return
     config, run_dir = from_tree(parse_yaml(options.config_yaml)), RunDir(Path(options.run_dir))
+    log = EventLog(run_dir.events_path)
     ranks = range(options.first_rank, options.first_rank + options.num_ranks)
     service = CheckpointService(
-        Room(Path(options.room), ranks),
+        Room(Path(options.room), ranks, is_replicated=config.checkpoint.replicates(options.num_nodes)),
         run_dir.checkpoints,
         config.checkpoint,
-        EventLog(run_dir.events_path),
+        log.write,
         Machine(options.node, options.num_nodes),
+        sync_records=log.sync,
     )
     while _may_go_on():
         if not service.work():

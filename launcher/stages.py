@@ -174,7 +174,7 @@ def train(claimed: ClaimedRun) -> None:
                     bar.update(doing, event["step"], schedule.num_steps, "steps")
                 elif event["kind"] == "evaluated":
                     bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], schedule.num_steps, "steps")
-                elif event["kind"] in WARNINGS:
+                elif event["kind"] in WARNINGS and event.get("durable", True):
                     claimed.display.line(f"  warning: {WARNINGS[event['kind']].format_map(event)}")
 
         bar.update("train: starting ranks", 0, schedule.num_steps, "steps")

@@ -169,7 +169,8 @@ class CheckpointConfig(Section):
     snapshot_every_steps: int | None = Field(None, ge=1)
     """Steps between snapshots that stay in the machine's memory, for restarts; empty: none but of checkpoints."""
     replicate: bool = False
-    """Keep a copy of every snapshot in the memory of the next machine too, for when a machine is lost."""
+    """Keep a copy of every snapshot in the memory of the next machine too, for when a machine is lost; takes twice as
+    much memory."""
     asynchronous: bool = True
     """Copy the state to shared memory and go on while a service writes it; otherwise training waits for the disk."""
     snapshots_in: str = Field("/dev/shm", min_length=1)
@@ -201,6 +202,10 @@ class CheckpointConfig(Section):
                 "resume_from goes on with optimizer and step, weights_from begins anew"
             )
         return self
+
+    def replicates(self, num_nodes: int) -> bool:
+        """Whether snapshots are copied to other machines."""
+        return self.replicate and num_nodes > 1
 
     @property
     def interval_steps(self) -> int | None:

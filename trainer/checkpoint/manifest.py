@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: what it holds, with the size and hash of every file. Without one, none exists."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class Manifest:
     @property
     def is_whole(self) -> bool:
         return bool(self.files) and self.num_files in (None, len(self.files))
+
+    def is_of(self, facts: "Manifest") -> bool:
+        """Whether it is of the very checkpoint that `facts` describes; the files do not count."""
+        return replace(self, files={}) == replace(facts, files={})
 
 
 def fingerprint(path: Path, *, durable: bool = False) -> list[Any]:
