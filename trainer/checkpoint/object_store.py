@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 import xxhash
@@ -52,8 +51,9 @@ class ObjectStore:
             raise UserError(
                 f"{self.url or 'an empty URL'} is no place to store at; give a folder or a URL like s3://a/b"
             )
+        scheme, _, rest = url.partition(":")
         if "://" not in url and _ONE_SLASH.match(url):
-            raise UserError(f"{self.url} has too few slashes for a URL; write {url.replace(':', '://', 1)[:40]}")
+            raise UserError(f"{self.url} has too few slashes for a URL; write {scheme}://{rest.lstrip('/')}")
         try:
             self._filesystem, root = _within(
                 timeout_seconds, lambda: fsspec.core.url_to_fs(url, skip_instance_cache=True)
@@ -84,7 +84,8 @@ class ObjectStore:
 
     def get(self, name: str, first: int | None = None, end: int | None = None) -> bytes | None:
         """An object, or its bytes from `first` to before `end`; None if it is not there."""
-        return self._ask(f"reading {name}", self._filesystem.cat_file, self._path(name), first, end, or_none=True)
+        action, path = f"reading {name}", self._path(name)
+        return self._ask(action, self._filesystem.cat_file, path, start=first, end=end, or_none=True)
 
     def pieces(self, name: str, num_bytes: int) -> Iterator[bytes]:
         """The first `num_bytes` of an object, or as many as there are, piece by piece."""
@@ -132,7 +133,8 @@ class ObjectStore:
     def remove_folder(self, folder: str) -> None:
         """Remove an empty folder, where folders are more than the beginnings of names."""
         path = self._path(folder)
-        if self._ask(f"looking for {folder}", self._filesystem.isdir, path):
+        info = self._ask(f"looking for {folder}", self._filesystem.info, path, or_none=True)
+        if info and info["type"] == "directory":
             self._ask(f"removing {folder}", self._filesystem.rmdir, path, or_none=True)
 
     # ---------------------------------------------------------------------------------------------------------- inside
@@ -235,12 +237,11 @@ def _part_bytes(num_bytes: int, piece_bytes: int) -> int:
 
 def without_secrets(url: str) -> str:
     """A URL as it may be shown: without the password and the query."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
+    scheme, separator, rest = url.partition("://")
+    place, slash, path = rest.partition("?")[0].partition("/")
+    user, at, host = place.rpartition("@")
     user = f"{user.partition(':')[0]}:..." if ":" in user else user
-    return urlunsplit((parts.scheme, f"{user}{at}{host}", parts.path, "", ""))
+    return f"{scheme}{separator}{user}{at}{host}{slash}{path}"
 
 
 def one_line(error: BaseException) -> str:

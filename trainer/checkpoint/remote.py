@@ -83,14 +83,19 @@ class Remote:
     # ------------------------------------------------------------------------------------------------------------ there
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that exist there, oldest first: one listing, and one look for each."""
+        """Steps of the checkpoints that exist there, oldest first: one listing, and the manifest of each."""
         found = self._folders()
-        exist = _at_once(lambda step: self._objects.size(_inside(step, MANIFEST)) is not None, found)
+        exist = _at_once(self._exists, found)
         return [step for step, exists in zip(found, exist, strict=True) if exists]
 
     def unfinished(self) -> list[int]:
-        """Steps whose upload or removal has not ended, oldest first; those that nobody is at work on may be pruned."""
-        return sorted(set(self._folders()) - set(self.steps()))
+        """Steps whose upload or removal has not ended, oldest first; those that nobody is at work on may be pruned.
+
+        One whose manifest is damaged, or of another version, is not among them.
+        """
+        found = self._folders()
+        sizes = _at_once(lambda step: self._objects.size(_inside(step, MANIFEST)), found)
+        return [step for step, size in zip(found, sizes, strict=True) if size is None]
 
     def read_manifest(self, step: int) -> Manifest:
         """Raises:
@@ -105,7 +110,7 @@ class Remote:
         if manifest.step != step:
             raise UserError(f"{checkpoint} is not a checkpoint of its step: its {MANIFEST} is of step {manifest.step}")
         for name in manifest.files:
-            if name != Path(name).name or name == MANIFEST:
+            if name != Path(name).name or name in ("", "..", MANIFEST):
                 raise UserError(
                     f"{checkpoint} is not a checkpoint: its {MANIFEST} lists {name!r}, which is no file name"
                 )
@@ -238,9 +243,12 @@ class Remote:
 
         `rejected` hears why a newer one was passed over. Raises as `fetch` does, but for damaged copies.
         """
-        for step in reversed(self.steps()):
+        unfinished = self.unfinished()
+        for step in reversed(self._folders()):
             if step <= newer_than:
                 break
+            if step in unfinished:
+                continue
             try:
                 return self.fetch(step, checkpoints)
             except UserError as error:
@@ -249,6 +257,13 @@ class Remote:
 
     def _name(self, step: int) -> str:
         return f"{self.url.rstrip('/')}/{store.folder_name(step)}"
+
+    def _exists(self, step: int) -> bool:
+        try:
+            self.read_manifest(step)
+        except UserError:
+            return False
+        return True
 
     def _folders(self) -> list[int]:
         found = (store.step_of(name) for name in self._objects.listing())
