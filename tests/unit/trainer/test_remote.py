@@ -194,6 +194,8 @@ def test_other_content_of_a_step_replaces_what_is_there(url: str, tmp_path: Path
     copy_of(remote, old)
     assert remote.upload(new, only=["tokenizer.json"]) == SIZES["tokenizer.json"]
     assert remote.steps() == []  # neither the old nor the new
+    copy_of(remote, old)
+    assert contents(remote.fetch(7, tmp_path / "elsewhere")) == contents(old)
     copy_of(remote, new)
     assert contents(remote.fetch(7, tmp_path / "elsewhere")) == contents(new)
 
@@ -291,6 +293,20 @@ def test_an_upload_that_fails_anywhere_leaves_no_half_a_checkpoint_and_goes_on(
         shutil.rmtree(unreliable.there / folder.name)
 
     every_failure(trouble, lambda: copy_of(remote, folder), look)
+
+
+def test_what_was_given_up_is_not_completed_later(unreliable: Unreliable, trouble: Callable[..., Trouble]) -> None:
+    """Drivers complete what is open when it is collected: here once the error is forgotten, after a retry."""
+    folder = make(unreliable.here, 7)
+    unreliable.remote.upload(folder, only=["tokenizer.json"])
+    trouble(fails_at=3, only_once=True)  # after a listing, an opening and the write of the first piece
+    with pytest.raises(RemoteFailed) as caught:
+        unreliable.remote.upload(folder, only=["rank-00000.safetensors"])
+    assert "writing step-00000007/rank-00000.safetensors" in str(caught.value)
+    copy_of(unreliable.remote, folder)
+    del caught
+    gc.collect()
+    assert unreliable.exist() == [3, 7] and unreliable.content(7) == contents(folder)
 
 
 def test_what_has_arrived_is_not_sent_again(unreliable: Unreliable, trouble: Callable[..., Trouble]) -> None:
