@@ -83,6 +83,8 @@ class UnreliableStore(AbstractFileSystem):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        if self.trouble.hangs_in == "connect":
+            self.trouble.released.wait()
         self.folder = LocalFileSystem()
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> Any:

@@ -62,6 +62,10 @@ class ObjectStore:
             package = getattr(error.__cause__ or error.__context__ or error, "name", None)
             fix = f"pip install {package}" if package else one_line(error)
             raise UserError(f"{self.url} needs a driver that is not installed; {fix}") from error
+        except _Hangs:
+            raise UserError(
+                f"{self.url} has not answered in {timeout_seconds:g} s; check the URL and the network"
+            ) from None
         except Exception as error:
             raise UserError(f"{self.url} cannot be used ({one_line(error)}); check the URL") from error
         self._root = root.rstrip("/")
@@ -71,7 +75,8 @@ class ObjectStore:
 
     def listing(self, folder: str = "") -> dict[str, int | None]:
         """Names in a folder with their size (bytes; None for folders); none if it does not exist."""
-        found = self._ask(f"listing {folder}", self._filesystem.ls, self._path(folder), detail=True, or_none=True)
+        action, path = f"listing {folder or 'its folders'}", self._path(folder)
+        found = self._ask(action, self._filesystem.ls, path, detail=True, or_none=True)
         return {
             info["name"].rstrip("/").rpartition("/")[2]: info.get("size") if info["type"] == "file" else None
             for info in found or ()

@@ -4,7 +4,6 @@ import gc
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -14,8 +13,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import fsspec
 import orjson
@@ -63,34 +60,34 @@ def failure(kind: type[Exception], call: Callable[..., Any], *args: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------- stores
 
 
+S3_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), sep=":", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """A bucket of a server that speaks S3."""
-    for package in ("moto", "s3fs", "flask"):
+    for package in ("moto", "flask", "s3fs"):
         pytest.importorskip(package, reason="pip install s3fs 'moto[server]'")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    names = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "no"}
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {**names, "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            environment.setenv(name, value)
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    urlopen(names["AWS_ENDPOINT_URL"], timeout=10).close()
-                    break
-                except (URLError, OSError):
-                    assert server.poll() is None and time.monotonic() < deadline
-                    time.sleep(0.05)
-            fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-            yield "s3://bucket"
-        finally:
-            server.kill()
-            server.wait()
+    command, pipes = [sys.executable, "-c", S3_SERVER], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, **pipes) as server,
+        pytest.MonkeyPatch.context() as environment,
+    ):
+        assert server.stdout is not None
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{server.stdout.readline().strip()}")
+        environment.setenv("AWS_ACCESS_KEY_ID", "anybody")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        yield "s3://bucket"
+        server.kill()
 
 
 @pytest.fixture(params=["memory", "folder", "file", "unreliable", "s3"])
@@ -500,6 +497,12 @@ def test_urls_that_make_no_sense_are_refused() -> None:
 def test_a_driver_that_is_not_installed_is_named() -> None:
     fsspec.register_implementation("absent", "a_driver_nobody_has.Store", errtxt="Install it", clobber=True)
     assert "pip install a_driver_nobody_has" in failure(UserError, Remote.open, "absent://a/b")
+
+
+def test_a_store_that_does_not_answer_when_it_is_opened_is_refused(trouble: Callable[..., Trouble]) -> None:
+    trouble(hangs_in="connect")
+    with pytest.raises(UserError, match=r"unreliable:///a/b has not answered in 0.1 s"):
+        opened("unreliable:///a/b", timeout_seconds=0.1)
 
 
 def test_no_password_is_shown(tmp_path: Path) -> None:
