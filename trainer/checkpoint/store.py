@@ -30,6 +30,12 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step that a folder name stands for; None if it is not the name of a checkpoint."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def temporary_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of `step` is written before it exists."""
     return checkpoints / f"{folder_name(step)}.tmp"
@@ -75,8 +81,8 @@ def commit_whole(temporary: Path, manifest: Manifest) -> Path:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the folders that look like checkpoints, oldest first."""
-    names = (_NAME.fullmatch(item.name) for item in checkpoints.iterdir()) if checkpoints.is_dir() else ()
-    return sorted(int(match[1]) for match in names if match)
+    found = (step_of(item.name) for item in checkpoints.iterdir()) if checkpoints.is_dir() else ()
+    return sorted(step for step in found if step is not None)
 
 
 def read(checkpoint: Path, *, part: bool = False) -> Manifest:
