@@ -184,7 +184,8 @@ class CheckpointConfig(Section):
     keep_best: int = Field(0, ge=0)
     """Checkpoints of lowest held-out loss to keep, among those whose step was evaluated."""
     upload_to: str | None = None
-    """Folder, or URL of an object store (s3://, gs://, ...), to which every committed checkpoint is copied."""
+    """Folder or URL (s3://, gs://, ...) of this run alone, to which committed checkpoints are copied, and from which it
+    goes on where its own are lost."""
     verify: bool = True
     """Check the hash of every file before it is loaded."""
     grace_seconds: float = Field(60.0, gt=0.0)

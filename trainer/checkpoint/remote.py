@@ -164,6 +164,15 @@ class Remote:
         self._objects.put(_inside(manifest.step, _hash_name(name, entry)), b"%d bytes\n" % entry[0])
         return int(entry[0])
 
+    def lacks(self, manifest: Manifest) -> list[str]:
+        """Files of a checkpoint that have not arrived.
+
+        Raises:
+            RemoteFailed: the store does.
+        """
+        there = self._objects.listing(store.folder_name(manifest.step))
+        return [name for name, entry in manifest.files.items() if not _has(there, name, entry)]
+
     def commit(self, manifest: Manifest) -> None:
         """Make a checkpoint exist whose files have all been sent. The manifest must list those of every machine.
 
