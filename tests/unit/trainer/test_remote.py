@@ -73,8 +73,6 @@ sys.stdin.read()
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """A bucket of a server that speaks S3."""
-    for package in ("moto", "flask", "s3fs"):
-        pytest.importorskip(package, reason="pip install s3fs 'moto[server]'")
     command, pipes = [sys.executable, "-c", S3_SERVER], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
         subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, **pipes) as server,
@@ -90,7 +88,7 @@ def s3() -> Iterator[str]:
         server.kill()
 
 
-@pytest.fixture(params=["memory", "folder", "file", "unreliable", "s3"])
+@pytest.fixture(params=["memory", "folder", "file", "unreliable", pytest.param("s3", marks=pytest.mark.slow)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "s3":
         return f"{request.getfixturevalue('s3')}/{tmp_path.name}/run"
@@ -224,6 +222,7 @@ def test_files_of_an_earlier_life_in_another_layout_are_removed(url: str, tmp_pa
     assert {name for name in names if ".xxh3-" not in name} == {*kept, "manifest.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16 << 20, (16 << 20) + 1, 33 << 20])
 def test_large_files_go_in_parts(s3: str, tmp_path: Path, size: int) -> None:
     folder = store.begin(tmp_path, 7)
@@ -511,6 +510,7 @@ def test_no_password_is_shown(tmp_path: Path) -> None:
     assert remote.url == f"memory://user:...@host/{tmp_path.name}"
 
 
+@pytest.mark.slow
 def test_a_bucket_is_never_made(s3: str, tmp_path: Path) -> None:
     for url in ("s3://another", "s3://another/run/of/mine"):
         failure(UserError, Remote.open(url).check)
