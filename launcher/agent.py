@@ -15,7 +15,7 @@ from launcher.fork_server import Channel, Kill, Ready, ServerOptions, Start
 from launcher.forked_rank import RankEnd
 from launcher.placement import Placement
 from trainer import config_file
-from trainer.checkpoint.room import Room, room_path
+from trainer.checkpoint.room import room_path
 from trainer.config import RunConfig
 from trainer.rank_spec import RankSpec, Task
 
@@ -38,6 +38,10 @@ class Job:
 
     def server_options(self, node: int) -> ServerOptions:
         return ServerOptions(self.target, self.logs, node, self.lock, self.id)
+
+    def room_path(self, node: int) -> Path:
+        """See `trainer.checkpoint.room`."""
+        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, node)
 
     @property
     def server_env(self) -> dict[str, str]:
@@ -120,7 +124,6 @@ class Agent:
             if self._ready.problem:
                 return NodeEnd((), self._ready.problem)
             if keeper is not None:
-                self._room().clear_unfinished()  # no rank is alive
                 keeper.start()
             self._server.send(Start(self._specs(task), self._rank_env()))
             return NodeEnd(self._watch(self._server))
@@ -133,7 +136,7 @@ class Agent:
     def _checkpoint_service(self) -> ServiceKeeper:
         ranks = self._where.ranks_of(self._node)
         options = ServiceOptions(
-            room=str(self._room_path),
+            room=str(self._job.room_path(self._node)),
             run_dir=str(self._job.run_dir),
             config_yaml=config_file.dump(self._job.config),
             first_rank=ranks.start,
@@ -144,13 +147,6 @@ class Agent:
             job_id=self._job.id,
         )
         return ServiceKeeper(options, self._job.logs / f"checkpoints-{self._node}.log", self._job.cwd)
-
-    def _room(self) -> Room:
-        return Room(self._room_path, self._where.ranks_of(self._node))
-
-    @property
-    def _room_path(self) -> Path:
-        return room_path(Path(self._job.config.checkpoint.snapshots_in), self._job.run_dir, self._node)
 
     def _watch(self, server: Channel) -> tuple[RankEnd, ...]:
         failed: list[RankEnd] = []
@@ -178,7 +174,7 @@ class Agent:
                 threads=placement.threads_per_rank(self._job.config, num_cores()),
                 checkpoint=task.checkpoint,
                 output=task.output,
-                room=self._room_path if self._job.config.checkpoint.asynchronous else None,
+                room=self._job.room_path(self._node) if self._job.config.checkpoint.asynchronous else None,
             )
             for rank in ranks
         ]

@@ -345,9 +345,9 @@ class Supervisor:
         with ExitStack() as resources:
             resources.enter_context(jobs._owned(job))
             store.clear_leftovers(self._run.run_dir.checkpoints)
-            agents, where = resources.enter_context(jobs.agents_on_cluster(job))
+            ranks = resources.enter_context(jobs.ranks_on_cluster(job, rendezvous))
             self._resources = resources.pop_all()
-        return Ranks(agents, where, self._run.run_dir, rendezvous)
+        return ranks
 
     def end(self) -> None:
         if self._resources is not None:

@@ -37,9 +37,12 @@ def write_checkpoint(checkpoints: Path, step: int, tensors: Arrays, files: int |
 
 def write_file(path: Path, chunks: Sequence[Chunk], tensors: Arrays) -> None:
     """One rank's file, with the values that the whole tensors have at its chunks."""
-    layout = lay_out(chunks)
+    path.write_bytes(file_content(chunks, tensors))
+
+
+def file_content(chunks: Sequence[Chunk], tensors: Arrays) -> bytes:
     values = (np.ascontiguousarray(tensors[chunk.name][place_of(chunk)], "<f4").tobytes() for chunk in chunks)
-    path.write_bytes(layout.header + b"".join(values))
+    return lay_out(chunks).header + b"".join(values)
 
 
 def place_of(chunk: Chunk) -> tuple[slice, ...]:

@@ -102,6 +102,7 @@ class Training:
 
     def begin(self) -> None:
         """Go on from wherever the run can."""
+        self._saver.take_over()
         source = self._restore()
         self._record(
             "training_started",

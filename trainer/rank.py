@@ -60,7 +60,12 @@ def main(spec: RankSpec) -> None:
 
 def _train(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device, stop: StopRequest) -> None:
     first_here = spec.rank - spec.local_rank
-    room = Room(spec.room, range(first_here, first_here + spec.local_world_size)) if spec.room else None
+    is_replicated = config.checkpoint.replicates(config.launch.nodes)
+    room = (
+        Room(spec.room, range(first_here, first_here + spec.local_world_size), is_replicated=is_replicated)
+        if spec.room
+        else None
+    )
     record = EventLog(run_dir.events_path).write if spec.rank == 0 else _write_nothing
     loop.train(config, run_dir, device, record, room, stop)
 

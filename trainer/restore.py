@@ -138,9 +138,7 @@ def _check(path: Path, tier: Tier, config: RunConfig, room: Room | None) -> None
     Raises:
         UserError: it is damaged.
     """
-    manifest = read_manifest(path)
-    if tier == "disk" and not manifest.is_whole:
-        raise UserError(f"{path} is damaged: its manifest lists {len(manifest.files)} of {manifest.num_files} files")
+    manifest = store.read(path, part=tier == "memory")
     names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
     if config.checkpoint.verify:
         store.verify(path, [file_name(dist.get_rank())] if tier == "memory" else names)

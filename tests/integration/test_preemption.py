@@ -20,7 +20,6 @@ from drill import Deed, Doer, Done, DrilledRun, SmallJob, kill
 from launcher import job as jobs
 from launcher import ownership, stages
 from launcher.embedded_ray import isolated
-from launcher.job import Ranks
 from launcher.session import session
 from launcher.stages import is_finished
 from small_run import BROADGAUGE, write_config
@@ -139,8 +138,8 @@ def test_a_node_that_ray_is_to_drain_ends_the_run(job: SmallJob, tmp_path: Path)
                 assert is_accepted, why_not
                 return True
 
-            with jobs.agents_on_cluster(new_job) as (agents, where):
-                claimed._ranks = Ranks(agents, where, run.run_dir, folder)
+            with jobs.ranks_on_cluster(new_job, folder) as ranks:
+                claimed._ranks = ranks
                 with (
                     Doer(run, deque([Deed("drain", drain, "event step", 2)]), []),
                     pytest.raises(Preempted, match=rf"node {node[:8]} is to be drained: stopped after step \d+, saved"),

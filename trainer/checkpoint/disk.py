@@ -51,29 +51,49 @@ def _write_all(descriptor: int, view: memoryview, size: int, is_direct: bool) ->
     whole = size - size % PAGE_BYTES if is_direct else size
     position = 0
     while position < whole:
-        position += os.pwrite(descriptor, view[position : min(position + _PIECE_BYTES, whole)], position)
+        with view[position : min(position + _PIECE_BYTES, whole)] as piece:  # let go of, also where this fails
+            num_bytes = os.pwrite(descriptor, piece, position)
+        position += _progress(num_bytes, position, whole, is_direct)
     if position < size:
         with mmap.mmap(-1, PAGE_BYTES) as page:
             page[: size - position] = view[position:size]
-            os.pwrite(descriptor, page, position)
+            if os.pwrite(descriptor, page, position) < size - position:
+                raise OSError(errno.EIO, f"the disk took only part of the bytes from {position} on")
 
 
 def fingerprint_on_disk(path: Path) -> list[Any]:
-    """[bytes, xxh3-128 in hex], like `fingerprint`, of what the disk holds, not of what the page cache remembers."""
+    """[bytes, xxh3-128 in hex], like `fingerprint`, of what the disk holds, not of what the page cache remembers.
+
+    Raises:
+        OSError: the disk does not give it back.
+    """
     digest, size = xxhash.xxh3_128(), path.stat().st_size
-    descriptor, _ = _open_direct(path, os.O_RDONLY)
+    descriptor, is_direct = _open_direct(path, os.O_RDONLY)
     position = 0
     try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # where reads cannot pass the page cache by
         with mmap.mmap(-1, _PIECE_BYTES) as piece, memoryview(piece) as view:
             while position < size:
-                got = os.preadv(descriptor, [view], position)
-                if not got:
-                    break
-                digest.update(view[: min(got, size - position)])
+                got = min(os.preadv(descriptor, [view], position), size - position)
+                got = _progress(got, position, size, is_direct)
+                digest.update(view[:got])
                 position += got
     finally:
         os.close(descriptor)
-    return [min(position, size), digest.hexdigest()]
+    return [position, digest.hexdigest()]
+
+
+def _progress(num_bytes: int, position: int, end: int, is_direct: bool) -> int:
+    """How much of what was moved counts: the next direct read or write must begin at a page again.
+
+    Raises:
+        OSError: none of it.
+    """
+    if is_direct and position + num_bytes < end:
+        num_bytes -= num_bytes % PAGE_BYTES
+    if num_bytes <= 0:
+        raise OSError(errno.EIO, f"the disk does not go on at byte {position} of {end}")
+    return num_bytes
 
 
 def _open_direct(path: Path, flags: int) -> tuple[int, bool]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.checkpoint import store
-from trainer.checkpoint.manifest import OtherFormat, read_manifest
+from trainer.checkpoint.manifest import OtherFormat
 from trainer.config import CheckpointConfig, UserError
 
 
@@ -102,7 +102,7 @@ def _look(checkpoints: Path, newest: int) -> tuple[list[Present], list[Fate]]:
             continue
         folder = checkpoints / store.folder_name(step)
         try:
-            sound.append(Present(step, read_manifest(folder).heldout_loss))
+            sound.append(Present(step, store.read(folder).heldout_loss))
         except UserError as error:
             others.append(_fate_without_manifest(step, error))
     return sound, others

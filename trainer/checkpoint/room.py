@@ -3,14 +3,14 @@
     ROOM/step-00000100/              a snapshot
         rank-00000.safetensors       the state of a rank, whole; while it is being written it has another name
         request.json                 what is to become of the snapshot; one rank of the machine writes it
-        reserve                      memory for what the service is to write here
         manifest.json                the service has hashed the files: the snapshot can be restarted from
-        written                      this machine's part of the checkpoint is on disk
-        saved                        the checkpoint is committed, or is to be no more
+        saved                        this machine has nothing more to do for the checkpoint
         failed                       why it could not be written so far
+        copied                       the next machine holds it too
     ROOM/spare/rank-00000.safetensors    of a snapshot that went: memory that the next one need not ask for
 
 All that the two sides tell each other lies here as files, so that either may die at any moment and another goes on.
+A file that cannot be understood counts as not there. Folders are for their owner alone: others use the machine too.
 """
 
 import os
@@ -19,20 +19,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import orjson
 import xxhash
 
 from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import MANIFEST, Manifest
+from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.checkpoint.store import folder_name, steps
+from trainer.config import UserError
 
-_REQUEST, _WRITTEN, _SAVED, _FAILED = "request.json", "written", "saved", "failed"
-_RESERVE = "reserve"
-_UNFINISHED = ".part"
-_FILE_ENTRY_BYTES = 256
-"""More than a manifest takes for a file."""
+_REQUEST, _SAVED, _FAILED, _COPIED = "request.json", "saved", "failed", "copied"
+_UNFINISHED, _REMOVED = ".part", ".removed"
 
 
 @dataclass(frozen=True)
@@ -60,27 +57,41 @@ class Snapshot:
 
     def request(self) -> Request | None:
         try:
-            tree: dict[str, Any] = orjson.loads((self.path / _REQUEST).read_bytes())
-        except FileNotFoundError:
+            tree = orjson.loads((self.path / _REQUEST).read_bytes())
+            return Request(Manifest(**tree["facts"]), bool(tree["durable"]))
+        except (OSError, ValueError, TypeError, KeyError):
             return None
-        return Request(Manifest(**tree["facts"]), tree["durable"])
+
+    def manifest(self) -> Manifest | None:
+        """Of the machine's files, once they are hashed."""
+        request = self.request()
+        try:
+            found = read_manifest(self.path)
+        except UserError:
+            return None
+        return found if request is not None and found.is_of(request.facts) else None
 
     def is_complete(self) -> bool:
         """Whether all ranks of the machine have written their part."""
-        return all((self.path / name).exists() for name in (*self.files, _REQUEST))
+        return all((self.path / name).exists() for name in self.files) and self.request() is not None
 
     def is_hashed(self) -> bool:
-        return (self.path / MANIFEST).exists()
-
-    def is_written(self) -> bool:
-        return (self.path / _WRITTEN).exists()
+        return self.manifest() is not None
 
     def is_saved(self) -> bool:
-        return (self.path / _SAVED).exists()
+        """Whether it became a checkpoint: it, and not one of the same step that was here before."""
+        return self._is_marked(_SAVED)
+
+    def _is_marked(self, name: str) -> bool:
+        request = self.request()
+        try:
+            return request is not None and (self.path / name).read_bytes() == _identity(request.facts)
+        except FileNotFoundError:
+            return False
 
     def failure(self) -> str | None:
         try:
-            return (self.path / _FAILED).read_text(encoding="utf-8")
+            return (self.path / _FAILED).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
 
@@ -88,22 +99,27 @@ class Snapshot:
         """Whether it is still being written by ranks, hashed, or made a checkpoint."""
         request = self.request()
         if request is None or not self.is_hashed():
-            return True
+            return self.path.exists()  # else it was retired while we looked
         return request.durable and not self.is_saved() and self.failure() is None
 
-    def mark_written(self) -> None:
-        (self.path / _WRITTEN).touch()
+    def is_copied(self) -> bool:
+        """Whether another machine holds it too."""
+        return self._is_marked(_COPIED)
 
-    def mark_saved(self) -> None:
+    def mark_copied(self, facts: Manifest) -> None:
+        _write(self.path / _COPIED, _identity(facts))
+
+    def is_owed(self) -> bool:
+        """Whether it is to become a checkpoint and has not, even if that has failed so far."""
+        request = self.request()
+        return request is not None and request.durable and not self.is_saved()
+
+    def mark_saved(self, facts: Manifest) -> None:
+        _write(self.path / _SAVED, _identity(facts))
         (self.path / _FAILED).unlink(missing_ok=True)
-        (self.path / _SAVED).touch()
 
     def mark_failed(self, why: str) -> None:
-        (self.path / _WRITTEN).unlink(missing_ok=True)
-        try:
-            _write(self.path / _FAILED, why.encode())
-        except OSError:  # no memory for the words
-            (self.path / _FAILED).touch()
+        _write(self.path / _FAILED, why.encode())
 
     def make_durable(self) -> None:
         """Have a snapshot that was for restarts alone become a checkpoint."""
@@ -111,19 +127,6 @@ class Snapshot:
         assert request is not None
         if not request.durable:
             self.write_request(replace(request, durable=True))
-
-    def reserve(self) -> None:
-        """Take the memory that the manifest will need, so that it is not lacking once training has gone on.
-
-        Raises:
-            OSError: there is none.
-        """
-        size = 2 * (self.path / _REQUEST).stat().st_size + _FILE_ENTRY_BYTES * len(self.ranks)  # indented, it is longer
-        with open(self.path / _RESERVE, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-
-    def release_reserve(self) -> None:
-        (self.path / _RESERVE).unlink(missing_ok=True)
 
     def write_request(self, request: Request) -> None:
         _write(self.path / _REQUEST, orjson.dumps({"facts": asdict(request.facts), "durable": request.durable}))
@@ -138,8 +141,9 @@ def room_path(snapshots_in: Path, run_dir: Path, node: int) -> Path:
 class Room:
     """The snapshots of the ranks of one machine."""
 
-    def __init__(self, path: Path, ranks: range) -> None:
-        self.path, self.ranks = path, ranks
+    def __init__(self, path: Path, ranks: range, *, is_replicated: bool = False) -> None:
+        """`is_replicated`: whether another machine keeps copies of the snapshots."""
+        self.path, self.ranks, self._is_replicated = path, ranks, is_replicated
 
     def snapshots(self) -> list[Snapshot]:
         """Oldest first."""
@@ -158,10 +162,18 @@ class Room:
         """Whether a snapshot is being written or saved."""
         return any(snapshot.is_pending() for snapshot in self.snapshots())
 
+    def is_copying(self) -> bool:
+        """Whether the newest snapshot has no copy yet, where it is to have one."""
+        return self._is_replicated and not all(snapshot.is_copied() for snapshot in self.snapshots()[-1:])
+
     def begin_file(self, step: int, rank: int) -> Path:
-        """Where a rank writes: a spare file, if there is one, to write over."""
+        """Where a rank writes: a spare file, if there is one, to write over.
+
+        Raises:
+            OSError: there is no room.
+        """
         path = self._snapshot(step).path / (file_name(rank) + _UNFINISHED)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_private(path.parent)
         try:
             os.rename(self._spare / file_name(rank), path)
         except FileNotFoundError:
@@ -175,14 +187,12 @@ class Room:
 
     def request(self, step: int, request: Request) -> None:
         """Say what the snapshot is; for one rank of the machine."""
-        snapshot = self._snapshot(step)
-        snapshot.write_request(request)
-        snapshot.reserve()
+        self._snapshot(step).write_request(request)
 
     def drop(self, step: int) -> None:
         """Give a snapshot up that cannot be finished, with its memory; for one rank, when none writes any more."""
-        for folder in (self._snapshot(step).path, self._spare):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(self._snapshot(step).path, ignore_errors=True)
+        self.free_spare()
 
     def void_after(self, step: int) -> None:
         """Remove the snapshots of later steps, which are no part of the history any more; for one rank."""
@@ -193,29 +203,49 @@ class Room:
     # ------------------------------------------------------------------------------------------- keeping the room small
 
     def retire(self, snapshot: Snapshot) -> None:
-        """Remove a snapshot and keep its memory for the next one."""
-        hidden = snapshot.path.with_name(f"{snapshot.path.name}.removed")
+        """Remove a snapshot and keep its memory for the next one; the other side may be doing the same."""
+        hidden = snapshot.path.with_name(snapshot.path.name + _REMOVED)
+        self._reclaim(hidden)
+        with suppress(FileNotFoundError):
+            os.rename(snapshot.path, hidden)  # first, so that half of it never looks like a whole one
+        self._reclaim(hidden)
+
+    def _reclaim(self, hidden: Path) -> None:
+        for rank in self.ranks:
+            with suppress(FileNotFoundError):
+                self._spare.mkdir(mode=0o700, exist_ok=True)
+                if not (self._spare / file_name(rank)).exists():
+                    os.rename(hidden / file_name(rank), self._spare / file_name(rank))
         shutil.rmtree(hidden, ignore_errors=True)
-        os.rename(snapshot.path, hidden)  # first, so that half of it never looks like a whole one
-        self._spare.mkdir(mode=0o700, exist_ok=True)
-        for name in snapshot.files:
-            if (hidden / name).exists() and not (self._spare / name).exists():
-                os.rename(hidden / name, self._spare / name)
-        shutil.rmtree(hidden)
 
     def tidy(self) -> None:
-        """Retire what nobody needs: all that are done with but the newest that can be restarted from."""
-        done = [each for each in self.snapshots() if each.is_complete() and not each.is_pending()]
-        for snapshot in done[:-1]:
-            self.retire(snapshot)
+        """Retire what nobody needs, as soon as a newer one can be restarted from: its memory is for the next one.
+
+        What could not be saved stays until a newer one is to be saved. Where snapshots are copied, the one before the
+        newest stays too: for as long as any machine is still copying the newest, it is the one that survives a loss.
+        """
+        restartable = list(self.restartable())
+        owed = [each for each in restartable if each.is_owed()]
+        for snapshot in restartable[: -2 if self._is_replicated else -1]:
+            if not snapshot.is_pending() and snapshot not in owed[-1:]:
+                self.retire(snapshot)
+        self._clear_removed()
+
+    def free_spare(self) -> None:
+        """Give the memory back that waits for the next snapshot."""
+        shutil.rmtree(self._spare, ignore_errors=True)
 
     def clear_unfinished(self) -> None:
         """Remove snapshots that the ranks did not finish; none may be alive."""
-        for leftover in self.path.glob("step-*.removed"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._clear_removed()
         for snapshot in self.snapshots():
             if not snapshot.is_complete():
                 self.retire(snapshot)
+
+    def _clear_removed(self) -> None:
+        """What a process that was killed was about to remove."""
+        for hidden in self.path.glob(f"step-*{_REMOVED}"):
+            self._reclaim(hidden)
 
     def remove(self) -> None:
         """Give all memory back; nobody may use the room any more."""
@@ -227,6 +257,17 @@ class Room:
     @property
     def _spare(self) -> Path:
         return self.path / "spare"
+
+
+def _identity(facts: Manifest) -> bytes:
+    """Tells a snapshot from another of the same step, which the run came to again after it went back."""
+    return f"{facts.step} {facts.written_at}".encode()
+
+
+def _make_private(folder: Path) -> None:
+    for each in (*reversed(folder.parents), folder):
+        with suppress(FileExistsError):
+            each.mkdir(mode=0o700)
 
 
 def _write(path: Path, content: bytes) -> None:

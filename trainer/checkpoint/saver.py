@@ -38,12 +38,14 @@ class Saver:
             must: wait for a save that is still under way, whatever the policy says.
         """
         started = time.perf_counter()
-        facts = replace(facts, num_updates=self._engine.state.num_updates)
+        facts = replace(facts, num_updates=self._engine.state.num_updates, num_files=dist.get_world_size())
         if self._room is None:
             return self._save_and_wait(facts, started) if durable else None
-        written_at = self._begin(must or self._policy.when_busy == "wait")
+        wait = must or (durable and self._policy.when_busy == "wait")
+        written_at = self._begin(wait, for_restarts=not durable)
         if written_at is None:
-            self._record("checkpoint_skipped", step=facts.step, reason="the one before is still being written")
+            reason = "the one before is still being written"
+            self._record("checkpoint_skipped", step=facts.step, durable=durable, reason=reason)
             return None
         problem = self._snapshot(self._room, Request(replace(facts, written_at=written_at), durable))
         if problem:
@@ -53,20 +55,44 @@ class Saver:
         self._record("checkpoint_snapshot", step=facts.step, durable=durable, seconds=round(seconds, 6))
         return seconds
 
+    def take_over(self) -> None:
+        """At the beginning of a life: give up what the life before left, and the services cannot finish.
+
+        Some machines may have a snapshot whole and wait for others that do not, and never will.
+        """
+        room = self._room
+        if room is None:
+            return
+        if self._speaks_for_machine(room):
+            room.clear_unfinished()
+        dist.barrier()
+        mine = {snapshot.step for snapshot in room.snapshots()}
+        everywhere: list[set[int]] = [set() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everywhere, mine)
+        if self._speaks_for_machine(room):
+            for snapshot in room.snapshots():
+                if snapshot.step not in set.intersection(*everywhere) and snapshot.is_pending():
+                    room.retire(snapshot)
+        dist.barrier()
+
     def finish(self) -> None:
         """Wait until every save that is under way has come to its end."""
         if self._room is not None:
             self._begin(wait=True)
 
-    def _begin(self, wait: bool) -> float | None:
+    def _begin(self, wait: bool, for_restarts: bool = False) -> float | None:
         """The time, the same on every rank, as soon as no save is under way; None if that is later and not waited for.
 
         All ranks ask again and again together: one that waited alone would let the others run into a timeout.
+
+        Args:
+            for_restarts: what is to begin is a snapshot for restarts, before which the last one must have its copies.
         """
         assert self._room is not None
         while True:
+            is_busy = self._room.is_busy() or (for_restarts and self._room.is_copying())
             now = time.time_ns() if dist.get_rank() == 0 else 0
-            num_busy, nanoseconds = parallel.sum_over_ranks(int(self._room.is_busy()), now)
+            num_busy, nanoseconds = parallel.sum_over_ranks(int(is_busy), now)
             if not num_busy:
                 return nanoseconds / 1e9
             if not wait:
@@ -79,14 +105,25 @@ class Saver:
         try:
             sharded.write(self._engine, room.begin_file(step, rank))
             room.finish_file(step, rank)
-            if rank == room.ranks.start:
-                room.request(step, request)  # no one looks at it before all files are there
         except OSError as error:
             problem = f"no snapshot in shared memory: {reason_of(error)}"
+        return self._agree_on(room, request, problem)
+
+    def _agree_on(self, room: Room, request: Request, problem: str | None) -> str | None:
+        """Make of what the ranks have written a snapshot, on all machines or on none."""
         (num_failed,) = parallel.sum_over_ranks(int(problem is not None))
-        if num_failed and rank == room.ranks.start:
-            room.drop(step)
+        if self._speaks_for_machine(room) and not num_failed:
+            try:
+                room.request(request.facts.step, request)
+            except OSError as error:
+                problem = f"no snapshot in shared memory: {reason_of(error)}"
+        (num_failed,) = parallel.sum_over_ranks(int(problem is not None))
+        if num_failed and self._speaks_for_machine(room):
+            room.drop(request.facts.step)
         return problem or (f"no snapshot in shared memory on {num_failed} ranks" if num_failed else None)
+
+    def _speaks_for_machine(self, room: Room) -> bool:
+        return dist.get_rank() == room.ranks.start
 
     def _save_and_wait(self, facts: Manifest, started: float) -> float | None:
         try:

@@ -4,11 +4,14 @@
 
 One service per machine, each for the ranks there; they meet in the temporary folder of the checkpoint, where each
 leaves a manifest of its own part. A pass does what can be done now, and remembers nothing that is not on disk or in the
-room: a service that is killed is replaced by a new one.
+room: a service that is killed is replaced by a new one, which sees on disk how far the other came. It goes by the
+manifests there, never by what was meant to be there: a folder may have been cleared away, or be of an earlier attempt.
 """
 
+import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,15 @@ from trainer.checkpoint.disk import copy_durably, fingerprint_on_disk, reason_of
 from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, write_manifest
 from trainer.checkpoint.room import Room, Snapshot
 from trainer.config import CheckpointConfig, UserError
-from trainer.events import EventLog
+
+Record = Callable[..., None]
+"""Appends an event of a kind with its fields."""
 
 _POLL_SECONDS = 0.01
-_OTHERS_SECONDS = 60.0
-"""How long the first machine waits for the others' parts when the ranks have ended."""
+_OTHERS_SECONDS = 600.0
+"""How long the first machine waits for the others' parts before it lets the ranks begin another snapshot."""
+_LAST_OTHERS_SECONDS = 60.0
+"""The same, when the ranks have ended."""
 _RETRY_SECONDS = 5.0
 """Between attempts to write a snapshot that could not be written, for as long as no newer one is there."""
 
@@ -43,23 +50,23 @@ class CheckpointService:
         room: Room,
         checkpoints: Path,
         policy: CheckpointConfig,
-        log: EventLog,
+        record: Record,
         machine: Machine = Machine(0, 1),
         clock: Callable[[], float] = time.monotonic,
+        sync_records: Callable[[], None] = lambda: None,
     ) -> None:
+        """`sync_records` waits until the disk has all that was recorded, by this and other processes."""
         self._room, self._checkpoints, self._policy = room, checkpoints, policy
-        self._log, self._machine, self._clock = log, machine, clock
+        self._record, self._sync_records = record, sync_records
+        self._machine, self._clock = machine, clock
         self._retry_at: dict[int, float] = {}  # step -> when it may be tried again
+        self._waiting_since: dict[int, float] = {}  # step -> when this machine's part was there
 
     def work(self) -> bool:
         """One pass over the room; returns whether anything was done."""
-        did_something = False
-        for snapshot in self._room.snapshots():
-            if snapshot.is_complete() and not snapshot.is_hashed():
-                self._hash(snapshot)
-                did_something = True
+        did_something = self._hash_all()
         for snapshot in self._to_save():
-            did_something |= self._attempt(snapshot)
+            did_something |= self._attempt(snapshot, self._advance)
         self._room.tidy()
         return did_something
 
@@ -73,128 +80,181 @@ class CheckpointService:
         On a single machine the newest snapshot becomes a checkpoint too, if it was not to be one: memory is no place to
         leave it. What could not be saved stays in the room.
         """
-        self.work()  # what is not hashed yet counts too
+        self._retry_at.clear()
+        self._hash_all()
         if self._machine.num_nodes == 1:
             for snapshot in list(self._room.restartable())[-1:]:
                 snapshot.make_durable()
-        self._retry_at.clear()
-        deadline = self._clock() + _OTHERS_SECONDS
+        deadline = self._clock() + _LAST_OTHERS_SECONDS
         while self.work() or (not self.is_idle() and self._clock() < deadline):
             time.sleep(_POLL_SECONDS)
-        if all(snapshot.is_saved() or not snapshot.is_complete() for snapshot in self._room.snapshots()):
+        left = list(self._room.restartable())
+        if all(snapshot.is_saved() for snapshot in left[-1:]) and not any(snapshot.is_owed() for snapshot in left):
             self._room.remove()
-            if self._machine.node == 0:
-                store.clear_leftovers(self._checkpoints)
 
     # -------------------------------------------------------------------------------------------------------- hashing
 
-    def _hash(self, snapshot: Snapshot) -> None:
+    def _hash_all(self) -> bool:
+        waiting = [each for each in self._room.snapshots() if each.is_complete() and not each.is_hashed()]
+        did_something = False
+        for snapshot in waiting:
+            did_something |= self._attempt(snapshot, self._hash)
+        return did_something
+
+    def _hash(self, snapshot: Snapshot) -> bool:
         """Vouch for the snapshot's files as they are in memory, which everything later is compared with."""
         request = snapshot.request()
-        if request is None:  # the ranks went back to an earlier step and removed it
-            return
+        if request is None:
+            return False
+        files = {name: fingerprint(snapshot.path / name) for name in snapshot.files}
         try:
-            files = {name: fingerprint(snapshot.path / name) for name in snapshot.files}
-            snapshot.release_reserve()
             write_manifest(snapshot.path, replace(request.facts, files=files))
-        except FileNotFoundError:
-            return  # likewise
-        except OSError as error:  # somebody else has filled the memory: give back what we have of it
-            self._log.write("checkpoint_failed", step=snapshot.step, reason=f"snapshot given up: {reason_of(error)}")
-            self._room.drop(snapshot.step)
+        except OSError:
+            self._room.free_spare()  # memory may be full to the last page; then the next attempt finds some
+            raise
+        return True
 
     # --------------------------------------------------------------------------------------------------------- saving
 
     def _to_save(self) -> list[Snapshot]:
-        def wants_saving(snapshot: Snapshot) -> bool:
-            request = snapshot.request() if snapshot.is_complete() and snapshot.is_hashed() else None
-            return request is not None and request.durable and not snapshot.is_saved()
+        """Oldest first; of those that could not be saved so far only the newest is tried again."""
+        waiting = [snapshot for snapshot in self._room.restartable() if snapshot.is_owed()]
+        return [each for each in waiting if each is waiting[-1] or each.failure() is None]
 
-        waiting = [snapshot for snapshot in self._room.snapshots() if wants_saving(snapshot)]
-        newest_first = waiting[::-1]
-        return [each for each in waiting if each is newest_first[0] or each.failure() is None]
-
-    def _attempt(self, snapshot: Snapshot) -> bool:
+    def _attempt(self, snapshot: Snapshot, action: Callable[[Snapshot], bool]) -> bool:
         """Bring a snapshot further on its way to disk; returns whether it got anywhere."""
-        if snapshot.failure() is not None and self._clock() < self._retry_at.get(snapshot.step, 0.0):
+        if self._clock() < self._retry_at.get(snapshot.step, -math.inf):
             return False
         try:
-            return self._advance(snapshot)
+            return action(snapshot)
         except (OSError, UserError, store.SaveFailed) as error:
-            if not snapshot.path.exists():  # the ranks went back to an earlier step and removed it
-                return False
-            why = reason_of(error) if isinstance(error, OSError) else str(error)
-            if snapshot.failure() != why:
-                self._log.write("checkpoint_failed", step=snapshot.step, reason=why)
-            snapshot.mark_failed(why)
-            self._retry_at[snapshot.step] = self._clock() + _RETRY_SECONDS
+            if snapshot.path.exists():  # else the ranks went back to an earlier step and removed it
+                self._fail(snapshot, reason_of(error) if isinstance(error, OSError) else str(error))
             return False
 
+    def _fail(self, snapshot: Snapshot, why: str) -> None:
+        self._retry_at[snapshot.step] = self._clock() + _RETRY_SECONDS
+        if snapshot.failure() == why:
+            return
+        with suppress(OSError):  # the record may lie on the disk that is full
+            self._record("checkpoint_failed", step=snapshot.step, reason=why)
+        with suppress(OSError):
+            snapshot.mark_failed(why)
+
     def _advance(self, snapshot: Snapshot) -> bool:
-        own = read_manifest(snapshot.path)
-        checkpoint = self._checkpoints / store.folder_name(snapshot.step)
-        temporary = store.temporary_folder(self._checkpoints, snapshot.step)
-        manifest = _if_same(own, checkpoint)  # committed by a service that was killed before it could say so
-        did_write = manifest is None and not snapshot.is_written()
-        started = self._clock()
+        own, started = snapshot.manifest(), self._clock()
+        if own is None:
+            return False
+        did_write = not self._is_written(own)
         if did_write:
-            self._write(own, snapshot.path, temporary)
-            snapshot.mark_written()
+            self._write(snapshot, own)
         if self._machine.node > 0:
-            snapshot.mark_saved()
+            snapshot.mark_saved(own)
+            return True
+        committed = self._commit(own)
+        if committed is None:
             return did_write
-        if manifest is None:
-            manifest = self._whole_manifest(own, temporary)
-            if manifest is None:  # other machines are still at it
-                return did_write
-            self._log.sync()  # no checkpoint of steps of which the events may yet be lost
-            store.commit_whole(temporary, manifest)
-        self._log.write(
+        checkpoint, manifest = committed
+        self._record(
             "checkpoint_saved",
             step=snapshot.step,
             path=str(checkpoint),
             bytes=manifest.num_bytes,
             seconds=round(self._clock() - started, 6),
         )
-        retention.prune(self._checkpoints, snapshot.step, self._policy)
-        snapshot.mark_saved()  # at last: the next service repeats what one that is killed has not done
+        snapshot.mark_saved(own)
+        self._waiting_since.pop(own.step, None)
+        with suppress(OSError):  # what could not be removed is after the next save
+            store.clear_leftovers(self._checkpoints, before=own.step)
+            retention.prune(self._checkpoints, own.step, self._policy)
         return True
 
-    def _write(self, own: Manifest, snapshot: Path, temporary: Path) -> None:
+    def _is_written(self, own: Manifest) -> bool:
+        """Whether this machine's part is on disk, or already in the checkpoint; in the order in which it moves."""
+        temporary = store.temporary_folder(self._checkpoints, own.step)
+        return _found(temporary, own, _part(self._machine.node)) == own or self._whole(own) is not None
+
+    def _write(self, snapshot: Snapshot, own: Manifest) -> None:
         """Write this machine's part, and see that the disk has what was in memory.
 
         Raises:
             OSError: the disk is full, or does not let us write.
             SaveFailed: it holds something else than was written.
         """
+        temporary = store.temporary_folder(self._checkpoints, own.step)
         temporary.mkdir(parents=True, exist_ok=True)
-        for name, expected in own.files.items():
-            copy_durably(snapshot / name, temporary / name)
-            if fingerprint_on_disk(temporary / name) != expected:
-                raise store.SaveFailed(f"{temporary / name} reads back other than it was written")
-        write_manifest(temporary, own, _part(self._machine.node))
+        (temporary / _part(self._machine.node)).unlink(missing_ok=True)  # of an earlier attempt
+        try:
+            for name, expected in own.files.items():
+                copy_durably(snapshot.path / name, temporary / name)
+                if fingerprint_on_disk(temporary / name) != expected:
+                    raise store.SaveFailed(f"{temporary / name} reads back other than it was written")
+            write_manifest(temporary, own, _part(self._machine.node))
+        except (OSError, store.SaveFailed):
+            self._remove_part(temporary, own)
+            raise
 
-    def _whole_manifest(self, own: Manifest, temporary: Path) -> Manifest | None:
-        """The manifest of all machines' files together, once all have written theirs."""
-        begun = _if_same(own, temporary)  # by a service that was killed while it committed
-        if begun is not None:
-            return begun
+    def _remove_part(self, temporary: Path, own: Manifest) -> None:
+        """Leave the disk to others, who may have filled it."""
+        with suppress(OSError):
+            for name in (*own.files, f"{_part(self._machine.node)}.tmp"):
+                (temporary / name).unlink(missing_ok=True)
+            temporary.rmdir()  # unless other machines' parts are there
+
+    def _commit(self, own: Manifest) -> tuple[Path, Manifest] | None:
+        """The checkpoint, once all machines have written their parts.
+
+        Raises:
+            OSError: it cannot be committed.
+            SaveFailed: the parts are not the whole state, or have not come for too long.
+        """
+        already = self._whole(own)
+        if already is not None and already[0] == self._checkpoints / store.folder_name(own.step):
+            return already
+        manifest = already[1] if already is not None else self._put_together(own)
+        if manifest is None:
+            return None
+        self._sync_records()  # no checkpoint of steps of which the events may yet be lost
+        return store.commit_whole(store.temporary_folder(self._checkpoints, own.step), manifest), manifest
+
+    def _whole(self, own: Manifest) -> tuple[Path, Manifest] | None:
+        """The folder and manifest of the whole checkpoint, committed or nearly so, if a service came that far."""
+        final = self._checkpoints / store.folder_name(own.step)
+        for folder in (store.temporary_folder(self._checkpoints, own.step), final):
+            manifest = _found(folder, own)
+            if manifest is not None:
+                return folder, manifest
+        return None
+
+    def _put_together(self, own: Manifest) -> Manifest | None:
+        """The manifest of all machines' files together, once all have written theirs.
+
+        Raises:
+            SaveFailed: some have not for too long.
+        """
+        temporary = store.temporary_folder(self._checkpoints, own.step)
+        parts = [_found(temporary, own, _part(node)) for node in range(self._machine.num_nodes)]
+        absent = [str(node) for node, part in enumerate(parts) if part is None]
+        since = self._waiting_since.setdefault(own.step, self._clock())
+        if absent and self._clock() - since > _OTHERS_SECONDS:
+            raise store.SaveFailed(f"after {_OTHERS_SECONDS:g} s there is no part of machine {', '.join(absent)}")
         files: dict[str, list[Any]] = {}
-        for node in range(self._machine.num_nodes):
-            part = _if_same(own, temporary, _part(node))
-            if part is None:  # or of an earlier attempt
-                return None
-            files |= part.files
+        for part in parts:
+            files |= part.files if part else {}
+        if absent:
+            return None
+        if own.num_files not in (None, len(files)):
+            raise store.SaveFailed(f"the machines have written {len(files)} of {own.num_files} files")
         return replace(own, files=files)
 
 
-def _if_same(own: Manifest, folder: Path, name: str = MANIFEST) -> Manifest | None:
-    """The manifest in the folder, if there is one and it speaks of the same snapshot."""
+def _found(folder: Path, own: Manifest, name: str = MANIFEST) -> Manifest | None:
+    """The manifest there, if it is of this very checkpoint and not of an earlier attempt at it."""
     try:
-        found = read_manifest(folder, name)
+        manifest = read_manifest(folder, name)
     except UserError:
         return None
-    return found if replace(found, files={}) == replace(own, files={}) else None
+    return manifest if manifest.is_of(own) else None
 
 
 def _part(node: int) -> str:

@@ -41,7 +41,7 @@ def write(engine: Engine, path: Path) -> int:
     """
     blocks = _blocks(engine.state.fragments())
     layout = lay_out(chunk for chunk, _ in blocks)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.ftruncate(descriptor, layout.num_bytes)
         os.posix_fallocate(descriptor, 0, layout.num_bytes)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from trainer.checkpoint.chunk_file import incomplete, read_layout
@@ -30,6 +30,12 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step that a folder name stands for; None if it is not the name of a checkpoint."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def temporary_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of `step` is written before it exists."""
     return checkpoints / f"{folder_name(step)}.tmp"
@@ -46,11 +52,12 @@ def begin(checkpoints: Path, step: int) -> Path:
 def commit(temporary: Path, manifest: Manifest) -> Path:
     """Write the manifest and give the folder its name. From here on the checkpoint exists.
 
-    The files must be durable already; those that the manifest does not list are removed.
+    The files must be durable already; those that the manifest does not list are removed, after it is there: at every
+    moment the folder says what it is to be.
     """
-    write_manifest(temporary, manifest)  # first: whoever takes over from a writer that is killed now finds it
+    write_manifest(temporary, manifest)
     for path in temporary.iterdir():
-        if path.name not in (*manifest.files, MANIFEST):
+        if path.name not in (MANIFEST, *manifest.files):
             path.unlink()
     final = temporary.with_suffix("")
     if final.exists():  # an earlier life of this run got here too; its copy was found invalid, or we would not be here
@@ -74,19 +81,38 @@ def commit_whole(temporary: Path, manifest: Manifest) -> Path:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the folders that look like checkpoints, oldest first."""
-    names = (_NAME.fullmatch(item.name) for item in checkpoints.iterdir()) if checkpoints.is_dir() else ()
-    return sorted(int(match[1]) for match in names if match)
+    found = (step_of(item.name) for item in checkpoints.iterdir()) if checkpoints.is_dir() else ()
+    return sorted(step for step in found if step is not None)
+
+
+def read(checkpoint: Path, *, part: bool = False) -> Manifest:
+    """The manifest of a checkpoint, without looking at its files.
+
+    Args:
+        part: whether it may be one machine's part of it.
+
+    Raises:
+        UserError: there is none, or it cannot be that of this folder.
+    """
+    manifest, match = read_manifest(checkpoint), _NAME.fullmatch(checkpoint.resolve().name)
+    if not manifest.files:
+        raise UserError(f"{checkpoint} is damaged: its manifest lists no files")
+    if not part and not manifest.is_whole:
+        raise UserError(
+            f"{checkpoint} is damaged: its manifest lists {len(manifest.files)} of {manifest.num_files} files"
+        )
+    if match and int(match[1]) != manifest.step:
+        raise UserError(f"{checkpoint} is damaged: its manifest is that of step {manifest.step}")
+    return manifest
 
 
 def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
-    """Check every file, or `only` those, against the manifest.
+    """Check every file, or of a part of a checkpoint `only` those, against the manifest.
 
     Raises:
-        UserError: names the first file that is missing or differs.
+        UserError: names the first file that is missing or differs, or says why the manifest cannot be used.
     """
-    manifest = read_manifest(checkpoint)
-    if not manifest.files:
-        raise UserError(f"{checkpoint} is damaged: its manifest lists no files")
+    manifest = read(checkpoint, part=only is not None)
     for name in manifest.files if only is None else only:
         path = checkpoint / name
         if not path.is_file():
@@ -163,14 +189,28 @@ def remove(checkpoint: Path) -> bool:
     return True
 
 
-def leftovers(checkpoints: Path) -> list[Path]:
-    """What writers and removers that were killed have left, or those at work are using."""
-    return [path for pattern in ("step-*.tmp", "step-*.removed") for path in sorted(checkpoints.glob(pattern))]
+def leftovers(checkpoints: Path, before: int | None = None) -> list[Path]:
+    """What writers and removers that were killed have left, or those at work are using.
+
+    Args:
+        before: of earlier steps than this alone.
+    """
+    found = [path for pattern in ("step-*.tmp", "step-*.removed") for path in sorted(checkpoints.glob(pattern))]
+    return [path for path in found if before is None or _is_before(path, before)]
 
 
-def clear_leftovers(checkpoints: Path) -> None:
-    """Remove what writers and removers that were killed have left; nobody may be at work."""
-    for leftover in leftovers(checkpoints):
+def _is_before(path: Path, step: int) -> bool:
+    match = _NAME.fullmatch(path.stem)
+    return match is not None and int(match[1]) < step
+
+
+def clear_leftovers(checkpoints: Path, before: int | None = None) -> None:
+    """Remove what writers and removers that were killed have left; nobody may be at work there.
+
+    Args:
+        before: of earlier steps than this alone, so that those of later ones may be written.
+    """
+    for leftover in leftovers(checkpoints, before):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -179,4 +219,5 @@ def _remove(checkpoint: Path) -> None:
     hidden = checkpoint.with_name(f"{checkpoint.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(checkpoint, hidden)
-    shutil.rmtree(hidden)
+    with suppress(FileNotFoundError):  # somebody clears leftovers away
+        shutil.rmtree(hidden)
