@@ -42,6 +42,7 @@ from trainer.stop import Preempted
 from trainer.training_state import STATE_KINDS
 
 PATIENCE_SECONDS = 120  # only a broken program waits this long
+NUM_STEPS = 16
 _LOOK_SECONDS = 0.002
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -93,7 +94,11 @@ class SmallJob:
         )
 
     def new_run(
-        self, folder: Path, num_steps: int, layout: str = "TP2 x PP2", evaluate_every: int = 10, **checkpoint: Any
+        self,
+        folder: Path,
+        num_steps: int = NUM_STEPS,
+        layout: str = "TP2 x PP2",
+        **checkpoint: Any,
     ) -> DrilledRun:
         """A run of so many steps whose snapshots lie in its own folder unless `checkpoint` says otherwise."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +110,7 @@ class SmallJob:
             data={"prepared": str(self._folder / "data")},
             optimizer={"warmup_tokens": 1000},
             parallel=LAYOUTS[layout],
-            evaluation={"every_steps": evaluate_every, "max_sequences": 4},
+            evaluation={"every_steps": 10, "max_sequences": 4},
             checkpoint={**every, "snapshots_in": str(folder / "snapshots"), **checkpoint},
             launch={"threads_per_rank": 1},
         )
@@ -114,7 +119,9 @@ class SmallJob:
 
 # ------------------------------------------------------------------------------------------------------------ the deeds
 
-Target = Literal["rank", "service", "fork server", "agent", "job", "driver"]
+Target = Literal["rank", "service", "fork server", "agent", "job", "job and service", "driver"]
+"""The driver is the one process; the job is its process group, and the reaper ends the rest. A service that is not
+killed at once with them may still save what it has."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +157,17 @@ def kill(
     """A signal to a part of the job."""
 
     def do(run: DrilledRun) -> bool:
-        pid = find(run, target, rank)
+        whole = target in ("job", "job and service")
+        pid, service = find(run, "job" if whole else target, rank), find(run, "service")
+        if pid is None or (target == "job and service" and service is None):
+            return False
         try:
-            if pid is not None:
-                (os.killpg if target == "job" else os.kill)(pid, number)
+            if target == "job and service" and service is not None:
+                os.kill(service, number)
+            (os.killpg if whole else os.kill)(pid, number)
         except ProcessLookupError:
             return False
-        return pid is not None
+        return True
 
     name = f"{number.name} to {f'rank {rank}' if target == 'rank' else target}"
     return Deed(name, do, sign, count, delay_seconds, ends_life and target != "service")
@@ -175,7 +186,7 @@ _SAVING = (
     "checkpoints step-*.removed",
     "event checkpoint_saved",
 )
-_WEIGHTS: dict[Target, int] = {"rank": 20, "service": 20, "fork server": 2, "agent": 2, "job": 6}
+_WEIGHTS: dict[Target, int] = {"rank": 20, "service": 20, "fork server": 2, "agent": 2, "job": 3, "job and service": 3}
 
 
 def plan_kills(seed: int, number: int) -> tuple[list[Deed], list[Deed]]:
@@ -191,7 +202,8 @@ def plan_kills(seed: int, number: int) -> tuple[list[Deed], list[Deed]]:
         return target, kill(target, sign, count, delay, rank=draw.randrange(4))
 
     drawn = [one() for _ in range(number)]
-    return [deed for target, deed in drawn if target != "job"], [deed for target, deed in drawn if target == "job"]
+    whole = [deed for target, deed in drawn if target.startswith("job")]
+    return [deed for _, deed in drawn if deed not in whole], whole
 
 
 @dataclass(frozen=True)
@@ -263,6 +275,7 @@ def find(run: DrilledRun, target: Target, rank: int = 0) -> int | None:
         "service": ("launcher.checkpoint_process", None),
         "job": (BROADGAUGE, None),
         "driver": (BROADGAUGE, None),
+        "job and service": (BROADGAUGE, None),
     }[target]
     for pid, line in processes_of(run).items():
         own_name = _read(pid, "comm").strip()

@@ -109,10 +109,14 @@ class Snapshot:
     def mark_copied(self, facts: Manifest) -> None:
         _write(self.path / _COPIED, _identity(facts))
 
+    def is_durable(self) -> bool:
+        """Whether it is to become a checkpoint, or has."""
+        request = self.request()
+        return request is not None and request.durable
+
     def is_owed(self) -> bool:
         """Whether it is to become a checkpoint and has not, even if that has failed so far."""
-        request = self.request()
-        return request is not None and request.durable and not self.is_saved()
+        return self.is_durable() and not self.is_saved()
 
     def mark_saved(self, facts: Manifest) -> None:
         _write(self.path / _SAVED, _identity(facts))
@@ -221,13 +225,15 @@ class Room:
     def tidy(self) -> None:
         """Retire what nobody needs, as soon as a newer one can be restarted from: its memory is for the next one.
 
-        What could not be saved stays until a newer one is to be saved. Where snapshots are copied, the one before the
-        newest stays too: for as long as any machine is still copying the newest, it is the one that survives a loss.
+        What could not be saved stays until a newer one is to be saved, or has been. Where snapshots are copied, the one
+        before the newest stays too: for as long as any machine is still copying the newest, it is the one that survives
+        a loss.
         """
         restartable = list(self.restartable())
-        owed = [each for each in restartable if each.is_owed()]
+        newest_durable = [each for each in restartable if each.is_durable()][-1:]
         for snapshot in restartable[: -2 if self._is_replicated else -1]:
-            if not snapshot.is_pending() and snapshot not in owed[-1:]:
+            is_kept = snapshot.is_owed() and snapshot in newest_durable
+            if not snapshot.is_pending() and not is_kept:
                 self.retire(snapshot)
         self._clear_removed()
 

@@ -1,0 +1,60 @@
+"""A Ray node that is to be drained: what comes with a spot machine's notice ends the run as preempted."""
+
+import os
+import time
+from collections import deque
+from pathlib import Path
+
+import pytest
+import ray
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+
+import drill
+from drill import Deed, Doer, DrilledRun, SmallJob
+from launcher import job as jobs
+from launcher import ownership, stages
+from launcher.embedded_ray import isolated
+from launcher.session import session
+from trainer.checkpoint import store
+from trainer.stop import Preempted
+
+
+@pytest.mark.slow
+def test_a_node_that_ray_is_to_drain_ends_the_run(small_job: SmallJob, tmp_path: Path) -> None:
+    run = small_job.new_run(tmp_path, num_steps=400)
+    with session() as folder, isolated(), drill.claimed(run) as claimed:
+        os.environ["RAY_TMPDIR"] = str(folder)  # `isolated` removes it at its end
+        cluster = Cluster()
+        try:
+            cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1")
+            ray.init(cluster.address, log_to_driver=False, configure_logging=False)
+            new_job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET)
+            ownership.claim(new_job.lock, new_job.id, drill.PATIENCE_SECONDS)
+            gcs = GcsClient(address=cluster.address)
+            (node,) = (each["NodeID"] for each in ray.nodes())
+
+            def drain(_: DrilledRun) -> bool:
+                """As `ray drain-node` does, which takes 127.0.0.1 for another address of the machine."""
+                deadline_ms = time.time_ns() // 1_000_000 + 60_000
+                preemption = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
+                is_accepted, why_not = gcs.drain_node(node, preemption, "drill", deadline_ms)
+                assert is_accepted, why_not
+                return True
+
+            with jobs.ranks_on_cluster(new_job, folder) as ranks:
+                claimed._ranks = ranks
+                with (
+                    Doer(run, deque([Deed("drain", drain, "event step", 2)]), []),
+                    pytest.raises(Preempted, match=rf"node {node[:8]} is to be drained: stopped after step \d+, saved"),
+                ):
+                    stages.train(claimed)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+    (preempted,) = run.events("preempted")
+    assert preempted["saved_step"] == preempted["step"] < 400
+    checkpoint = run.run_dir.checkpoints / store.folder_name(preempted["step"])
+    assert store.newest_valid(run.run_dir.checkpoints) == checkpoint
+    drill.expect_nothing_left(run)
