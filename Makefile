@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading clean
+.PHONY: help install quickstart test test-all drill lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -24,6 +24,9 @@ test: $(INSTALLED)  ## every test but the slow drills
 
 test-all: $(INSTALLED)  ## the slow drills too
 	$(BIN)/python -m pytest -m ''
+
+drill: $(INSTALLED)  ## kill parts of a job at DRILL_KILLS=50 moments of DRILL_SEED=0; what was killed, and how long it cost
+	$(BIN)/python -m pytest -q -s -m slow tests/integration/test_drills.py
 
 lint: $(INSTALLED)  ## style, types and layers
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ save, and SIGTERM ends the command at once, in order.
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ray._private.state import state as ray_state
 
@@ -58,7 +58,8 @@ class Preemption:
         """Ask the ranks to save and end, within the grace period or the seconds that are left, if those are fewer."""
         if self.reason is None:
             self.reason = reason
-            self._run_dir.stop_path.write_text(reason, encoding="utf-8")
+            with suppress(OSError):  # a disk that takes no file: then the ranks do not hear of it
+                self._run_dir.stop_path.write_text(reason, encoding="utf-8")
         deadline = self._clock() + min(self._grace_seconds, self._grace_seconds if seconds is None else seconds)
         self._deadline = min(deadline, self._deadline or deadline)
 
