@@ -151,6 +151,22 @@ def test_tidy_keeps_the_newest_to_restart_from_and_what_is_still_to_be_saved(tmp
     assert steps(room) == [50, 60]
 
 
+def test_what_could_not_be_saved_is_not_saved_after_a_newer_one(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    (room,) = world.rooms
+    world.checkpoints.parent.mkdir()
+    world.checkpoints.write_text("in the way")
+    service = world.service()
+    world.snapshot(10)
+    work_until_idle(service)
+    world.checkpoints.unlink()
+    world.snapshot(20)
+    work_until_idle(service)
+    assert steps(room) == [20]
+    service.finish()
+    assert names(world.checkpoints) == ["step-00000020"]
+
+
 def test_a_newer_one_that_is_not_hashed_yet_retires_nothing(tmp_path: Path) -> None:
     world = World(tmp_path)
     (room,) = world.rooms
