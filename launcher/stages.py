@@ -211,7 +211,14 @@ def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None
         preemption.check_deadline()
 
     with preemption.of_training():
-        ranks.run("train", on_poll)
+        try:
+            ranks.run("train", on_poll)
+        except JobFailed as error:
+            if preemption.reason is None:
+                raise
+            raise Preempted(  # machines that are to leave do, and others with them
+                f"{preemption.reason}, then {error}; the same command goes on from the newest checkpoint"
+            ) from error
     events = read_events(run_dir.events_path)
     last = next(event for event in reversed(events) if event["kind"] in ("training_started", "preempted"))
     if last["kind"] == "preempted":

@@ -346,7 +346,7 @@ class Supervisor:
                 self.end()
                 raise
             except Preempted as end:
-                if "were killed" in str(end):
+                if "stopped after step" not in str(end):
                     self.end()
                 raise
 

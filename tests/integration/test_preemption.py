@@ -81,6 +81,22 @@ def test_ranks_that_do_not_end_in_time_are_killed(
 
 
 @pytest.mark.slow
+def test_a_machine_that_leaves_before_its_ranks_have_saved_was_preempted_too(
+    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+) -> None:
+    run = small_job.new_run(tmp_path)
+    deeds = [
+        kill("rank", "event checkpoint_saved", rank=1, number=signal.SIGSTOP, ends_life=False),
+        sigterm("driver", "event step", 0, ends_life=False),
+        kill("agent", "event step", 0),
+    ]
+    drill.train_to_the_end(run, ray_folder, deeds)
+    drill.expect_as_if_undisturbed(run, undisturbed())
+    (preempted,) = run.events("preempted")
+    assert preempted["reason"].startswith("SIGTERM, then node 0: the agent died")
+
+
+@pytest.mark.slow
 def test_no_time_at_all_harms_nothing(
     small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
