@@ -17,8 +17,10 @@ from torch import Tensor
 from parity import reference_of
 from ranks import run_on_ranks
 from trainer.checkpoint import store
+from trainer.checkpoint.global_tensors import GlobalTensors
 from trainer.checkpoint.huggingface import export
 from trainer.checkpoint.huggingface.families.choice import FAMILIES, family_of
+from trainer.checkpoint.huggingface.families.shapes import shape_of
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saving import save
 from trainer.config import ModelConfig, RunConfig, UserError
@@ -184,6 +186,13 @@ def test_the_table_covers_every_element_of_ours_once(case: str) -> None:
     for name, tensor in filled.items():
         true_rows = VOCAB if name in ("embedding.word_embeddings.weight", "output_layer.weight") else len(tensor)
         assert (tensor[:true_rows] == 1).all() and not tensor[true_rows:].any(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_from_the_config_are_megatron_cores(case: str, trained: dict[str, Trained]) -> None:
+    model = trained[case].config.model
+    for name, shape in GlobalTensors(trained[case].checkpoint).shapes.items():
+        assert shape_of(name, model) == (shape[1:] if ".layers." in name else shape)
 
 
 # --------------------------------------------------------------------------------------------- which family holds it

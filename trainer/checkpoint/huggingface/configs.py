@@ -57,7 +57,7 @@ def write_configs(
         end_of_text: id of the token that ends a text, and begins the first.
     """
     special = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    config = _class_config(family, model, dtype=str(dtype).removeprefix("torch."), **special)
+    config = class_config(family, model, dtype=str(dtype).removeprefix("torch."), **special)
     config.save_pretrained(folder)
     generation = transformers.GenerationConfig(do_sample=True, top_k=50, pad_token_id=end_of_text, **special)
     generation.save_pretrained(folder)
@@ -72,7 +72,7 @@ def parameter_shapes(family: Family, config: Any) -> dict[str, Shape]:
 
 
 def shapes_of(family: Family, model: ModelConfig) -> dict[str, Shape]:
-    return parameter_shapes(family, _class_config(family, model))
+    return parameter_shapes(family, class_config(family, model))
 
 
 def base_prefix(family: Family) -> str:
@@ -100,7 +100,7 @@ def read_config(folder: Path) -> tuple[Family, ModelConfig]:
     _refuse_unknown(path, stated, family, theirs)
     try:
         model = _settings(family, theirs)
-        ours = _class_config(family, model).to_dict()
+        ours = class_config(family, model).to_dict()
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} states no model that can be trained here: {error}") from error
     _refuse_different(path, family, theirs.to_dict(), ours)
@@ -130,7 +130,7 @@ def _settings(family: Family, theirs: Any) -> ModelConfig:
     return from_tree({"model": tree}).model
 
 
-def _class_config(family: Family, model: ModelConfig, **more: Any) -> Any:
+def class_config(family: Family, model: ModelConfig, **more: Any) -> Any:
     config_class: Any = getattr(transformers, family.architecture).config_class
     return config_class(
         architectures=[family.architecture],
