@@ -1,5 +1,6 @@
 """The export, opened by transformers in a process that cannot import this project."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,23 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from data_pipeline.tokenization import train_tokenizer
 from parity import reference_of
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint.huggingface import export, generation, model_card
 from trainer.checkpoint.huggingface.verification import ExportMismatch, check_logits
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
+from trainer.data_config import TokenizerConfig
 from weights import write_checkpoint
 
 VOCAB, SEQ = 300, 24  # the padded vocabulary has 384 rows
 SIZES = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 96}
 END_OF_TEXT = "<|endoftext|>"
-PROMPT = "hello world, the cat"
+PROMPT = "the cat 1984"
 FACTS = {"Steps": 1200, "Final loss": 3.14159265, "Layout": "TP2 | PP2"}
 
 LLAMA = {"num_kv_heads": 2, "positions": "rotary", "norm": "rms", "activation": "swiglu", "biases": "none"}
@@ -56,8 +61,10 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils import logging
 
+logging.disable_progress_bar()
 folders, prompt, out = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
 tokens = torch.load(out + "/tokens.pt")
 results = {}
@@ -65,7 +72,21 @@ for folder in folders:
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt)["input_ids"]
+    generate = pipeline("text-generation", model=folder)
+    end_of_text = generate.tokenizer.eos_token_id
+    sampled = generate(
+        prompt,
+        max_length=len(ids) + 8,
+        num_return_sequences=3,
+        no_repeat_ngram_size=2,
+        pad_token_id=end_of_text,
+        return_tensors=True,
+    )
+    greedy = generate(prompt, do_sample=False, max_new_tokens=5, return_tensors=True)
     results[folder] = {
+        "sampled": [each["generated_token_ids"] for each in sampled],
+        "greedy": greedy[0]["generated_token_ids"],
+        "generated": generate(prompt, max_length=len(ids) + 3, num_return_sequences=2),
         "logits": model(tokens).logits.detach(),
         "class": type(model).__name__,
         "dtype": str(model.dtype),
@@ -143,12 +164,14 @@ def seen_by_stranger(
     torch.save(tokens, out / "tokens.pt")
     folders = [str(case.folder) for case in exports.values()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, *folders, PROMPT + " 1984", str(out)],
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, *folders, PROMPT, str(out)],
         cwd=out,
         env=environment,
-        check=True,
+        capture_output=True,
+        text=True,
     )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
     results = torch.load(out / "results.pt")
     return {name: results[str(case.folder)] for name, case in exports.items()}
 
@@ -174,9 +197,29 @@ def test_a_stranger_sees_the_tokenizer(seen_by_stranger: dict[str, dict[str, Any
     backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     end_of_text = backend.token_to_id(END_OF_TEXT)
     for seen in seen_by_stranger.values():
-        assert seen["ids"] == backend.encode(PROMPT + " 1984").ids
-        assert seen["text"] == PROMPT + " 1984"
+        assert seen["ids"] == backend.encode(PROMPT).ids
+        assert seen["text"] == PROMPT
         assert seen["eos"] == (end_of_text, end_of_text, end_of_text)
+
+
+@pytest.mark.parametrize("variant", ONE_OF_EACH)
+def test_a_stranger_generates_as_with_any_gpt2(
+    variant: str, exports: dict[str, Export], seen_by_stranger: dict[str, dict[str, Any]]
+) -> None:
+    """And is warned of nothing: see the fixture, which finds standard error empty."""
+    seen = seen_by_stranger[variant]
+    prompt, end_of_text = seen["ids"], seen["eos"][0]
+    assert len(seen["sampled"]) == 3 and len({tuple(ids) for ids in seen["sampled"]}) > 1
+    for ids in seen["sampled"]:
+        assert ids[: len(prompt)] == prompt and len(prompt) < len(ids) <= len(prompt) + 8
+        bigrams = list(itertools.pairwise(ids[: (*ids, end_of_text).index(end_of_text)]))  # padded after its end
+        assert len(bigrams) == len(set(bigrams))
+    assert len(seen["generated"]) == 2 and all(each["generated_text"].startswith(PROMPT) for each in seen["generated"])
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + 5 and tokens[-1] != end_of_text:
+        with torch.no_grad():
+            tokens.append(int(exports[variant].reference(torch.tensor([tokens]))[0, -1].argmax()))
+    assert seen["greedy"] == tokens
 
 
 @pytest.mark.parametrize("variant", ["sharded", "llama_sharded"])
@@ -213,6 +256,19 @@ def test_model_card_names_the_class_and_what_it_has_of_its_own(exports: dict[str
         assert f"as a `{VARIANTS[name][0]}`" in card
         assert ("Key-value heads | 2 |" in card) == name.startswith("llama")
         assert ("Attention window of every second layer, tokens | 7 |" in card) == (name == "gpt_neo")
+
+
+def test_a_sentencepiece_tokenizer_is_exported_in_both_its_forms(tmp_path: Path, exports: dict[str, Export]) -> None:
+    folder, out = tmp_path / "tokenizer", tmp_path / "export"
+    text = "the model reads a token and then another one"
+    train_tokenizer([text] * 9, TokenizerConfig(kind="sentencepiece_bpe"), 298, folder, SEQ)
+    export.commit(export.export_model(exports["tied"].checkpoint, config_of(), folder, out, {}), out)
+    opened = transformers.AutoTokenizer.from_pretrained(out)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    for sample in (text, "  odd  spaces ", "déjà vu"):
+        assert opened(sample, add_special_tokens=False)["input_ids"] == reference.encode(sample)
+    settings = json.loads((out / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == settings["pad_token_id"] == reference.eos_id() == opened.eos_token_id
 
 
 # ---------------------------------------------------------------------------------------------------------- verifying

@@ -138,7 +138,11 @@ def class_config(family: Family, model: ModelConfig, **more: Any) -> Any:
         initializer_range=model.init_std,
         tie_word_embeddings=model.tied_embeddings,
         **family.config(model),
-        **more,
+        **{
+            "bos_token_id": None,
+            "eos_token_id": None,
+            **more,
+        },  # the classes' defaults may lie outside of the vocabulary
     )
 
 
