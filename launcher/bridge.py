@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from data_pipeline.tokenization import Tokenizer
+from data_pipeline.tokenization import Tokenizer, install_tokenizer
 from launcher.job import JobFailed, Ranks
 from trainer import config_file
 from trainer.checkpoint import store
@@ -147,7 +147,7 @@ def _compare_logits(
     text = (
         f"{tensors.num_tensors:,} of {tensors.of_tensors:,} tensors ({tensors.num_elements:,} numbers), read back with "
         f"`safetensors`, are the checkpoint's to the last bit{_rounded(dtype)}. Opened with `transformers`, its logits "
-        f"in fp32 were compared with {whose}, over {found.num_tokens:,} tokens of {trained['text']}: the largest "
+        f"in fp32 were compared with {whose}, over {found.num_tokens:,} tokens {trained['text']}: the largest "
         f"absolute difference of a logit is {found.largest:.3g}{_allowed(found, dtype)}."
     )
     return Verified(how, found.largest, found.num_tokens, summary, text)
@@ -219,30 +219,36 @@ def import_model(source: str, out: Path, revision: str | None = None) -> Importe
     """
     from trainer.checkpoint.huggingface import configs, importing
     from trainer.checkpoint.huggingface.source import local_folder
-    from trainer.checkpoint.huggingface.tokenizer import save_tokenizer
 
     _check_new(out)
     folder = local_folder(source, revision)
     family, model = configs.read_config(folder)
     tokenizer = out / TOKENIZER_FOLDER
-    problem = save_tokenizer(folder, tokenizer)
-    data: dict[str, str] = {}
-    try:
-        data = {} if problem else {"tokenizer": Tokenizer.load(tokenizer, "reference").fingerprint}
-    except UserError as error:
-        problem = str(error)
+    data, problem = _import_tokenizer(folder, tokenizer, model)
     settings = {
         "name": _run_name(folder.resolve().name if Path(source).is_dir() else source),
         "model": model.model_dump(mode="json"),
         "data": {"tokenizer": str(tokenizer.resolve())} if data else {},
         "checkpoint": {"weights_from": str(out.resolve())},
     }
-    config = config_file.from_tree(settings)
+    config, path = config_file.from_tree(settings), out / CONFIG_FILE
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(config_file.dump_tree({key: value for key, value in settings.items() if value}), encoding="utf-8")
     origin = source if revision is None else f"{source}@{revision}"
     checkpoint = importing.import_weights(folder, family, config, out, origin, data)
-    path = out / CONFIG_FILE
-    path.write_text(config_file.dump_tree({key: value for key, value in settings.items() if value}), encoding="utf-8")
     return Imported(checkpoint, config, family.architecture, path, problem)
+
+
+def _import_tokenizer(source: Path, folder: Path, model: ModelConfig) -> tuple[dict[str, str], str | None]:
+    """Write the tokenizer, if there is one; returns what the manifest says of it, or why it is of no use here."""
+    from trainer.checkpoint.huggingface.tokenizer import save_tokenizer
+
+    try:
+        if not save_tokenizer(source, folder):
+            install_tokenizer(source, folder, model.seq_length)
+        return {"tokenizer": Tokenizer.load(folder, "reference").fingerprint}, None
+    except UserError as error:
+        return {}, str(error).removeprefix("data.tokenizer: ")
 
 
 def _run_name(source: str) -> str:
@@ -251,6 +257,6 @@ def _run_name(source: str) -> str:
 
 def _check_new(out: Path) -> None:
     """An import that was interrupted has left no more than these."""
-    leftovers = {TOKENIZER_FOLDER, store.temporary_folder(out, 0).name}
+    leftovers = {TOKENIZER_FOLDER, CONFIG_FILE, store.temporary_folder(out, 0).name}
     if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= leftovers):
         raise UserError(f"{out} exists already; name another folder, or remove it")

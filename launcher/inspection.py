@@ -6,7 +6,7 @@ They work beside a run, never in its folder, so they may be used while it trains
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,9 @@ def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
     checkpoint = store.find(path)
     manifest = store.verify(checkpoint)
     tree = manifest.config | {"preset": None}
-    prepared = _data_of(checkpoint, tree, data)
+    run_dir = RunDir(checkpoint.resolve().parent.parent)
+    recorded = tree["data"].get("prepared")
+    prepared = data or (Path(recorded) if recorded else run_dir.data)
     config = config_file.override(tree, [*settings, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"])
     compatibility.check_architecture(manifest, config, checkpoint)
     check_embedded(config)
@@ -55,18 +57,12 @@ def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
     return Found(checkpoint.resolve(), manifest, config)
 
 
-def _data_of(checkpoint: Path, tree: Mapping[str, Any], given: Path | None) -> Path:
-    """Where the prepared data lies that a checkpoint was trained on, if anywhere."""
-    recorded = tree["data"].get("prepared")
-    return given or (Path(recorded) if recorded else RunDir(checkpoint.resolve().parent.parent).data)
-
-
 def find_to_export(path: Path, data: Path | None, settings: Sequence[str]) -> tuple[Found, Path]:
-    """As `find`, and the tokenizer; weights that were imported have theirs beside them and need no data."""
+    """As `find`, and the tokenizer's folder; weights just imported have it beside them, and need no data."""
     checkpoint = store.find(path)
     imported = checkpoint.parent / bridge.TOKENIZER_FOLDER
-    manifest = read_manifest(checkpoint)
-    if not manifest.origin or data or not imported.is_dir() or _data_of(checkpoint, manifest.config, None).exists():
+    was_trained_here = read_manifest(checkpoint).step > 0
+    if data or was_trained_here or not imported.is_dir():
         found = find(path, data, settings)
         return found, Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
     manifest = store.verify(checkpoint)

@@ -83,11 +83,11 @@ def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.de
     folder = run_dir.data_for(config)
     if folder.exists():
         heldout = HeldoutReader(PreparedFolder.open(folder), config.model.seq_length)
-        text, tokens = "held-out text", heldout.windows(range(min(2, heldout.num_windows)))[:, :-1].to(device)
+        text, tokens = "of held-out text", heldout.windows(range(min(2, heldout.num_windows)))[:, :-1].to(device)
     else:
         draw = torch.Generator().manual_seed(config.seed)
         tokens = torch.randint(config.model.vocab_size, (2, config.model.seq_length), generator=draw).to(device)
-        text = "random tokens"
+        text = "drawn at random"
     logits = model.logits(tokens)
     if logits is not None and not (parallel.tensor_rank() or parallel.context_rank() or parallel.data_rank()):
         torch.save({"tokens": tokens.cpu(), "logits": logits.cpu(), "text": text}, spec.output)
