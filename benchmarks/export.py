@@ -69,7 +69,7 @@ def compare_sample(config: RunConfig, folder: Path) -> None:
 
 def cut_down(config: RunConfig, folder: Path) -> None:
     checkpoint = folder / "checkpoints" / store.folder_name(1)
-    abridgement.abridge(folder / "export-fp32", checkpoint, config, 1, folder / "abridged")
+    abridgement.abridge(folder / "export-fp32", checkpoint, config, 1, folder / "abridged", num_pairs=3)
 
 
 STEPS: dict[str, Callable[[RunConfig, Path], None]] = {

@@ -113,9 +113,9 @@ def import_model(
 
     Example: `broadgauge import openai-community/gpt2 --out imports/gpt2`
     """
-    from launcher import bridge
+    from launcher import importing
 
-    imported = bridge.import_model(source, out, revision)
+    imported = importing.import_model(source, out, revision)
     print(f"{imported.checkpoint}: a {imported.architecture}; train on from it with {imported.config_path}")
     if imported.tokenizer_problem:
         print(f"no data can be prepared with its tokenizer: {imported.tokenizer_problem}")

@@ -16,7 +16,7 @@ import orjson
 
 from data_pipeline.manifest import Manifest as DataManifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER
-from launcher import bridge
+from launcher import exporting, importing
 from launcher.job import Ranks, check_embedded, ready_ranks
 from trainer import config_file
 from trainer.checkpoint import compatibility, store
@@ -60,7 +60,7 @@ def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
 def find_to_export(path: Path, data: Path | None, settings: Sequence[str]) -> tuple[Found, Path]:
     """As `find`, and the tokenizer's folder; weights just imported have it beside them, and need no data."""
     checkpoint = store.find(path)
-    imported = checkpoint.parent / bridge.TOKENIZER_FOLDER
+    imported = checkpoint.parent / importing.TOKENIZER_FOLDER
     was_trained_here = read_manifest(checkpoint).step > 0
     if data or was_trained_here or not imported.is_dir():
         found = find(path, data, settings)
@@ -97,8 +97,8 @@ def evaluate(path: Path, data: Path | None, settings: Sequence[str]) -> dict[str
 
 
 def export(
-    path: Path, out: Path, data: Path | None, settings: Sequence[str], dtype: bridge.Dtype, verify: bridge.Verify
-) -> bridge.Verified:
+    path: Path, out: Path, data: Path | None, settings: Sequence[str], dtype: exporting.Dtype, verify: exporting.Verify
+) -> exporting.Verified:
     from trainer.checkpoint.huggingface import export, model_card
 
     found, tokenizer = find_to_export(path, data, settings)
@@ -109,7 +109,7 @@ def export(
         def ranks() -> Ranks:
             return resources.enter_context(ready_ranks(found.config, run_dir))
 
-        return bridge.export_checkpoint(
+        return exporting.export_checkpoint(
             found.config, run_dir, ranks, found.checkpoint, tokenizer, out, facts, dtype, verify
         )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
-from launcher import bridge, checks, data_report, report
+from launcher import checks, data_report, exporting, report
 from launcher.display import Display, StageBar
 from launcher.job import Ranks, ready_ranks
 from trainer.checkpoint import store
@@ -188,7 +188,7 @@ def export(claimed: ClaimedRun) -> None:
         facts = model_card.training_facts(read_manifest(checkpoint))
         facts["Held-out loss, nats per token"] = history.evaluations[-1]["loss"]
         tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER
-        verified = bridge.export_checkpoint(
+        verified = exporting.export_checkpoint(
             config, run_dir, claimed.ranks, checkpoint, tokenizer, run_dir.export, facts
         )
         difference, tokens = verified.largest_difference, verified.num_tokens

@@ -16,7 +16,7 @@ from torch import Tensor
 from parity import reference_of
 from trainer.checkpoint.global_tensors import GlobalTensors
 from trainer.checkpoint.huggingface import export
-from trainer.checkpoint.huggingface.abridgement import KEPT_PAIRS, abridge, kept_layers
+from trainer.checkpoint.huggingface.abridgement import abridge, kept_layers
 from trainer.checkpoint.huggingface.verification import ExportMismatch, check_logits, check_tensors
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
@@ -119,11 +119,11 @@ def test_a_sample_has_what_is_of_no_layer_and_others_by_the_seed(make: Callable[
 @pytest.mark.parametrize("num_layers", [1, 2, 5, 6, 7, 10, 96])
 def test_kept_layers_are_neighbours_in_order(num_layers: int) -> None:
     for seed in range(20):
-        layers = kept_layers(num_layers, seed)
-        assert len(layers) == min(num_layers, 2 * KEPT_PAIRS) and layers == sorted(set(layers))
+        layers = kept_layers(num_layers, seed, 3)
+        assert len(layers) == min(num_layers, 6) and layers == sorted(set(layers))
         assert layers[0] == 0 and layers[-1] < num_layers
         assert all(layer % 2 == place % 2 for place, layer in enumerate(layers))
-    assert num_layers < 10 or len({tuple(kept_layers(num_layers, seed)) for seed in range(20)}) > 3
+    assert num_layers < 10 or len({tuple(kept_layers(num_layers, seed, 3)) for seed in range(20)}) > 3
 
 
 @pytest.mark.parametrize("model", [{}, GPT_NEO, LLAMA], ids=["GPT-2", "GPT-Neo", "Llama"])
@@ -131,8 +131,8 @@ def test_an_abridged_model_is_the_whole_one_without_the_other_layers(
     model: dict[str, Any], make: Callable[..., Made], tmp_path: Path
 ) -> None:
     config, checkpoint, folder = make(model)
-    short = abridge(folder, checkpoint, config, seed=4, out=tmp_path / "short")
-    assert short.config.model.num_layers == len(short.layers) == 2 * KEPT_PAIRS
+    short = abridge(folder, checkpoint, config, seed=4, out=tmp_path / "short", num_pairs=3)
+    assert short.config.model.num_layers == len(short.layers) == 6
     whole, cut = dict(GlobalTensors(checkpoint)), dict(GlobalTensors(short.checkpoint))
     for name, tensor in whole.items():
         assert torch.equal(cut[name], tensor[short.layers] if ".layers." in name else tensor)

@@ -13,9 +13,6 @@ from trainer.checkpoint.huggingface.safetensors_files import Entry, StoredTensor
 from trainer.checkpoint.manifest import Manifest
 from trainer.config import ModelConfig, ParallelConfig, RunConfig
 
-KEPT_PAIRS = 3
-"""Of neighbouring layers: one dense and one banded where they alternate."""
-
 
 @dataclass(frozen=True)
 class Abridged:
@@ -28,9 +25,9 @@ class Abridged:
     export: Path
 
 
-def abridge(folder: Path, checkpoint: Path, config: RunConfig, seed: int, out: Path) -> Abridged:
+def abridge(folder: Path, checkpoint: Path, config: RunConfig, seed: int, out: Path, num_pairs: int) -> Abridged:
     """Cut a checkpoint and its export in `folder` down to the same layers, into `out`. Streamed as the export was."""
-    layers = kept_layers(config.model.num_layers, seed)
+    layers = kept_layers(config.model.num_layers, seed, num_pairs)
     short = _on_one_rank(config, config.model.model_copy(update={"num_layers": len(layers)}))
     family, export = family_of(short.model), out / "export"
     export.mkdir(parents=True)
@@ -48,11 +45,14 @@ def abridge(folder: Path, checkpoint: Path, config: RunConfig, seed: int, out: P
     return Abridged(layers, short, committed, export)
 
 
-def kept_layers(num_layers: int, seed: int) -> list[int]:
-    """The first pair and others by the seed, in order; all layers of a model that has no more than those."""
-    if num_layers <= 2 * KEPT_PAIRS:
+def kept_layers(num_layers: int, seed: int, num_pairs: int) -> list[int]:
+    """The first pair of neighbours (one dense and one banded where they alternate) and others by the seed, in order.
+
+    All layers of a model that has no more than those.
+    """
+    if num_layers <= 2 * num_pairs:
         return list(range(num_layers))
-    others = random.Random(seed).sample(range(1, num_layers // 2), KEPT_PAIRS - 1)
+    others = random.Random(seed).sample(range(1, num_layers // 2), num_pairs - 1)
     return [layer for pair in sorted([0, *others]) for layer in (2 * pair, 2 * pair + 1)]
 
 

@@ -1,7 +1,6 @@
-"""Between checkpoints and Hugging Face folders: an export and its verification; an import and what training needs.
+"""Exports to Hugging Face, each verified before it appears.
 
-An export is verified in full where memory holds the model twice, and else on a sample: see
-`trainer.checkpoint.huggingface.verification`.
+In full where memory holds the model twice, and else on a sample: see `trainer.checkpoint.huggingface.verification`.
 """
 
 import multiprocessing
@@ -14,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from data_pipeline.tokenization import Tokenizer, install_tokenizer
-from launcher.job import JobFailed, Ranks
 from trainer import config_file
-from trainer.checkpoint import store
-from trainer.config import ModelConfig, RunConfig, UserError
+from trainer.config import ModelConfig, RunConfig
 from trainer.plan import FP32, num_parameters
 from trainer.rank_spec import RankSpec
 from trainer.run_dir import RunDir
@@ -26,14 +22,19 @@ from trainer.run_dir import RunDir
 if TYPE_CHECKING:
     import torch
 
+    from launcher.job import Ranks
     from trainer.checkpoint.huggingface.verification import LogitDifference, TensorComparison
 
 Dtype = Literal["fp32", "bf16"]
 Verify = Literal["auto", "full", "sample", "none"]
 
-CONFIG_FILE = "config.yaml"
-TOKENIZER_FOLDER = "tokenizer"
+MAX_PAIRS = 3
+"""Of layers in a model cut down."""
 _COPIES = 2.5  # of the model in fp32: the ranks', transformers', and room for activations and logits
+
+
+class RankLost(RuntimeError):
+    """The process that computes logits has failed; one line says why."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,10 @@ class Verified:
     """For the model card."""
 
 
-# -------------------------------------------------------------------------------------------------------------- export
-
-
 def export_checkpoint(
     config: RunConfig,
     run_dir: RunDir,
-    ranks: Callable[[], Ranks],
+    ranks: Callable[[], "Ranks"],
     checkpoint: Path,
     tokenizer: Path,
     out: Path,
@@ -96,6 +94,14 @@ def method(verify: Verify, model: ModelConfig, memory_bytes: int) -> Verify:
     return "full" if _COPIES * FP32 * num_parameters(model, padded=True) <= memory_bytes else "sample"
 
 
+def pairs_that_fit(model: ModelConfig, memory_bytes: int) -> int:
+    """Pairs of layers for a model cut down, of which memory holds one copy with its logits at a time; at least 1."""
+    smallest, one_more = (model.model_copy(update={"num_layers": count}) for count in (2, 4))
+    pair_bytes = FP32 * (num_parameters(one_more) - num_parameters(smallest))
+    room_bytes = memory_bytes / _COPIES - FP32 * num_parameters(smallest, padded=True)
+    return max(1, min(MAX_PAIRS, 1 + int(room_bytes // pair_bytes)))
+
+
 def available_bytes() -> int:
     """Memory of this machine that can be had without swapping."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
@@ -108,7 +114,7 @@ def _verify(
     checkpoint: Path,
     config: RunConfig,
     run_dir: RunDir,
-    ranks: Callable[[], Ranks],
+    ranks: Callable[[], "Ranks"],
     scratch: Path,
     dtype: "torch.dtype",
 ) -> Verified:
@@ -124,7 +130,8 @@ def _verify(
         ranks().run("logits", lambda: None, checkpoint=checkpoint.resolve(), output=output)
         whose, opened = "the trained model's", folder
     else:
-        short = abridge(folder, checkpoint, config, config.seed, scratch / "abridged")
+        num_pairs = pairs_that_fit(config.model, available_bytes())
+        short = abridge(folder, checkpoint, config, config.seed, scratch / "abridged", num_pairs)
         _run_one_rank(short.config, run_dir, short.checkpoint, output, scratch)
         layers = ", ".join(str(layer + 1) for layer in short.layers)
         whose, opened = f"the trained model's, both cut down to layers {layers}", short.export
@@ -186,7 +193,7 @@ def _run_one_rank(config: RunConfig, run_dir: RunDir, checkpoint: Path, output: 
     process.join()
     if process.exitcode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-        raise JobFailed(f"the rank that computes the model's logits failed: {lines[-1]}")
+        raise RankLost(f"the rank that computes the model's logits failed: {lines[-1]}")
 
 
 def _one_rank(spec: RankSpec, log: Path) -> None:
@@ -196,67 +203,3 @@ def _one_rank(spec: RankSpec, log: Path) -> None:
     from trainer import rank
 
     rank.main(spec)
-
-
-# -------------------------------------------------------------------------------------------------------------- import
-
-
-@dataclass(frozen=True)
-class Imported:
-    checkpoint: Path
-    config: RunConfig
-    architecture: str
-    config_path: Path
-    tokenizer_problem: str | None
-    """Why no data can be prepared with its tokenizer."""
-
-
-def import_model(source: str, out: Path, revision: str | None = None) -> Imported:
-    """Make a model of Hugging Face a checkpoint to train on from, with its config and its tokenizer, in `out`.
-
-    Raises:
-        UserError: there is no such model, something of it cannot be honoured, or `out` holds something already.
-    """
-    from trainer.checkpoint.huggingface import configs, importing
-    from trainer.checkpoint.huggingface.source import local_folder
-
-    _check_new(out)
-    folder = local_folder(source, revision)
-    family, model = configs.read_config(folder)
-    tokenizer = out / TOKENIZER_FOLDER
-    data, problem = _import_tokenizer(folder, tokenizer, model)
-    settings = {
-        "name": _run_name(folder.resolve().name if Path(source).is_dir() else source),
-        "model": model.model_dump(mode="json"),
-        "data": {"tokenizer": str(tokenizer.resolve())} if data else {},
-        "checkpoint": {"weights_from": str(out.resolve())},
-    }
-    config, path = config_file.from_tree(settings), out / CONFIG_FILE
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(config_file.dump_tree({key: value for key, value in settings.items() if value}), encoding="utf-8")
-    origin = source if revision is None else f"{source}@{revision}"
-    checkpoint = importing.import_weights(folder, family, config, out, origin, data)
-    return Imported(checkpoint, config, family.architecture, path, problem)
-
-
-def _import_tokenizer(source: Path, folder: Path, model: ModelConfig) -> tuple[dict[str, str], str | None]:
-    """Write the tokenizer, if there is one; returns what the manifest says of it, or why it is of no use here."""
-    from trainer.checkpoint.huggingface.tokenizer import save_tokenizer
-
-    try:
-        if not save_tokenizer(source, folder):
-            install_tokenizer(source, folder, model.seq_length)
-        return {"tokenizer": Tokenizer.load(folder, "reference").fingerprint}, None
-    except UserError as error:
-        return {}, str(error).removeprefix("data.tokenizer: ")
-
-
-def _run_name(source: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", source).strip("-._") or "run"
-
-
-def _check_new(out: Path) -> None:
-    """An import that was interrupted has left no more than these."""
-    leftovers = {TOKENIZER_FOLDER, CONFIG_FILE, store.temporary_folder(out, 0).name}
-    if out.exists() and not (out.is_dir() and {path.name for path in out.iterdir()} <= leftovers):
-        raise UserError(f"{out} exists already; name another folder, or remove it")

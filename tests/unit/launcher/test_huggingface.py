@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_pipeline.tokenization import Tokenizer as OurTokenizer
 from data_pipeline.tokenization import train_tokenizer
-from launcher import bridge
+from launcher import exporting, importing
 from launcher.job import Ranks
 from small_run import BROADGAUGE
 from trainer import config_file
@@ -69,7 +69,7 @@ def theirs(weights: Path, tmp_path: Path) -> Path:
 
 def test_an_import_is_all_that_training_needs(theirs: Path, tmp_path: Path) -> None:
     out = tmp_path / "import"
-    imported = bridge.import_model(str(theirs), out)
+    imported = importing.import_model(str(theirs), out)
     assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "step-00000000", "tokenizer"]
     assert imported.tokenizer_problem is None and imported.architecture == "GPTNeoForCausalLM"
     config = config_file.load(imported.config_path)
@@ -81,14 +81,14 @@ def test_an_import_is_all_that_training_needs(theirs: Path, tmp_path: Path) -> N
     assert tokenizer.encode_batch(["the"]).ids.tolist() == [258] and tokenizer.end_of_text_id == 256
     assert manifest.data == {"tokenizer": tokenizer.fingerprint}
     with pytest.raises(UserError, match="import exists already; name another folder"):
-        bridge.import_model(str(theirs), out)
+        importing.import_model(str(theirs), out)
 
 
 def test_a_tokenizer_json_stays_as_it_is(weights: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(weights, tmp_path / "theirs"))
     Tokenizer(models.WordLevel({"</s>": 0, "word": 1}, unk_token="word")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    imported = bridge.import_model(str(folder), tmp_path / "import")
+    imported = importing.import_model(str(folder), tmp_path / "import")
     assert imported.tokenizer_problem is None
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "import" / "tokenizer" / name).read_bytes() == (folder / name).read_bytes()
@@ -96,35 +96,35 @@ def test_a_tokenizer_json_stays_as_it_is(weights: Path, tmp_path: Path) -> None:
 
 def test_a_sentencepiece_model_is_written_as_the_same_tokenizer(weights: Path, tmp_path: Path) -> None:
     folder, trained = Path(shutil.copytree(weights, tmp_path / "theirs")), tmp_path / "trained"
-    train_tokenizer(["a b c d"] * 9, TokenizerConfig(kind="sentencepiece_bpe"), 283, trained, seq_length=24)
+    train_tokenizer(["a b c d"] * 9, TokenizerConfig(kind="sentencepiece_bpe"), 290, trained, seq_length=24)
     shutil.copyfile(trained / "tokenizer.model", folder / "tokenizer.model")
-    imported = bridge.import_model(str(folder), tmp_path / "import")
+    imported = importing.import_model(str(folder), tmp_path / "import")
     written = (tmp_path / "import" / "tokenizer" / "tokenizer.json").read_bytes()
     assert imported.tokenizer_problem is None and written == (trained / "tokenizer.json").read_bytes()
 
 
 def test_weights_are_imported_without_a_tokenizer_that_can_be_used(weights: Path, tmp_path: Path) -> None:
-    imported = bridge.import_model(str(weights), tmp_path / "none")
+    imported = importing.import_model(str(weights), tmp_path / "none")
     assert "cannot be read (No such file or directory)" in str(imported.tokenizer_problem)
     assert not (tmp_path / "none" / "tokenizer").exists()
     assert config_file.load(imported.config_path).data.tokenizer.path is None
     endless = Path(shutil.copytree(weights, tmp_path / "endless"))
     Tokenizer(models.WordLevel({"word": 0}, unk_token="word")).save(str(endless / "tokenizer.json"))
     (endless / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    imported = bridge.import_model(str(endless), tmp_path / "import")
+    imported = importing.import_model(str(endless), tmp_path / "import")
     assert "has no <|endoftext|> or </s> token" in str(imported.tokenizer_problem)
     assert read_manifest(imported.checkpoint).data == {}
 
 
 def test_what_an_interrupted_import_left_is_written_over(theirs: Path, tmp_path: Path) -> None:
     out = tmp_path / "import"
-    whole = dict(GlobalTensors(bridge.import_model(str(theirs), out).checkpoint))
+    whole = dict(GlobalTensors(importing.import_model(str(theirs), out).checkpoint))
     (out / "step-00000000").rename(out / "step-00000000.tmp")
-    again = dict(GlobalTensors(bridge.import_model(str(theirs), out).checkpoint))
+    again = dict(GlobalTensors(importing.import_model(str(theirs), out).checkpoint))
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
     (out / "thesis.txt").touch()
     with pytest.raises(UserError, match="exists already"):
-        bridge.import_model(str(theirs), out)
+        importing.import_model(str(theirs), out)
 
 
 def import_offline(cache: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -159,7 +159,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache(theirs: Path, tmp_path: Path) 
 )
 def test_a_source_that_cannot_be_one(source: str, revision: str | None, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        bridge.import_model(source, tmp_path / "import", revision)
+        importing.import_model(source, tmp_path / "import", revision)
 
 
 # ------------------------------------------------------------------------------------------------------- verification
@@ -168,10 +168,11 @@ def test_a_source_that_cannot_be_one(source: str, revision: str | None, message:
 def test_memory_decides_how_an_export_is_verified() -> None:
     model = from_tree({"model": PRESETS["gpt3_xl"]()["model"]}).model  # 5.3 GB in fp32
     gigabyte = 10**9
-    assert bridge.method("auto", model, 12 * gigabyte) == "sample"
-    assert bridge.method("auto", model, 14 * gigabyte) == "full"
-    assert bridge.method("full", model, gigabyte) == "full"
-    assert gigabyte / 10 < bridge.available_bytes() < 10**14
+    assert exporting.method("auto", model, 12 * gigabyte) == "sample"
+    assert exporting.method("auto", model, 14 * gigabyte) == "full"
+    assert exporting.method("full", model, gigabyte) == "full"
+    assert [exporting.pairs_that_fit(model, room * gigabyte) for room in (1, 3, 4, 5, 12)] == [1, 1, 2, 3, 3]
+    assert gigabyte / 10 < exporting.available_bytes() < 10**14
 
 
 def no_ranks() -> Ranks:
@@ -180,10 +181,10 @@ def no_ranks() -> Ranks:
 
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_sample_is_verified_without_the_runs_ranks(dtype: Any, theirs: Path, tmp_path: Path) -> None:
-    imported = bridge.import_model(str(theirs), tmp_path / "import")
+    imported = importing.import_model(str(theirs), tmp_path / "import")
     out, run_dir = tmp_path / "export", RunDir(tmp_path / "scratch")
     tokenizer = tmp_path / "import" / "tokenizer"
-    verified = bridge.export_checkpoint(
+    verified = exporting.export_checkpoint(
         imported.config, run_dir, no_ranks, imported.checkpoint, tokenizer, out, {}, dtype, "sample"
     )
     card = (out / "README.md").read_text().partition("## Verification")[2]
