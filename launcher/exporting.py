@@ -7,8 +7,8 @@ import multiprocessing
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -77,14 +77,25 @@ def export_checkpoint(
     temporary = export.export_model(checkpoint, config, tokenizer, out, facts, dtype=weights)
     how = method(verify, config.model, available_bytes())
     try:
-        with tempfile.TemporaryDirectory(prefix=".verify-", dir=out.parent) as scratch:
-            verified = _verify(how, temporary, checkpoint, config, run_dir, ranks, Path(scratch), weights)
+        with _scratch(out.with_name(f".{out.name}.verify")) as scratch:
+            verified = _verify(how, temporary, checkpoint, config, run_dir, ranks, scratch, weights)
     except Exception:
         shutil.rmtree(temporary)
         raise
     model_card.add_verification(temporary, verified.text)
     export.commit(temporary, out)
     return verified
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for a while; one that was left by a command that was killed is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def method(verify: Verify, model: ModelConfig, memory_bytes: int) -> Verify:
