@@ -176,11 +176,8 @@ def _rounded(dtype: "torch.dtype") -> str:
 
 
 def _allowed(found: "LogitDifference", dtype: "torch.dtype") -> str:
-    from trainer.checkpoint.huggingface.verification import BF16_TOLERANCE, TOLERANCE
-
-    if dtype.itemsize == FP32:
-        return f" ({TOLERANCE:g} is allowed)"
-    return f", and their root mean square {found.relative:.2g} of the logits' own ({BF16_TOLERANCE:g} is allowed)"
+    relative = f", and their root mean square {found.relative:.2g} of the logits' own"
+    return f"{'' if dtype.itemsize == FP32 else relative} ({found.allowed:.2g} is allowed)"
 
 
 def _run_one_rank(config: RunConfig, run_dir: RunDir, checkpoint: Path, output: Path, scratch: Path) -> None:

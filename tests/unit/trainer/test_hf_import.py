@@ -293,7 +293,7 @@ def lose_a_shard(folder: Path) -> None:
         (lambda f: rewrite(f, transformer__ln_f__bias=torch.ones(16, dtype=torch.int8)), "quantized"),
         (lambda f: rewrite(f, transformer__ln_f__bias=torch.ones(16, dtype=torch.float64)), "ln_f.bias is F64"),
     ],
-    ids=str,
+    ids=["pickled", "none", "truncated", "outside", "shard", "missing", "shape", "surplus", "head", "int8", "fp64"],
 )  # fmt: skip
 def test_other_weights_are_refused_in_one_line(damage: Any, message: str, theirs: Path) -> None:
     damage(theirs)

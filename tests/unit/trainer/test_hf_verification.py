@@ -151,6 +151,19 @@ def logits_without_others(folder: Path, layers: Any, tokens: Tensor) -> Tensor:
     return whole(tokens, use_cache=False).logits
 
 
+def test_what_is_allowed_grows_with_large_logits(make: Callable[..., Made]) -> None:
+    config, checkpoint, folder = make({})
+    reference = reference_of(config.model)
+    reference.load_global(dict(GlobalTensors(checkpoint)))
+    tokens = torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = reference(tokens)
+    assert logits.abs().max() < 10 and check_logits(folder, logits, tokens).allowed == 1e-4
+    logits[0, 0, 0] = 250.0
+    with pytest.raises(ExportMismatch, match=r"and 0\.0025 is allowed"):
+        check_logits(folder, logits, tokens)
+
+
 def test_logits_of_bf16_weights_are_held_to_their_own_tolerance(make: Callable[..., Made]) -> None:
     config, checkpoint, folder = make({}, torch.bfloat16)
     reference = reference_of(config.model)
