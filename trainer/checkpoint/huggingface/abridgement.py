@@ -58,4 +58,6 @@ def kept_layers(num_layers: int, seed: int, num_pairs: int) -> list[int]:
 
 def _on_one_rank(config: RunConfig, model: ModelConfig) -> RunConfig:
     train = config.train.model_copy(update={"precision": "fp32", "micro_batch_size": 1, "transformer_engine": False})
-    return config.model_copy(update={"model": model, "train": train, "parallel": ParallelConfig()})
+    launch = config.launch.model_copy(update={"nodes": 1, "ranks_per_node": None})
+    changes = {"model": model, "train": train, "parallel": ParallelConfig(), "launch": launch}
+    return config.model_copy(update=changes)

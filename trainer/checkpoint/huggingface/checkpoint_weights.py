@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.checkpoint import store
 from trainer.checkpoint.chunk_file import Chunk, FileLayout, file_name, incomplete, lay_out, read_layout
+from trainer.checkpoint.chunk_reader import read_index
 from trainer.checkpoint.global_tensors import GlobalTensors
 from trainer.checkpoint.huggingface.families.family import Slab
 from trainer.checkpoint.huggingface.rounding import MISSES
@@ -24,8 +25,9 @@ class CheckpointWeights:
     """Master weights, read from a checkpoint of any layout with no process group."""
 
     def __init__(self, checkpoint: Path) -> None:
-        self._masters = GlobalTensors(checkpoint)
-        self._misses = GlobalTensors(checkpoint, MISSES)
+        index = read_index(checkpoint)
+        self._masters = GlobalTensors(checkpoint, MASTER, index)
+        self._misses = GlobalTensors(checkpoint, MISSES, index)
 
     def read(self, slab: Slab) -> Tensor:
         """fp32, without a layer axis."""
