@@ -9,6 +9,7 @@ export alike, whose logits are compared.
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ TOLERANCE = 1e-4
 """Largest absolute difference of a logit, in fp32, between the trained and the exported model, of logits up to 10; the
 rounding of larger ones (GPT-2's come to -100) grows with them, and so does what is allowed."""
 _LARGE_LOGIT = 10.0
+_POSITIONS_AT_ONCE = 64
 BF16_TOLERANCE = 0.1
 """Of an export in bf16: root mean square of the differences over that of the logits (about their mean)."""
 SAMPLED_TENSORS = 48
@@ -72,16 +74,15 @@ def check_logits(
         ExportMismatch: they differ by more than is allowed, or the folder cannot be opened.
     """
     model = _opened(folder)
-    largest, squares, reference_squares = 0.0, 0.0, 0.0
-    is_rounded = dtype != torch.float32
-    with torch.inference_mode():
-        for sequence, reference in zip(tokens.cpu(), reference_logits.cpu(), strict=True):
-            difference = model(sequence[None]).logits[0] - reference
-            largest = max(largest, difference.abs().nan_to_num(torch.inf, torch.inf).max().item())
-            squares += difference.double().square().sum().item()
-            reference_squares += (reference - reference.mean(-1, keepdim=True)).double().square().sum().item()
+    largest, largest_logit, squares, reference_squares = 0.0, 0.0, 0.0, 0.0
+    for found, reference in _pieces(model, tokens, reference_logits):
+        difference = found - reference
+        largest = max(largest, difference.abs().nan_to_num(torch.inf, torch.inf).max().item())
+        largest_logit = max(largest_logit, reference.abs().nan_to_num(0, 0).max().item())
+        squares += difference.double().square().sum().item()
+        reference_squares += (reference - reference.mean(-1, keepdim=True)).double().square().sum().item()
     relative = (squares / max(reference_squares, torch.finfo(torch.float64).tiny)) ** 0.5
-    largest_logit = reference_logits.abs().nan_to_num(0, 0).max().item()
+    is_rounded = dtype != torch.float32
     allowed = BF16_TOLERANCE if is_rounded else TOLERANCE * max(1.0, largest_logit / _LARGE_LOGIT)
     if not (relative if is_rounded else largest) <= allowed:
         by = f"{relative:.3g} of their size" if is_rounded else f"up to {largest:.3g}"
@@ -90,6 +91,14 @@ def check_logits(
             f"{allowed:.3g} is allowed; the export in {folder} must not be used"
         )
     return LogitDifference(largest, relative, allowed, tokens.numel())
+
+
+@torch.inference_mode()
+def _pieces(model: Any, tokens: Tensor, reference_logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The model's logits and the reference's, some positions at a time: arithmetic on all of them needs gigabytes."""
+    for sequence, reference in zip(tokens.cpu(), reference_logits.cpu(), strict=True):
+        logits = model(sequence[None]).logits[0]
+        yield from zip(logits.split(_POSITIONS_AT_ONCE), reference.split(_POSITIONS_AT_ONCE), strict=True)
 
 
 def _opened(folder: Path) -> Any:
