@@ -40,7 +40,8 @@ def check_start(manifest: Manifest, config: RunConfig, data: Mapping[str, str], 
         check_continues(manifest, config, path)
     else:
         check_architecture(manifest, config, path)
-    if data and manifest.data:  # otherwise it is still to be prepared, or weights were imported without a tokenizer
+    is_known = bool(manifest.data or config.checkpoint.resume_from)  # not of weights imported without a tokenizer
+    if data and is_known:  # data may be still to be prepared
         check_tokenizer(manifest, data, path)
 
 
