@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import drill
-from drill import DrilledRun, SmallJob
+from drilled_run import NUM_STEPS, DrilledRun, SmallJob, expect_as_if_undisturbed
 
 Undisturbed = Callable[..., DrilledRun]
 
@@ -34,11 +34,11 @@ def undisturbed(
     undisturbed_runs: dict[tuple[int, str], DrilledRun],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Undisturbed:
-    def run(num_steps: int = drill.NUM_STEPS, layout: str = "TP2 x PP2") -> DrilledRun:
+    def run(num_steps: int = NUM_STEPS, layout: str = "TP2 x PP2") -> DrilledRun:
         if (num_steps, layout) not in undisturbed_runs:
             new = small_job.new_run(tmp_path_factory.mktemp("undisturbed"), num_steps, layout)
             drill.train_to_the_end(new, ray_folder)
-            drill.expect_as_if_undisturbed(new, new)
+            expect_as_if_undisturbed(new, new)
             undisturbed_runs[num_steps, layout] = new
         return undisturbed_runs[num_steps, layout]
 

@@ -12,7 +12,8 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 import drill
-from drill import Deed, Doer, DrilledRun, SmallJob
+from deeds import Deed, Doer
+from drilled_run import DrilledRun, SmallJob, expect_nothing_left
 from launcher import job as jobs
 from launcher import ownership, stages
 from launcher.embedded_ray import isolated
@@ -57,4 +58,4 @@ def test_a_node_that_ray_is_to_drain_ends_the_run(small_job: SmallJob, tmp_path:
     assert preempted["saved_step"] == preempted["step"] < 400
     checkpoint = run.run_dir.checkpoints / store.folder_name(preempted["step"])
     assert store.newest_valid(run.run_dir.checkpoints) == checkpoint
-    drill.expect_nothing_left(run)
+    expect_nothing_left(run)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-import drill
-from drill import Campaign, DrilledRun, SmallJob, kill
+from deeds import kill, plan_kills
+from drill import Campaign
+from drilled_run import LAYOUTS, NUM_STEPS, DrilledRun, SmallJob
 
 
 def test_a_rank_and_the_service_are_killed_during_saves(
     small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     """The service twice in one life, then a rank that is copying its state; what follows is the rest of the run."""
-    campaign = Campaign(small_job, tmp_path, "TP2 x PP2", drill.NUM_STEPS, undisturbed())
+    campaign = Campaign(small_job, tmp_path, "TP2 x PP2", NUM_STEPS, undisturbed())
     kills = [
         kill("service", "checkpoints step-*.tmp/rank-*"),
         kill("service", "event step", 2),
@@ -26,15 +27,15 @@ def test_a_rank_and_the_service_are_killed_during_saves(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("layout", drill.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_killed_at_many_moments(
     layout: str, small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     """`make drill`: DRILL_KILLS moments in all, 50 unless it is set, drawn from DRILL_SEED."""
-    number = int(os.environ.get("DRILL_KILLS", "50")) // len(drill.LAYOUTS)
-    seed = int(os.environ.get("DRILL_SEED", "0")) * len(drill.LAYOUTS) + list(drill.LAYOUTS).index(layout)
+    number = int(os.environ.get("DRILL_KILLS", "50")) // len(LAYOUTS)
+    seed = int(os.environ.get("DRILL_SEED", "0")) * len(LAYOUTS) + list(LAYOUTS).index(layout)
     campaign = Campaign(small_job, tmp_path, layout, 40, undisturbed(40, layout))
-    of_parts, of_the_job = drill.plan_kills(seed, number)
+    of_parts, of_the_job = plan_kills(seed, number)
     try:
         campaign.carry_out(of_parts, ray_folder)
         campaign.carry_out(of_the_job, None)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import drill
-from drill import Deed, Doer, Done, DrilledRun, SmallJob, kill
+from deeds import Deed, Doer, Done, Target, find, kill
+from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed, processes_of
 from launcher.stages import is_finished
 from small_run import BROADGAUGE, write_config
 from trainer import config_file
@@ -20,7 +21,7 @@ from trainer.events import Event
 from trainer.run_dir import RunDir
 
 
-def sigterm(target: drill.Target, sign: str, count: int = 1, rank: int = 0, *, ends_life: bool = True) -> Deed:
+def sigterm(target: Target, sign: str, count: int = 1, rank: int = 0, *, ends_life: bool = True) -> Deed:
     return kill(target, sign, count, rank=rank, number=signal.SIGTERM, ends_life=ends_life)
 
 
@@ -53,7 +54,7 @@ def test_whoever_asks_the_run_saves_ends_and_goes_on(
     done: list[Done] = []
     drill.train_to_the_end(run, ray_folder, deeds, done)
     assert len(done) == len(deeds)
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     asked = expect_saved_and_resumed(run)
     assert [event["reason"] for event in asked] == [
         "SIGTERM",
@@ -74,7 +75,7 @@ def test_ranks_that_do_not_end_in_time_are_killed(
         sigterm("driver", "event step", 0),
     ]
     drill.train_to_the_end(run, ray_folder, deeds)
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     (preempted,) = run.events("preempted")
     assert "did not end in time (checkpoint.grace_seconds 0.5) and were killed" in preempted["reason"]
     assert run.events("training_started")[-1]["step"] >= 4
@@ -91,7 +92,7 @@ def test_a_machine_that_leaves_before_its_ranks_have_saved_was_preempted_too(
         kill("agent", "event step", 0),
     ]
     drill.train_to_the_end(run, ray_folder, deeds)
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     (preempted,) = run.events("preempted")
     assert preempted["reason"].startswith("SIGTERM, then node 0: the agent died")
 
@@ -103,7 +104,7 @@ def test_no_time_at_all_harms_nothing(
     run = small_job.new_run(tmp_path, grace_seconds=0.01)
     deeds = [sigterm("driver", sign, 2) for sign in ("event step", "room step-*/rank-*.part", "event step")]
     drill.train_to_the_end(run, ray_folder, deeds)
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     assert len(run.events("preempted")) == len(deeds)
 
 
@@ -118,7 +119,7 @@ def start_and_preempt(command: list[str], run: DrilledRun, deed: Deed) -> str:
         _, complaint = process.communicate(timeout=drill.PATIENCE_SECONDS)
     assert done, f"it ended before {deed}: {complaint}"
     assert process.returncode == 75, complaint
-    assert not drill.processes_of(run)
+    assert not processes_of(run)
     return complaint.strip()
 
 
@@ -135,7 +136,7 @@ def test_sigterm_while_ranks_start_ends_the_command_as_preempted(small_job: Smal
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_sigterm_in_every_stage(tmp_path: Path) -> None:
-    """Raw text to an export; twice the command is told to end while it is ending."""
+    """Raw text to an export, with an exit code of 75 after each."""
     path = write_config(tmp_path, checkpoint={"snapshots_in": str(tmp_path)}, evaluation={"every_steps": 2})
     runs = {name: RunDir(tmp_path / name) for name in ("run", "undisturbed")}
     commands = {name: [BROADGAUGE, "run", str(path), "--run-dir", str(run_dir.path)] for name, run_dir in runs.items()}
@@ -157,15 +158,15 @@ def test_sigterm_in_every_stage(tmp_path: Path) -> None:
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def sigterm_in(stage: str):  # type: ignore[no-untyped-def]
+def sigterm_in(stage: str) -> Callable[[DrilledRun], bool]:
     """Once the stage has begun."""
 
     def do(run: DrilledRun) -> bool:
         begun = [event["stage"] for event in run.events("stage_started")]
-        pid = drill.find(run, "driver")
-        if stage not in begun[-1:] or pid in (None, os.getpid()):
+        pid = find(run, "driver")
+        if stage not in begun[-1:] or pid is None or pid == os.getpid():
             return False
-        os.kill(pid, signal.SIGTERM)  # type: ignore[arg-type]
+        os.kill(pid, signal.SIGTERM)
         return True
 
     return do

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import drill
-from drill import NUM_STEPS, Deed, Doer, Done, DrilledRun, SmallJob, kill
+from deeds import Deed, Doer, Done, kill
+from drilled_run import NUM_STEPS, DrilledRun, SmallJob, expect_as_if_undisturbed, history, last_checkpoint
 from launcher.job import JobFailed
 from trainer.checkpoint import store
 from trainer.checkpoint.room import Room
@@ -31,9 +32,8 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[..., Path]]:
             check=False,
         )
         if done.returncode != 0:
-            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-                f"cannot mount here: {done.stderr.strip()}"
-            )
+            give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+            give_up(f"cannot mount here: {done.stderr.strip()}")
         mounted.append(path)
         return path
 
@@ -52,7 +52,7 @@ def train_once(run: DrilledRun, ray_folder: Path, deeds: list[Deed]) -> None:
 
 def state_bytes(run: DrilledRun) -> int:
     """Of a checkpoint, in whole pages."""
-    return sum(-(-path.stat().st_blocks * 512 // 4096) * 4096 for path in drill.last_checkpoint(run).iterdir())
+    return sum(-(-path.stat().st_blocks * 512 // 4096) * 4096 for path in last_checkpoint(run).iterdir())
 
 
 def steps_of(run: DrilledRun, kind: str) -> list[int]:
@@ -87,7 +87,7 @@ def test_saves_are_skipped_and_counted_while_one_is_slow(
     leave_half_a_snapshot(run)
     deeds = [pause_service("event checkpoint_snapshot"), wake_service("event checkpoint_skipped", 5)]
     train_once(run, ray_folder, deeds)
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     taken, skipped = steps_of(run, "checkpoint_snapshot"), steps_of(run, "checkpoint_skipped")
     assert len(skipped) >= 5 and sorted(taken + skipped) == list(range(1, NUM_STEPS + 1))
     assert steps_of(run, "checkpoint_saved")[-1] == NUM_STEPS
@@ -101,7 +101,7 @@ def test_saves_wait_for_one_that_is_slow(
     seconds = 0.5
     deeds = [pause_service("event checkpoint_snapshot"), wake_service("event step", 1, seconds)]
     train_once(run, ray_folder, deeds)
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     every = list(range(2, NUM_STEPS + 1, 2))
     assert steps_of(run, "checkpoint_snapshot") == steps_of(run, "checkpoint_saved") == every
     assert max(event["seconds"] for event in run.events("checkpoint_snapshot")) > seconds / 2
@@ -144,7 +144,7 @@ def test_training_goes_on_while_the_disk_is_full_or_read_only_and_fails_only_wit
         ]
         clear(mounted)(run)
         supervisor.train()
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     assert run.events("training_started")[-1]["tier"] == "memory"
     assert steps_of(run, "step") == list(range(1, NUM_STEPS + 1))  # none was done again
     saved = steps_of(run, "checkpoint_saved")
@@ -200,7 +200,7 @@ def test_without_room_for_snapshots_training_waits_for_the_disk(
     run = small_job.new_run(tmp_path)
     tmpfs(run.snapshots_in, state_bytes(undisturbed()) // 2)
     train_once(run, ray_folder, [])
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     failed = run.events("checkpoint_failed")
     assert [event["step"] for event in failed] == list(range(1, NUM_STEPS + 1))
     assert all("no snapshot in shared memory" in event["reason"] for event in failed)
@@ -223,7 +223,7 @@ def test_memory_that_somebody_fills_is_waited_out(
         Deed("clear", clear(memory), "event checkpoint_failed", 2),
     ]
     train_once(run, ray_folder, deeds)
-    drill.expect_as_if_undisturbed(run, undisturbed())
+    expect_as_if_undisturbed(run, undisturbed())
     assert steps_of(run, "checkpoint_saved")[-1] == NUM_STEPS
 
 
@@ -234,5 +234,5 @@ def test_a_folder_for_snapshots_that_cannot_be_used_is_no_end(
     run = small_job.new_run(tmp_path, snapshots_in=str(tmp_path / "run.yaml"))
     with drill.supervised(run, ray_folder) as supervisor:
         supervisor.train()
-    assert drill.history(run) == drill.history(undisturbed())
+    assert history(run) == history(undisturbed())
     assert steps_of(run, "checkpoint_saved") == [4, 8, 12, 16]
