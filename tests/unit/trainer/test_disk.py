@@ -143,7 +143,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peak < 1 << 20 and high_water_bytes() - before < 2 * PIECE
 
 
-# ---------------------------------------------------------------------------------------------- what the disk really has
+# --------------------------------------------------------------------------------------------- what the disk really has
 
 
 def test_a_copy_does_not_fill_the_page_cache_and_is_read_from_the_disk(tmp_path: Path) -> None:
