@@ -39,6 +39,10 @@ class Job:
     def server_options(self, node: int) -> ServerOptions:
         return ServerOptions(self.target, self.logs, node, self.lock, self.id)
 
+    def room_path(self, node: int) -> Path:
+        """See `trainer.checkpoint.room`."""
+        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, node)
+
     @property
     def server_env(self) -> dict[str, str]:
         """What must be set before torch is imported."""
@@ -132,7 +136,7 @@ class Agent:
     def _checkpoint_service(self) -> ServiceKeeper:
         ranks = self._where.ranks_of(self._node)
         options = ServiceOptions(
-            room=str(self._room_path),
+            room=str(self._job.room_path(self._node)),
             run_dir=str(self._job.run_dir),
             config_yaml=config_file.dump(self._job.config),
             first_rank=ranks.start,
@@ -143,10 +147,6 @@ class Agent:
             job_id=self._job.id,
         )
         return ServiceKeeper(options, self._job.logs / f"checkpoints-{self._node}.log", self._job.cwd)
-
-    @property
-    def _room_path(self) -> Path:
-        return room_path(Path(self._job.config.checkpoint.snapshots_in), self._job.run_dir, self._node)
 
     def _watch(self, server: Channel) -> tuple[RankEnd, ...]:
         failed: list[RankEnd] = []
@@ -174,7 +174,7 @@ class Agent:
                 threads=placement.threads_per_rank(self._job.config, num_cores()),
                 checkpoint=task.checkpoint,
                 output=task.output,
-                room=self._room_path if self._job.config.checkpoint.asynchronous else None,
+                room=self._job.room_path(self._node) if self._job.config.checkpoint.asynchronous else None,
             )
             for rank in ranks
         ]

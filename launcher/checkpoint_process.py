@@ -58,7 +58,7 @@ def serve() -> None:
         Room(Path(options.room), ranks),
         run_dir.checkpoints,
         config.checkpoint,
-        EventLog(run_dir.events_path).write,
+        EventLog(run_dir.events_path),
         Machine(options.node, options.num_nodes),
     )
     while _may_go_on():

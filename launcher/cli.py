@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launcher import prepare_cli
+from launcher import checkpoint_cli, data_cli, prepare_cli
 from launcher.display import Display
 from launcher.options import ConfigFile, DataOption, RunDirOption, SetOption, run_dir_of
 from trainer import config_file
@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
 app.add_typer(prepare_cli.app, name="prepare")
+app.add_typer(data_cli.app, name="data")
+app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(config_app, name="config")
 
 

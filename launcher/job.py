@@ -13,13 +13,15 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launcher import fork_server, ownership
+from launcher import fork_server, ownership, replication
 from launcher.agent import Agent, Job, NodeEnd, Round
 from launcher.embedded_ray import embedded_ray
 from launcher.forked_rank import RankEnd
 from launcher.placement import Placement, place
+from launcher.replication import SnapshotPeer
 from launcher.session import session
 from trainer.checkpoint import store
+from trainer.checkpoint.room import Room
 from trainer.config import RunConfig, UserError
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
@@ -79,8 +81,12 @@ class Ranks:
     After a failure, ranks on other machines than the failed one live until `ready_ranks` ends.
     """
 
-    def __init__(self, agents: Sequence[Any], where: Placement, run_dir: RunDir, folder: Path) -> None:
+    def __init__(
+        self, agents: Sequence[Any], where: Placement, run_dir: RunDir, folder: Path, peers: Sequence[Any] = ()
+    ) -> None:
+        """`peers` are the actors of `launcher.replication`, one per machine, if snapshots are replicated."""
         self._agents, self._where, self._run_dir, self._folder = agents, where, run_dir, folder
+        self._peers = peers
         self._num_rounds = 0
 
     def run(
@@ -98,7 +104,15 @@ class Ranks:
             RankFailed: a rank failed.
             NodeFailed: an agent or a fork server did.
         """
-        this_round = Round(task, self._pick_rendezvous(), checkpoint, output)
+        if self._peers and task == "train":
+            replication.bring_together(self._peers, self._where)
+            replication.follow_neighbours(self._peers)
+        try:
+            self._run(Round(task, self._pick_rendezvous(), checkpoint, output), on_poll)
+        finally:
+            ray.get([peer.stop.remote() for peer in self._peers])
+
+    def _run(self, this_round: Round, on_poll: Callable[[], None]) -> None:
         pending = {agent.run.remote(this_round): node for node, agent in enumerate(self._agents)}
         while pending:
             done, _ = ray.wait(list(pending), timeout=_POLL_SECONDS)
@@ -182,18 +196,19 @@ def ready_ranks(config: RunConfig, run_dir: RunDir, target: str = RANK_TARGET) -
         # Before Ray, so that the imports of the ranks (4 s) overlap with Ray's start (3 s).
         server = fork_server.spawn(job.server_options(0), socket_path, job.server_env, job.cwd)
         try:
-            with embedded_ray(folder), agents_on_cluster(job, socket_path) as (agents, where):
-                yield Ranks(agents, where, run_dir, folder)
+            with embedded_ray(folder), ranks_on_cluster(job, folder, socket_path) as ranks:
+                yield ranks
         finally:
             server.kill()
             server.wait()
 
 
 @contextmanager
-def agents_on_cluster(job: Job, socket_path: Path | None = None) -> Iterator[tuple[list[Any], Placement]]:
-    """One agent per machine on the Ray to which this process is connected.
+def ranks_on_cluster(job: Job, folder: Path, socket_path: Path | None = None) -> Iterator[Ranks]:
+    """Warm agents, one per machine, on the Ray to which this process is connected.
 
     Args:
+        folder: of the session.
         socket_path: where the fork server of this machine listens, if it has been spawned already.
     """
     where = place(job.config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -202,11 +217,13 @@ def agents_on_cluster(job: Job, socket_path: Path | None = None) -> Iterator[tup
         if not group.wait(_PLACEMENT_SECONDS):
             raise JobFailed(f"{where.nodes} x {where.bundle} did not become free; other jobs hold the cluster")
         agents = [_agent_on(group, job, node, where, socket_path) for node in range(where.nodes)]
+        replicated = job.config.checkpoint.replicate and where.nodes > 1
+        peers = [_peer_on(group, job, node, where) for node in range(where.nodes)] if replicated else []
         try:
-            yield agents, where
+            yield Ranks(agents, where, RunDir(job.run_dir), folder, peers)
         finally:
-            for agent in agents:
-                ray.kill(agent)
+            for actor in [*agents, *peers]:
+                ray.kill(actor)
     finally:
         remove_placement_group(group)
 
@@ -223,6 +240,13 @@ def _agent_on(group: PlacementGroup, job: Job, node: int, where: Placement, sock
     )
 
 
+def _peer_on(group: PlacementGroup, job: Job, node: int, where: Placement) -> Any:
+    room = Room(job.room_path(node), where.ranks_of(node))
+    place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)
+    # threads: one follows the neighbour, others give out meanwhile
+    return ray.remote(SnapshotPeer).options(num_cpus=0, max_concurrency=4, scheduling_strategy=place).remote(room)
+
+
 def _new_job(config: RunConfig, run_dir: RunDir, target: str) -> Job:
     absolute = RunDir(run_dir.path.resolve())
     return Job(
@@ -230,7 +254,7 @@ def _new_job(config: RunConfig, run_dir: RunDir, target: str) -> Job:
         config=config,
         run_dir=absolute.path,
         logs=absolute.logs,
-        lock=absolute.path / ".ranks.lock",
+        lock=absolute.path / ownership.LOCK_NAME,
         target=target,
         cwd=os.getcwd(),
     )

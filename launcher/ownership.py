@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK_NAME = ".ranks.lock"
+"""Of the lock file in a run's folder."""
+
 _POLL_SECONDS = 0.01
 
 

@@ -1,6 +1,10 @@
 """Set before any test module is imported: ranks are forked from this process, so it must start no threads."""
 
+import os
 import signal
+
+# Threads that wait for each other by spinning take the cores from other ranks; those of whole runs inherit this.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from hypothesis import settings

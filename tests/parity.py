@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT, Shape
 from reference_gpt import train as train_reference
 from trainer import parallel
-from trainer.config import ModelConfig, RunConfig
+from trainer.config import ModelConfig, ParallelConfig, RunConfig
 from trainer.config_file import override
 from trainer.engine.engine import Engine
 from trainer.model.init import initial_values
@@ -194,6 +195,14 @@ def reference_of(model: ModelConfig) -> ReferenceGPT:
 
 
 def run_reference(config: RunConfig) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """(loss, grad norm) of each step and the final weights. Layouts share what one process computes: it runs once."""
+    train = config.train.model_copy(update={"recompute": "none"})
+    return _run_reference(config.model_copy(update={"parallel": ParallelConfig(), "train": train}).model_dump_json())
+
+
+@cache
+def _run_reference(settings: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    config = RunConfig.model_validate_json(settings)
     model = reference_of(config.model)
     model.load_global(initial_weights(config, model))
     micro = config.train.micro_batch_size

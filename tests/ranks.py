@@ -1,5 +1,6 @@
 """Runs a function on N gloo ranks, forked from this process, which has imported everything: a second for eight."""
 
+import gc
 import os
 import pickle
 import signal
@@ -42,6 +43,7 @@ def run_on_ranks(config: RunConfig, function: RankFunction, timeout_seconds: flo
 def _child(config: RunConfig, function: RankFunction, rank: int, world_size: int, scratch: Path) -> int:
     """The whole life of a rank; never returns into the parent's test."""
     status = 1
+    gc.freeze()  # or every collection here walks a million objects of the parent, and copies the pages they are on
     try:
         with open(scratch / f"log{rank}", "wb", buffering=0) as log:
             os.dup2(log.fileno(), 1)

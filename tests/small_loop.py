@@ -5,6 +5,7 @@ import select
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data_pipeline.shards import ShardWriter, TokenBatch
 from ranks import run_on_ranks
 from trainer import loop
 from trainer.checkpoint import store
+from trainer.checkpoint.chunk_file import file_name
 from trainer.checkpoint.manifest import read_manifest, write_manifest
 from trainer.checkpoint.room import Request, Room
 from trainer.checkpoint.service import CheckpointService, Machine
@@ -131,8 +133,8 @@ def _serve(
 ) -> None:
     """The whole life of a service; never returns into the parent's test."""
     try:
-        record, machine = EventLog(run_dir.events_path).write, Machine(node, len(rooms))
-        service = CheckpointService(rooms[node], run_dir.checkpoints, config.checkpoint, record, machine)
+        log, machine = EventLog(run_dir.events_path), Machine(node, len(rooms))
+        service = CheckpointService(rooms[node], run_dir.checkpoints, config.checkpoint, log, machine)
         is_over = False
         while not is_over or not service.is_idle():
             may_work = not_before is None or not_before.exists()
@@ -144,14 +146,15 @@ def _serve(
 
 
 def as_snapshot(checkpoint: Path, room: Room, durable: bool = True) -> None:
-    """Put a checkpoint's files into the room of a single machine, as a snapshot that was hashed."""
+    """Put a checkpoint's files into a room, as a snapshot that was hashed."""
     manifest = read_manifest(checkpoint)
+    files = {file_name(rank): manifest.files[file_name(rank)] for rank in room.ranks}
     for rank in room.ranks:
         path = room.begin_file(manifest.step, rank)
         shutil.copyfile(checkpoint / path.name.removesuffix(".part"), path)
         room.finish_file(manifest.step, rank)
     room.request(manifest.step, Request(manifest, durable))
-    write_manifest(room.path / store.folder_name(manifest.step), manifest)
+    write_manifest(room.path / store.folder_name(manifest.step), replace(manifest, files=files))
 
 
 def of_kind(events: Sequence[Event], *kinds: str) -> list[Event]:

@@ -67,6 +67,10 @@ class EventLog:
         line = orjson.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, option=orjson.OPT_SERIALIZE_NUMPY)
         os.write(self._fd, line + b"\n")
 
+    def sync(self) -> None:
+        """Wait until the disk has all that any process has written to the file so far."""
+        os.fsync(self._fd)
+
     def close(self) -> None:
         os.close(self._fd)
 

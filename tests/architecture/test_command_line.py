@@ -15,6 +15,12 @@ SURFACE = {
     "eval": ["PATH", "--data", "--set"],
     "export": ["PATH", "--out", "--data", "--set"],
     "generate": ["PATH", "--prompt", "--max-new-tokens", "--seed"],
+    "data ledger": ["RUN", "--step", "--tokens", "--json"],
+    "checkpoint list": ["PATH", "--json"],
+    "checkpoint verify": ["PATH...", "--json"],
+    "checkpoint show": ["PATH", "--tensors", "--stats", "--json"],
+    "checkpoint prune": ["RUN", "--keep-last", "--keep-every-steps", "--keep-best", "--dry-run"],
+    "checkpoint diff": ["A", "B", "--weights-only", "--json"],
     "config show": ["CONFIG", "--set"],
     "config schema": [],
 }

@@ -113,10 +113,10 @@ def assert_same(found: list[Trained], expected: list[Trained], since: int = 0) -
     [
         "TP2 SP x PP2 interleaved",
         "DP2 ZeRO-1",
-        "DP2 ZeRO-3",
         "CP2 x TP2",
         "PP2 x DP2 ZeRO-3 interleaved",
         "PP2 x DP2 ZeRO-2 offload",
+        pytest.param("DP2 ZeRO-3", marks=pytest.mark.slow),
     ],
 )
 def test_runs_repeat_and_resume_bit_for_bit(layout: str, tmp_path: Path) -> None:
@@ -126,7 +126,17 @@ def test_runs_repeat_and_resume_bit_for_bit(layout: str, tmp_path: Path) -> None
     assert_same(run_on_ranks(config, train(evaluate=True)), undisturbed)  # evaluating in between draws nothing
 
 
-@pytest.mark.parametrize("layout", ["one rank", "TP2 SP", "PP2", "CP2 x TP2", "PP2 x DP2 ZeRO-3 interleaved"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "one rank",
+        "TP2 SP",
+        "PP2",
+        "CP2",
+        "PP2 x DP2 ZeRO-3 interleaved",
+        pytest.param("CP2 x TP2", marks=pytest.mark.slow),
+    ],
+)
 def test_recomputing_activations_changes_no_bit(layout: str) -> None:
     banded = {"attention_window": 5}
     keeping = run_on_ranks(config_of(layout, precision="fp32", model=banded), train())

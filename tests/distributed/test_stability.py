@@ -74,8 +74,19 @@ def trace(engine: Engine, between: Sequence[Callable[[Engine], None]]) -> list[A
     return found
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        ("DP2 ZeRO-1", "fp32"),
+        ("DP2 ZeRO-3", "fp32"),
+        *((layout, "bf16") for layout in LAYOUTS),
+        *(
+            pytest.param(layout, "fp32", marks=pytest.mark.slow)
+            for layout in LAYOUTS
+            if layout not in ("DP2 ZeRO-1", "DP2 ZeRO-3")
+        ),
+    ],
+)
 def test_a_dropped_step_leaves_no_trace(layout: str, precision: str) -> None:
     config = from_tree(
         {
@@ -204,7 +215,7 @@ def test_a_batch_of_noise_is_skipped(clean_data: Path, clean_loss: float, tmp_pa
     assert [event["step"] for event in of_kind(events, "checkpoint_saved")] == [20, 40, 60, 81, 90]  # not of step 80
 
 
-@pytest.mark.parametrize("parallel", [{}, {"data": 2, "zero": 3}])
+@pytest.mark.parametrize("parallel", [{}, pytest.param({"data": 2, "zero": 3}, marks=pytest.mark.slow)])
 def test_a_stretch_of_noise_is_rolled_back_and_passed_over(
     parallel: dict[str, Any], clean_data: Path, clean_loss: float, tmp_path: Path
 ) -> None:

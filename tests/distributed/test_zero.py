@@ -30,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
+SLOW = {"PP2", "PP2 offload bf16", "TP2 SP selective"}
+
 
 def with_limits(config: RunConfig) -> dict[str, Any]:
     settings = deepspeed_config(config)
@@ -40,7 +42,7 @@ def num_parts(config: RunConfig, device: torch.device) -> int:
     return len(Engine(config, device)._zero.optimizer.fp16_groups)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def test_large_models_compute_what_small_ones_do(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero, "deepspeed_config", with_limits)
     monkeypatch.setitem(parity.CASES, case, CASES[case])

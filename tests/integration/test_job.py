@@ -292,8 +292,8 @@ def test_ranks_of_two_machines_meet_at_the_first(tmp_path: Path) -> None:
             for _ in range(2):
                 cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1")
             ray.init(cluster.address, log_to_driver=False, configure_logging=False)
-            with job.agents_on_cluster(new_job) as (agents, where):
-                Ranks(agents, where, run_dir, folder).run("train", do_nothing)
+            with job.ranks_on_cluster(new_job, folder) as ranks:
+                ranks.run("train", do_nothing)
         finally:
             ray.shutdown()
             cluster.shutdown()

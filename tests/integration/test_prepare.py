@@ -27,7 +27,7 @@ from prepare_command import (
 )
 from trainer.config import DataConfig
 
-NUM_KILLS = 6
+NUM_KILLS = 3  # of the driver, a worker, the driver
 COPIES: dict[str, object] = {"dedup": {"fuzzy": "standard", "paragraphs": True}}
 
 

@@ -133,11 +133,21 @@ LIMITED = "import resource, sys, os; resource.setrlimit(resource.RLIMIT_FSIZE, (
 LIMITED += "os.execv(sys.argv[2], sys.argv[2:])"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A config, and what it gives where there is room."""
+    folder = tmp_path_factory.mktemp("whole")
+    corpus = write_corpus(folder / "corpus", num_files=3)
+    config = write_config(folder / "config.yaml", sources=[str(corpus)], dedup={"fuzzy": "standard"})
+    return config, content_of(prepared(config, folder / "out"))
+
+
 @needs_mounts
-@pytest.mark.parametrize("size_kb", [16, 64, 150, 230, 300, 420])
-def test_a_full_disk_is_one_line_and_with_more_room_the_next_run_goes_on(size_kb: int, tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus", num_files=3)
-    config = write_config(tmp_path / "config.yaml", sources=[str(corpus)], dedup={"fuzzy": "standard"})
+@pytest.mark.parametrize("size_kb", [16, 150, 420, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 230, 300))])
+def test_a_full_disk_is_one_line_and_with_more_room_the_next_run_goes_on(
+    size_kb: int, whole: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    config, undisturbed = whole
     with small_disk(tmp_path / "disk", size_kb << 10):
         done = prepare_command(config, "--out", tmp_path / "disk/out", "--workers", 2)
         assert done.returncode == 2, done.stdout + done.stderr
@@ -146,7 +156,7 @@ def test_a_full_disk_is_one_line_and_with_more_room_the_next_run_goes_on(size_kb
         assert "cannot be written (No space left on device); make room and run again" in line
         subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path / "disk")], check=True)
         prepared(config, tmp_path / "disk/out")
-        assert content_of(tmp_path / "disk/out") == content_of(prepared(config, tmp_path / "fresh"))
+        assert content_of(tmp_path / "disk/out") == undisturbed
 
 
 def test_a_limit_of_file_sizes_is_one_line_too(tmp_path: Path) -> None:
@@ -224,9 +234,16 @@ def fused(folder: Path) -> dict[str, object]:
     return {"tokenizer": str(folder / "tokenizer")}
 
 
-@pytest.mark.parametrize("kind", ["one split", "many splits"])
-@pytest.mark.parametrize("passes", ["one pass", "two passes"])
-def test_memory_does_not_grow_with_the_corpus(kind: str, passes: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("passes", "kind"),
+    [
+        ("one pass", "one split"),
+        ("two passes", "many splits"),
+        pytest.param("one pass", "many splits", marks=pytest.mark.slow),
+        pytest.param("two passes", "one split", marks=pytest.mark.slow),
+    ],
+)
+def test_memory_does_not_grow_with_the_corpus(passes: str, kind: str, tmp_path: Path) -> None:
     """Four times as much text, and hardly more memory: a document costs 100 bytes of it, not its text."""
     settings = fused(tmp_path)
     if passes == "two passes":

@@ -93,6 +93,8 @@ def mean_seconds_between_failures(history: FailureHistory, num_ranks: int) -> fl
 def daly_seconds(cost_seconds: float, mean_seconds: float) -> float:
     """Time to work between two saves for the least expected run time (Daly 2006, eq. 37).
 
+    Within 0.2 % of the minimum of his model while a save takes less than a fifth of the time between failures.
+
     Args:
         cost_seconds: for which a save holds the work up.
         mean_seconds: between failures.
@@ -152,12 +154,12 @@ def _lives(events: Iterable[Event]) -> list[_Life]:
 
 def _stalls(events: Iterable[Event]) -> Iterable[float]:
     """For how long each save held training up: for its snapshot, or, where none was taken, until it was written."""
-    snapshots: set[int] = set()
+    written_beside: set[int] = set()  # steps whose snapshot a service still writes, perhaps into the next life
     for event in events:
-        if event["kind"] == "training_started":
-            snapshots.clear()  # an earlier life's; this one may save the same step again, and otherwise
-        elif event["kind"] == "checkpoint_snapshot":
-            snapshots.add(event["step"])
+        if event["kind"] == "checkpoint_snapshot":
+            written_beside.add(event["step"])
             yield event["seconds"]
-        elif event["kind"] == "checkpoint_saved" and event["step"] not in snapshots:
+        elif event["kind"] == "checkpoint_saved" and event["step"] in written_beside:
+            written_beside.remove(event["step"])
+        elif event["kind"] == "checkpoint_saved":
             yield event["seconds"]

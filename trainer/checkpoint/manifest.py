@@ -17,6 +17,10 @@ _DIGEST = "manifest_xxh3_128"  # of everything else in the manifest, which no ot
 _PIECE_BYTES = 1 << 22
 
 
+class OtherFormat(UserError):
+    """A checkpoint of another version of this software: of no use to this one, and not for it to remove."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint holds.
@@ -61,6 +65,11 @@ class Manifest:
     def is_whole(self) -> bool:
         return bool(self.files) and self.num_files in (None, len(self.files))
 
+    @property
+    def identity(self) -> str:
+        """Tells it from another of the same step, to which the run came again after it went back."""
+        return f"{self.step} {self.written_at}"
+
     def is_of(self, facts: "Manifest") -> bool:
         """Whether it is of the very checkpoint that `facts` describes; the files do not count."""
         return replace(self, files={}) == replace(facts, files={})
@@ -91,6 +100,7 @@ def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> No
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Raises:
+    OtherFormat: another version wrote it.
     UserError: there is none, it cannot be understood, or it is not as it was written.
     """
     try:
@@ -100,7 +110,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is not a checkpoint: no readable {name}") from error
     if found_format != FORMAT:
-        raise UserError(f"{folder} has format {found_format}, this version reads {FORMAT}")
+        raise OtherFormat(f"{folder} has format {found_format}, this version reads {FORMAT}")
     if digest != _digest(tree):
         raise UserError(f"{folder} is damaged: {name} does not have the hash that it states")
     try:

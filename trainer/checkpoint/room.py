@@ -61,6 +61,11 @@ class Snapshot:
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
+    def identity(self) -> str:
+        """Of the checkpoint that it is to be, as far as that is known."""
+        request = self.request()
+        return request.facts.identity if request else ""
+
     def manifest(self) -> Manifest | None:
         """Of the machine's files, once they are hashed."""
         request = self.request()
@@ -79,9 +84,8 @@ class Snapshot:
 
     def is_saved(self) -> bool:
         """Whether it became a checkpoint: it, and not one of the same step that was here before."""
-        request = self.request()
         try:
-            return request is not None and (self.path / _SAVED).read_bytes() == _identity(request.facts)
+            return (self.path / _SAVED).read_text(encoding="utf-8", errors="replace") == self.identity() != ""
         except FileNotFoundError:
             return False
 
@@ -104,11 +108,14 @@ class Snapshot:
         return request is not None and request.durable and not self.is_saved()
 
     def mark_saved(self, facts: Manifest) -> None:
-        _write(self.path / _SAVED, _identity(facts))
+        _write(self.path / _SAVED, facts.identity.encode())
         (self.path / _FAILED).unlink(missing_ok=True)
 
     def mark_failed(self, why: str) -> None:
-        _write(self.path / _FAILED, why.encode())
+        try:
+            _write(self.path / _FAILED, why.encode())
+        except OSError:  # no memory for the words
+            (self.path / _FAILED).touch()
 
     def make_durable(self) -> None:
         """Have a snapshot that was for restarts alone become a checkpoint."""
@@ -219,8 +226,10 @@ class Room:
         shutil.rmtree(self._spare, ignore_errors=True)
 
     def clear_unfinished(self) -> None:
-        """Remove snapshots that the ranks did not finish; none may be alive."""
+        """Remove snapshots that the ranks did not finish; none may be alive, and nobody fetch one."""
         self._clear_removed()
+        for begun in self.path.glob("step-*.tmp"):
+            shutil.rmtree(begun, ignore_errors=True)
         for snapshot in self.snapshots():
             if not snapshot.is_complete():
                 self.retire(snapshot)
@@ -240,11 +249,6 @@ class Room:
     @property
     def _spare(self) -> Path:
         return self.path / "spare"
-
-
-def _identity(facts: Manifest) -> bytes:
-    """Tells a snapshot from another of the same step, which the run came to again after it went back."""
-    return f"{facts.step} {facts.written_at}".encode()
 
 
 def _make_private(folder: Path) -> None:

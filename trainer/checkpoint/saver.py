@@ -1,6 +1,7 @@
 """A rank's side of saving: snapshot into the room and go on, or write and wait where there is no room."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from trainer.checkpoint import retention, saving, sharded, store
 from trainer.checkpoint.disk import reason_of
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.room import Request, Room
-from trainer.checkpoint.service import Record
 from trainer.config import CheckpointConfig
 from trainer.engine.engine import Engine
+
+Record = Callable[..., None]
+"""Appends an event of a kind with its fields; does nothing on ranks that do not write events."""
 
 _POLL_SECONDS = 0.01
 
@@ -35,7 +38,7 @@ class Saver:
             must: wait for a save that is still under way, whatever the policy says.
         """
         started = time.perf_counter()
-        facts = replace(facts, num_updates=self._engine.state.num_updates)
+        facts = replace(facts, num_updates=self._engine.state.num_updates, num_files=dist.get_world_size())
         if self._room is None:
             return self._save_and_wait(facts, started) if durable else None
         written_at = self._begin(must or self._policy.when_busy == "wait")

@@ -21,9 +21,7 @@ from trainer.checkpoint.disk import copy_durably, fingerprint_on_disk, reason_of
 from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, write_manifest
 from trainer.checkpoint.room import Room, Snapshot
 from trainer.config import CheckpointConfig, UserError
-
-Record = Callable[..., None]
-"""Appends an event of a kind with its fields."""
+from trainer.events import EventLog
 
 _POLL_SECONDS = 0.01
 _OTHERS_SECONDS = 600.0
@@ -50,14 +48,14 @@ class CheckpointService:
         room: Room,
         checkpoints: Path,
         policy: CheckpointConfig,
-        record: Record,
+        log: EventLog,
         machine: Machine = Machine(0, 1),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._room, self._checkpoints, self._policy = room, checkpoints, policy
-        self._record, self._machine, self._clock = record, machine, clock
-        self._retry_at: dict[int, float] = {}  # step -> when it may be tried again
-        self._waiting_since: dict[int, float] = {}  # step -> when this machine's part was there
+        self._log, self._machine, self._clock = log, machine, clock
+        self._retry_at: dict[str, float] = {}  # identity of a snapshot -> when it may be tried again
+        self._waiting_since: dict[str, float] = {}  # the same -> when this machine's part was there
 
     def work(self) -> bool:
         """One pass over the room; returns whether anything was done."""
@@ -102,13 +100,24 @@ class CheckpointService:
         request = snapshot.request()
         if request is None:
             return False
-        files = {name: fingerprint(snapshot.path / name) for name in snapshot.files}
+        vouched = replace(request.facts, files={each: fingerprint(snapshot.path / each) for each in snapshot.files})
         try:
-            write_manifest(snapshot.path, replace(request.facts, files=files))
-        except OSError:
-            self._room.free_spare()  # memory may be full to the last page; then the next attempt finds some
-            raise
+            write_manifest(snapshot.path, vouched)
+        except FileNotFoundError:  # the ranks went back to an earlier step and removed it
+            return False
+        except OSError:  # somebody else has filled the memory to the last page: there is one in what we keep for later
+            self._room.free_spare()
+            self._hash_or_drop(snapshot, vouched)
         return True
+
+    def _hash_or_drop(self, snapshot: Snapshot, vouched: Manifest) -> None:
+        try:
+            write_manifest(snapshot.path, vouched)
+        except OSError as error:  # nobody may wait for memory that others have
+            self._room.drop(snapshot.step)
+            with suppress(OSError):
+                reason = f"no snapshot in shared memory: {reason_of(error)}"
+                self._log.write("checkpoint_failed", step=snapshot.step, reason=reason)
 
     # --------------------------------------------------------------------------------------------------------- saving
 
@@ -119,7 +128,7 @@ class CheckpointService:
 
     def _attempt(self, snapshot: Snapshot, action: Callable[[Snapshot], bool]) -> bool:
         """Bring a snapshot further on its way to disk; returns whether it got anywhere."""
-        if self._clock() < self._retry_at.get(snapshot.step, -math.inf):
+        if self._clock() < self._retry_at.get(snapshot.identity(), -math.inf):
             return False
         try:
             return action(snapshot)
@@ -129,11 +138,11 @@ class CheckpointService:
             return False
 
     def _fail(self, snapshot: Snapshot, why: str) -> None:
-        self._retry_at[snapshot.step] = self._clock() + _RETRY_SECONDS
+        self._retry_at[snapshot.identity()] = self._clock() + _RETRY_SECONDS
         if snapshot.failure() == why:
             return
         with suppress(OSError):  # the record may lie on the disk that is full
-            self._record("checkpoint_failed", step=snapshot.step, reason=why)
+            self._log.write("checkpoint_failed", step=snapshot.step, reason=why)
         with suppress(OSError):
             snapshot.mark_failed(why)
 
@@ -151,18 +160,17 @@ class CheckpointService:
         if committed is None:
             return did_write
         checkpoint, manifest = committed
-        self._record(
+        self._log.write(
             "checkpoint_saved",
             step=snapshot.step,
             path=str(checkpoint),
             bytes=manifest.num_bytes,
             seconds=round(self._clock() - started, 6),
         )
-        snapshot.mark_saved(own)
-        self._waiting_since.pop(own.step, None)
         with suppress(OSError):  # what could not be removed is after the next save
             store.clear_leftovers(self._checkpoints, before=own.step)
             retention.prune(self._checkpoints, own.step, self._policy)
+        snapshot.mark_saved(own)  # last: whoever takes over does all that was not done yet
         return True
 
     def _is_written(self, own: Manifest) -> bool:
@@ -210,6 +218,7 @@ class CheckpointService:
         manifest = already[1] if already is not None else self._put_together(own)
         if manifest is None:
             return None
+        self._log.sync()  # no checkpoint of steps of which the events may yet be lost
         return store.commit_whole(store.temporary_folder(self._checkpoints, own.step), manifest), manifest
 
     def _whole(self, own: Manifest) -> tuple[Path, Manifest] | None:
@@ -230,12 +239,14 @@ class CheckpointService:
         temporary = store.temporary_folder(self._checkpoints, own.step)
         parts = [_found(temporary, own, _part(node)) for node in range(self._machine.num_nodes)]
         absent = [str(node) for node, part in enumerate(parts) if part is None]
-        since = self._waiting_since.setdefault(own.step, self._clock())
+        since = self._waiting_since.setdefault(own.identity, self._clock())
         if absent and self._clock() - since > _OTHERS_SECONDS:
             raise store.SaveFailed(f"after {_OTHERS_SECONDS:g} s there is no part of machine {', '.join(absent)}")
         files: dict[str, list[Any]] = {}
         for part in parts:
             files |= part.files if part else {}
+        if not absent and own.num_files not in (None, len(files)):
+            raise store.SaveFailed(f"the machines have written {len(files)} of {own.num_files} files")
         return None if absent else replace(own, files=files)
 
 

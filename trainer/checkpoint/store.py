@@ -80,7 +80,7 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def read(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint, without looking at its files.
+    """The manifest of a checkpoint or snapshot, without looking at its files.
 
     Raises:
         UserError: there is none, or it cannot be that of this folder.
@@ -88,13 +88,19 @@ def read(checkpoint: Path) -> Manifest:
     manifest, match = read_manifest(checkpoint), _NAME.fullmatch(checkpoint.resolve().name)
     if not manifest.files:
         raise UserError(f"{checkpoint} is damaged: its manifest lists no files")
+    if match and int(match[1]) != manifest.step:
+        raise UserError(f"{checkpoint} is damaged: its manifest is that of step {manifest.step}")
+    return manifest
+
+
+def check_whole(manifest: Manifest, checkpoint: Path) -> None:
+    """Raises:
+    UserError: the manifest is of one machine's part.
+    """
     if not manifest.is_whole:
         raise UserError(
             f"{checkpoint} is damaged: its manifest lists {len(manifest.files)} of {manifest.num_files} files"
         )
-    if match and int(match[1]) != manifest.step:
-        raise UserError(f"{checkpoint} is damaged: its manifest is that of step {manifest.step}")
-    return manifest
 
 
 def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
@@ -104,6 +110,8 @@ def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
         UserError: names the first file that is missing or differs, or says why the manifest cannot be used.
     """
     manifest = read(checkpoint)
+    if only is None:
+        check_whole(manifest, checkpoint)
     for name in manifest.files if only is None else only:
         path = checkpoint / name
         if not path.is_file():
@@ -180,17 +188,21 @@ def remove(checkpoint: Path) -> bool:
     return True
 
 
+def leftovers(checkpoints: Path) -> list[Path]:
+    """What writers and removers that were killed have left, or those at work are using."""
+    return [path for pattern in ("step-*.tmp", "step-*.removed") for path in sorted(checkpoints.glob(pattern))]
+
+
 def clear_leftovers(checkpoints: Path, before: int | None = None) -> None:
     """Remove what writers and removers that were killed have left; nobody may be at work.
 
     Args:
         before: of earlier steps than this alone, so that those of later ones may be written.
     """
-    for pattern in ("step-*.tmp", "step-*.removed"):
-        for leftover in checkpoints.glob(pattern):
-            match = _NAME.fullmatch(leftover.stem)
-            if before is None or (match and int(match[1]) < before):
-                shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in leftovers(checkpoints):
+        match = _NAME.fullmatch(leftover.stem)
+        if before is None or (match and int(match[1]) < before):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -83,11 +83,7 @@ class TrainingData:
         micro, replicas = self.config.train.micro_batch_size, self.config.parallel.data
         batch = np.arange(first_sample, first_sample + batch_size)
         mine = batch.reshape(-1, replicas, micro)[:, data_rank].reshape(-1)
-        return self.tokens(mine)
-
-    def tokens(self, positions: np.ndarray) -> torch.Tensor:
-        """Token ids [n, seq_length + 1] of the samples at `positions` [n]."""
-        draws = self.draws(positions)
+        draws = self.draws(mine)
         return read_windows(self.readers, draws.datasets, draws.windows)
 
 

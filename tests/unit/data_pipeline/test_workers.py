@@ -155,13 +155,18 @@ def test_a_worker_that_dies_while_idle_is_replaced(pool: LocalWorkers, tmp_path:
     assert all(isinstance(outcome, Done) for outcome in pool.run([Told(tmp_path, n) for n in (10, 11)], ignore))
 
 
+def begun(try_file: Path) -> int | None:
+    """The process that this try of a task runs in, once it has begun."""
+    return int(content) if try_file.exists() and (content := try_file.read_text()) else None
+
+
 def test_a_worker_killed_from_outside_does_not_fail_its_task(pool: LocalWorkers, tmp_path: Path) -> None:
     killed: list[int] = []
 
     def kill_it(advance: Advance) -> None:
-        if not killed and (started := pids(tmp_path)):
-            os.kill(started[0], signal.SIGKILL)
-            killed.append(started[0])
+        if not killed and (pid := begun(tmp_path / "0-1")):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
 
     tasks = [Told(tmp_path, 0, "block", times=1), *(Told(tmp_path, number) for number in range(1, 40))]
     assert all(isinstance(outcome, Done) for outcome in pool.run(tasks, kill_it))
@@ -172,9 +177,9 @@ def test_a_worker_does_not_hear_of_ctrl_c(pool: LocalWorkers, tmp_path: Path) ->
     interrupted: list[int] = []
 
     def interrupt_it(advance: Advance) -> None:
-        if not interrupted and (started := pids(tmp_path)):
-            os.kill(started[0], signal.SIGINT)
-            interrupted.append(started[0])
+        if not interrupted and (pid := begun(tmp_path / "0-1")):
+            os.kill(pid, signal.SIGINT)
+            interrupted.append(pid)
             (tmp_path / "go").touch()
 
     tasks = [Told(tmp_path, 0, "wait_for_go"), *(Told(tmp_path, number) for number in range(1, 6))]

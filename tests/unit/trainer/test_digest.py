@@ -1,7 +1,7 @@
 """The digest of what a step was fed: against hand-made bytes, and what it must and must not tell apart."""
 
-import itertools
 import struct
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_the_type_of_a_token_plays_no_part(dtype: torch.dtype) -> None:
 def test_order_and_split_play_no_part(seed: int, order: list[int], cuts: list[int]) -> None:
     tokens = tokens_of(seed)
     shuffled, places = tokens[order], [0, *sorted(cuts), 12]
-    parts = [shuffled[start:end] for start, end in itertools.pairwise(places)]
+    parts = [shuffled[start:end] for start, end in pairwise(places)]
     assert sum(digest(part) for part in parts) % 2**64 == digest(tokens)
 
 

@@ -75,6 +75,14 @@ def test_the_optimum_loses_least_in_a_simulation_of_failures(cost: float) -> Non
     assert losses[0.25] > losses[0.5] > losses[0.8] > losses[1.0] < losses[1.25] < losses[2.0] < losses[4.0]
 
 
+@pytest.mark.parametrize("cost", [1.0, 10.0, 100.0, 200.0])
+def test_the_closed_form_is_near_the_minimum_of_the_model_that_it_approximates(cost: float) -> None:
+    """Daly's expected run time, up to factors that do not depend on the interval, minimised by trying."""
+    intervals = np.linspace(0.1, 1.5, 1_000_001) * math.sqrt(2 * cost * 1000.0)
+    best = intervals[np.argmin(np.expm1((intervals + cost) / 1000.0) / intervals)]
+    assert interval.daly_seconds(cost, 1000.0) == pytest.approx(best, rel=2e-3)
+
+
 def test_the_simulation_agrees_with_the_first_order_cost_it_is_compared_by() -> None:
     """Young: the share lost is cost / interval + interval / 2 M where both are small."""
     lives = np.random.default_rng(7).exponential(1000.0, 1_000_000)
@@ -104,6 +112,7 @@ def test_what_a_run_sees_outweighs_what_was_published() -> None:
     assert interval.mean_seconds_between_failures(failing, 16384) == pytest.approx(1000.0, rel=0.02)
     published = interval.mean_seconds_between_failures(FailureHistory(), 16384)
     assert interval.mean_seconds_between_failures(FailureHistory(0, 3 * published), 16384) == 4 * published
+    assert interval.mean_seconds_between_failures(FailureHistory(1, 0.0), 16384) == published / 2
 
 
 def test_the_interval_stays_within_its_bounds() -> None:
@@ -174,8 +183,10 @@ def test_a_stall_is_the_snapshot_where_there_is_one_and_else_the_whole_save() ->
             save("saved", 10, 9.0),
             save("saved", 20, 9.0),
             save("saved", 30, 3.0),
+            save("snapshot", 40, 0.4),
             (0.0, "training_started"),
             save("saved", 20, 4.0),
+            save("saved", 40, 9.0),  # the service has outlived the ranks
         )
     )
-    assert found.stall_seconds == (0.1, 0.2, 3.0, 4.0)
+    assert found.stall_seconds == (0.1, 0.2, 3.0, 0.4, 4.0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.checkpoint import store
-from trainer.checkpoint.manifest import Manifest, fingerprint
+from trainer.checkpoint.manifest import FORMAT, Manifest, fingerprint
 from trainer.checkpoint.retention import Fate, Present, plan, prune, reasons_to_keep
 from trainer.config import CheckpointConfig
 
@@ -125,6 +125,14 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_sound_one(tmp_path: Path, dama
     fates = prune(tmp_path, 40, CheckpointConfig(keep_last=2, keep_every_steps=10, keep_best=9))
     assert names(tmp_path) == ["step-00000010", "step-00000040"]
     assert [fate.why.startswith("damaged") for fate in fates] == [False, True, True, False]
+
+
+def test_a_checkpoint_of_another_version_is_not_ours_to_remove(tmp_path: Path) -> None:
+    make(tmp_path, 10, 20, 30)
+    manifest = tmp_path / store.folder_name(10) / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(f'"format": {FORMAT}'.encode(), b'"format": 2'))
+    assert outcomes(prune(tmp_path, 30, CheckpointConfig(keep_last=1))) == {10: "kept", 20: "removed", 30: "kept"}
+    assert store.steps(tmp_path) == [10, 30]
 
 
 def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(tmp_path: Path) -> None:

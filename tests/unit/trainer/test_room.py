@@ -132,7 +132,6 @@ def test_a_file_in_use_by_the_next_snapshot_is_not_touched_by_the_one_that_went(
 def test_tidy_keeps_the_newest_to_restart_from_and_what_is_still_to_be_saved(tmp_path: Path) -> None:
     world = World(tmp_path)
     (room,) = world.rooms
-    world.checkpoints.parent.mkdir()
     world.checkpoints.write_text("in the way")  # nothing can be saved
     service = world.service()
 

@@ -1,0 +1,203 @@
+"""Snapshots of one machine kept in the memory of another, for when the machine is lost.
+
+Every machine keeps a copy of its neighbour's newest snapshot beside its own room. When a run starts again, it is seen
+which snapshot is the newest of which every rank's file is still held somewhere, and machines fetch what they lack.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainer.checkpoint import store
+from trainer.checkpoint.chunk_file import file_name
+from trainer.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from trainer.checkpoint.room import Request, Room
+from trainer.config import UserError
+
+PIECE_BYTES = 32 << 20
+_REPLICA = "replica"
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Files of one snapshot that a machine has."""
+
+    step: int
+    written_at: float | None
+    """Tells snapshots of the same step, of different lives of the run, apart."""
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """A copy to be made."""
+
+    to_node: int
+    from_node: int
+    step: int
+    files: tuple[str, ...]
+
+
+class Source(Protocol):
+    """Another machine, as far as copying needs it."""
+
+    def manifest(self, step: int | None) -> Manifest | None:
+        """Of what it holds of a step, in its own room or as a replica; None means the newest of its own."""
+
+    def read(self, step: int, name: str, position: int) -> bytes:
+        """At most PIECE_BYTES from `position` on; nothing at the end."""
+
+
+class Holder:
+    """What one machine holds: the snapshots in its own room, and the replica of its neighbour's."""
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._replicas = room.path / _REPLICA
+
+    def manifest(self, step: int | None) -> Manifest | None:
+        if step is None:
+            newest = list(self._room.restartable())[-1:]
+            return _manifest_in(newest[0].path) if newest else None
+        found = [_manifest_in(folder) for folder in self._folders(step)]
+        merged = [each for each in found if each is not None]
+        if not merged:
+            return None
+        files = {name: facts for each in reversed(merged) for name, facts in each.files.items()}
+        return replace(merged[0], files=files)
+
+    def read(self, step: int, name: str, position: int) -> bytes:
+        for folder in self._folders(step):
+            if (folder / name).exists():
+                with open(folder / name, "rb") as file:
+                    file.seek(position)
+                    return file.read(PIECE_BYTES)
+        raise FileNotFoundError(f"{name} of step {step} is gone")
+
+    def holdings(self) -> list[Holding]:
+        """Of its own room and of its neighbour's."""
+        folders = [each.path for each in self._room.restartable()]
+        folders += [self._replicas / store.folder_name(step) for step in store.steps(self._replicas)]
+        manifests = [each for each in map(_manifest_in, folders) if each is not None]
+        return [Holding(each.step, each.written_at, tuple(each.files)) for each in manifests]
+
+    def follow(self, neighbour: Source) -> bool:
+        """Copy the neighbour's newest snapshot, if that is another than the one held; returns whether it was.
+
+        Raises:
+            OSError: the memory is full.
+            UserError: what came is not what the neighbour has vouched for.
+        """
+        manifest = neighbour.manifest(None)
+        if manifest is None:
+            return False
+        held = _manifest_in(self._replicas / store.folder_name(manifest.step))
+        if held is not None and held.written_at == manifest.written_at:
+            return False
+        temporary = store.begin(self._replicas, manifest.step)
+        copied = _copy(neighbour, manifest, tuple(manifest.files), temporary)
+        if not copied:
+            return False
+        store.commit(temporary, manifest)
+        for step in store.steps(self._replicas):
+            if step != manifest.step:
+                store.remove(self._replicas / store.folder_name(step))
+        return True
+
+    def fetch(self, source: Source, step: int, names: tuple[str, ...]) -> None:
+        """Bring files into the own room, so that its ranks can go on from the snapshot.
+
+        Raises:
+            UserError: what came is not what the source has vouched for.
+        """
+        manifest = source.manifest(step)
+        if manifest is None:
+            return
+        temporary = store.begin(self._room.path, step)
+        if not _copy(source, manifest, names, temporary):
+            return
+        files = {name: manifest.files[name] for name in names}
+        files |= self._link_own(manifest, temporary)
+        store.commit(temporary, replace(manifest, files=files))
+        self._room.request(step, Request(replace(manifest, files={}), durable=False))
+
+    def _link_own(self, manifest: Manifest, temporary: Path) -> dict[str, list[Any]]:
+        """Keep what the room has of the snapshot already: other machines may be fetching it from here."""
+        folder = self._room.path / store.folder_name(manifest.step)
+        held = _manifest_in(folder)
+        if held is None or held.written_at != manifest.written_at:
+            return {}
+        linked = {name: facts for name, facts in held.files.items() if not (temporary / name).exists()}
+        for name in linked:
+            os.link(folder / name, temporary / name)
+        return linked
+
+    def tidy(self) -> None:
+        """Remove the copy if this machine's own room has been given up: the run has ended well."""
+        if not self._room.snapshots():
+            self._room.remove()
+
+    def _folders(self, step: int) -> list[Path]:
+        return [place / store.folder_name(step) for place in (self._room.path, self._replicas)]
+
+
+def _copy(source: Source, manifest: Manifest, names: tuple[str, ...], folder: Path) -> bool:
+    """Copy files and check them; False if the source has let go of them meanwhile."""
+    for name in names:
+        try:
+            with open(folder / name, "wb") as file:
+                while piece := source.read(manifest.step, name, file.tell()):
+                    file.write(piece)
+        except FileNotFoundError:
+            shutil.rmtree(folder)
+            return False
+    write_manifest(folder, replace(manifest, files={name: manifest.files[name] for name in names}))
+    store.verify(folder, names)
+    return True
+
+
+def _manifest_in(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except UserError:
+        return None
+
+
+def plan(holdings: Mapping[int, Sequence[Holding]], ranks_of: Callable[[int], range]) -> list[Fetch]:
+    """What must be copied so that every machine has the newest snapshot of which nothing is lost.
+
+    Args:
+        holdings: of every machine of the run, by its number.
+        ranks_of: the ranks that each is to run.
+    """
+    wanted = {node: {file_name(rank) for rank in ranks_of(node)} for node in holdings}
+    everything = set().union(*wanted.values())
+    snapshots = {(each.step, each.written_at) for held in holdings.values() for each in held}
+    for snapshot in sorted(snapshots, key=lambda each: (each[0], each[1] or 0.0), reverse=True):
+        places = _places(holdings, snapshot)
+        if everything <= places.keys():
+            return [fetch for node in holdings for fetch in _lacking(node, wanted[node], places, snapshot[0])]
+    return []
+
+
+def _places(holdings: Mapping[int, Sequence[Holding]], snapshot: tuple[int, float | None]) -> dict[str, set[int]]:
+    """File -> the machines that hold it."""
+    places: dict[str, set[int]] = {}
+    for node, held in holdings.items():
+        for each in held:
+            if (each.step, each.written_at) == snapshot:
+                for name in each.files:
+                    places.setdefault(name, set()).add(node)
+    return places
+
+
+def _lacking(node: int, wanted: set[str], places: Mapping[str, set[int]], step: int) -> list[Fetch]:
+    """What a machine must fetch, from as few machines as there are."""
+    lacking: dict[int, list[str]] = {}
+    for name in sorted(wanted):
+        if node not in places[name]:
+            lacking.setdefault(min(places[name]), []).append(name)
+    return [Fetch(node, holder, step, tuple(names)) for holder, names in lacking.items()]
