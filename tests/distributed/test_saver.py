@@ -1,10 +1,11 @@
 """Saving while training goes on: no way of saving, losing or restoring the state shows in what a run computes."""
 
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from ranks import run_on_ranks
 from small_loop import NUM_STEPS, as_snapshot, config_of, die_at, of_kind, prepare_data, results, services, train
 from trainer.checkpoint import sharded, store
 from trainer.checkpoint.interval import FailureHistory
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from trainer.checkpoint.room import Room
-from trainer.config import RunConfig
+from trainer.config import RunConfig, UserError
 from trainer.data.digest import as_hex, from_hex
 from trainer.engine.engine import Engine
 from trainer.events import Event, read_events
@@ -295,6 +296,97 @@ def test_a_snapshot_that_one_machine_lacks_holds_nobody_up(
     assert (events[0]["tier"], events[0]["step"]) == ("disk", 3)
     assert_same_result(run_dir, undisturbed)
     assert store.steps(run_dir.checkpoints) == [3, 6, 7]
+
+
+# --------------------------------------------------------------------------------------------------------------- damage
+
+
+def test_every_flipped_bit_is_found_and_the_checkpoint_before_is_used(undisturbed: Run, tmp_path: Path) -> None:
+    """100 of 100, drawn over all bits of all files, and ten of the manifest's."""
+    checkpoints = Path(shutil.copytree(undisturbed.run_dir.checkpoints, tmp_path / "checkpoints"))
+    newest, draw = checkpoints / "step-00000007", random.Random(5)
+    files = sorted(newest.iterdir())
+    drawn = draw.choices(files, [path.stat().st_size for path in files], k=90) + [newest / MANIFEST] * 10
+    assert store.newest_valid(checkpoints) == newest and len({path.name for path in drawn}) == 3
+    for path in drawn:
+        position, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
+        flip(path, position, bit)
+        reasons: list[str] = []
+        assert store.newest_valid(checkpoints, reasons.append) == checkpoints / "step-00000006"
+        assert len(reasons) == 1 and reasons[0].startswith(f"{newest} ")
+        assert path.name in reasons[0] or "has format" in reasons[0]
+        flip(path, position, bit)
+    store.verify(newest)
+
+
+def truncated(newest: Path) -> None:
+    os.truncate(newest / "rank-00001.safetensors", (newest / "rank-00001.safetensors").stat().st_size - 1)
+
+
+def missing(newest: Path) -> None:
+    (newest / "rank-00000.safetensors").unlink()
+
+
+def with_an_empty_manifest(newest: Path) -> None:
+    (newest / MANIFEST).write_bytes(b"")
+
+
+def with_the_manifest_of_another(newest: Path) -> None:
+    shutil.copyfile(newest.parent / "step-00000006" / MANIFEST, newest / MANIFEST)
+
+
+def with_files_swapped(newest: Path) -> None:
+    first, second = newest / "rank-00000.safetensors", newest / "rank-00001.safetensors"
+    first.rename(newest / "aside")
+    second.rename(first)
+    (newest / "aside").rename(second)
+
+
+def copied_from_another_step(newest: Path) -> None:
+    shutil.rmtree(newest)
+    shutil.copytree(newest.parent / "step-00000006", newest)
+
+
+def of_one_machine_only(newest: Path) -> None:
+    manifest = read_manifest(newest)
+    first = {"rank-00000.safetensors": manifest.files["rank-00000.safetensors"]}
+    write_manifest(newest, replace(manifest, files=first))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "names"),
+    [
+        (truncated, "rank-00001.safetensors does not have the size and hash"),
+        (missing, "rank-00000.safetensors is missing"),
+        (with_an_empty_manifest, "no readable manifest.json"),
+        (with_the_manifest_of_another, "its manifest is that of step 6"),
+        (with_files_swapped, "rank-00000.safetensors does not have the size and hash"),
+        (copied_from_another_step, "its manifest is that of step 6"),
+        (of_one_machine_only, "its manifest lists 1 of 2 files"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_what_is_wrong_with_it(
+    damaged: Callable[[Path], None], names: str, undisturbed: Run, tmp_path: Path
+) -> None:
+    checkpoints = Path(shutil.copytree(undisturbed.run_dir.checkpoints, tmp_path / "checkpoints"))
+    newest = checkpoints / "step-00000007"
+    damaged(newest)
+    with pytest.raises(UserError, match=names) as caught:
+        store.verify(newest)
+    assert str(caught.value).startswith(f"{newest} is ") and "\n" not in str(caught.value)
+    assert store.newest_valid(checkpoints, lambda reason: None) == checkpoints / "step-00000006"
+
+
+def test_a_run_passes_over_all_that_is_damaged(data: Path, tmp_path: Path, undisturbed: Run) -> None:
+    run_dir = RunDir(Path(shutil.copytree(undisturbed.run_dir.path, tmp_path / "run")))
+    with_files_swapped(run_dir.checkpoints / "step-00000007")
+    flip(run_dir.checkpoints / "step-00000006" / MANIFEST, 100)
+    events = train(config_of(data), run_dir)
+    newest, before = (event["reason"] for event in of_kind(events, "checkpoint_rejected"))
+    assert "step-00000007 is damaged: rank-0000" in newest and newest.endswith("; trying the one before")
+    assert "step-00000006 is " in before and MANIFEST in before
+    assert of_kind(events, "training_started")[0]["step"] == 3
+    assert_same_result(run_dir, undisturbed)
 
 
 # ---------------------------------------------------------------------------------------------------- another beginning

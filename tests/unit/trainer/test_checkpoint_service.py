@@ -3,14 +3,14 @@
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from effects import Killed, before_effect, killed_at
+from effects import before_effect, killed_at, killed_here
 from made_snapshots import World, folder_in_memory, names, work_until_idle
 from trainer.checkpoint import service as service_module
 from trainer.checkpoint import store
@@ -67,8 +67,13 @@ def test_retention_follows_a_save(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- death
 
 
-@pytest.mark.parametrize(("ending", "stride"), [(False, 1), (True, 7), pytest.param(True, 1, marks=pytest.mark.slow)])
-def test_a_service_killed_at_any_moment_is_replaced(memory: Path, ending: bool, stride: int) -> None:
+@pytest.mark.parametrize("ending", [False, True])
+@pytest.mark.parametrize(
+    ("dies", "stride"), [(killed_here, 1), (killed_at, 11), pytest.param(killed_at, 1, marks=pytest.mark.slow)]
+)
+def test_a_service_killed_at_any_moment_is_replaced(
+    memory: Path, dies: Callable[[int, Callable[[], Any]], bool], stride: int, ending: bool
+) -> None:
     """At every effect: a file is opened, made room for, written, synced, renamed or removed."""
     for number in range(0, MOST_EFFECTS, stride):
         world = World(memory / str(number), keep_last=1)
@@ -76,7 +81,7 @@ def test_a_service_killed_at_any_moment_is_replaced(memory: Path, ending: bool, 
         work_until_idle(world.service())
         written = world.snapshot(20)
         doomed = world.service()
-        died = killed_at(number, doomed.finish if ending else lambda doomed=doomed: work_until_idle(doomed))
+        died = dies(number, doomed.finish if ending else lambda doomed=doomed: work_until_idle(doomed))
         _check_replacement(world, written, ending)
         if not died:
             break
@@ -142,7 +147,7 @@ def test_a_machine_whose_service_is_killed_catches_up(memory: Path, victim: int)
             other, doomed = world.service(1 - victim), world.service(victim)
             if is_other_first:
                 work_until_idle(other)
-            died |= _killed(number, lambda doomed=doomed: work_until_idle(doomed))
+            died |= killed_here(number, lambda doomed=doomed: work_until_idle(doomed))
             work_until_idle(other)
             work_until_idle(other, world.service(victim))
             assert world.committed(20) == written and names(world.checkpoints) == ["step-00000020"]
@@ -150,18 +155,6 @@ def test_a_machine_whose_service_is_killed_catches_up(memory: Path, victim: int)
         if not died:
             break
     assert 20 < number < MOST_EFFECTS - 1
-
-
-def _killed(number: int, action: Any) -> bool:
-    def die() -> None:
-        raise Killed
-
-    try:
-        with before_effect(number, die):
-            action()
-    except Killed:
-        return True
-    return False
 
 
 def test_machines_that_work_between_any_two_effects_of_another_make_one_checkpoint(memory: Path) -> None:
@@ -187,7 +180,7 @@ def test_any_history_of_deaths_ends_in_the_same_checkpoint(memory: Path) -> None
         services = [world.service(node) for node in range(num_nodes)]
         for _ in range(8):
             node = draw.randrange(num_nodes)
-            if _killed(draw.randrange(40), services[node].work):
+            if killed_here(draw.randrange(40), services[node].work):
                 services[node] = world.service(node)
         work_until_idle(*services)
         assert world.committed(20) == written and not world.is_busy(), seed
