@@ -362,7 +362,7 @@ def of_one_machine_only(newest: Path) -> None:
         (with_the_manifest_of_another, "its manifest is that of step 6"),
         (with_files_swapped, "rank-00000.safetensors does not have the size and hash"),
         (copied_from_another_step, "its manifest is that of step 6"),
-        (of_one_machine_only, "its manifest lists 1 of 2 files"),
+        (of_one_machine_only, "is not whole: it has 1 of 2 files"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_what_is_wrong_with_it(

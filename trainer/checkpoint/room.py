@@ -157,6 +157,10 @@ class Room:
         """Whether a snapshot is being written or saved."""
         return any(snapshot.is_pending() for snapshot in self.snapshots())
 
+    def make(self) -> None:
+        """See that the room is there, and that others on the machine cannot look into it."""
+        _make_private(self.path)
+
     def begin_file(self, step: int, rank: int) -> Path:
         """Where a rank writes: a spare file, if there is one, to write over.
 
@@ -209,15 +213,19 @@ class Room:
                     os.rename(hidden / file_name(rank), self._spare / file_name(rank))
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def tidy(self) -> None:
-        """Retire what nobody needs, as soon as a newer one can be restarted from: its memory is for the next one.
+    def tidy(self, saved: Snapshot | None = None) -> None:
+        """Retire what nobody needs: all that are done with but the newest that can be restarted from.
 
         What could not be saved stays until a newer one is to be saved.
+
+        Args:
+            saved: is about to be marked so, and the ranks may then begin the next at once, in memory that is there.
         """
         restartable = list(self.restartable())
         owed = [each for each in restartable if each.is_owed()]
-        for snapshot in restartable[:-1]:
-            if not snapshot.is_pending() and snapshot not in owed[-1:]:
+        done = [each for each in restartable if each == saved or not each.is_pending()]
+        for snapshot in done[:-1]:
+            if snapshot not in owed[-1:]:
                 self.retire(snapshot)
         self._clear_removed()
 

@@ -154,7 +154,7 @@ class CheckpointService:
         if did_write:
             self._write(snapshot, own)
         if self._machine.node > 0:
-            snapshot.mark_saved(own)
+            self._mark_saved(snapshot, own)
             return True
         committed = self._commit(own)
         if committed is None:
@@ -170,8 +170,12 @@ class CheckpointService:
         with suppress(OSError):  # what could not be removed is after the next save
             store.clear_leftovers(self._checkpoints, before=own.step)
             retention.prune(self._checkpoints, own.step, self._policy)
-        snapshot.mark_saved(own)  # last: whoever takes over does all that was not done yet
+        self._mark_saved(snapshot, own)  # last: whoever takes over does all that was not done yet
         return True
+
+    def _mark_saved(self, snapshot: Snapshot, own: Manifest) -> None:
+        self._room.tidy(snapshot)
+        snapshot.mark_saved(own)
 
     def _is_written(self, own: Manifest) -> bool:
         """Whether this machine's part is on disk, or already in the checkpoint; in the order in which it moves."""

@@ -98,9 +98,7 @@ def check_whole(manifest: Manifest, checkpoint: Path) -> None:
     UserError: the manifest is of one machine's part.
     """
     if not manifest.is_whole:
-        raise UserError(
-            f"{checkpoint} is damaged: its manifest lists {len(manifest.files)} of {manifest.num_files} files"
-        )
+        raise UserError(f"{checkpoint} is not whole: it has {len(manifest.files)} of {manifest.num_files} files")
 
 
 def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
