@@ -1,5 +1,6 @@
 """Saving while training goes on: no way of saving, losing or restoring the state shows in what a run computes."""
 
+import errno
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ from small_loop import NUM_STEPS, as_snapshot, config_of, die_at, of_kind, prepa
 from trainer.checkpoint import sharded, store
 from trainer.checkpoint.interval import FailureHistory
 from trainer.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
-from trainer.checkpoint.room import Room
+from trainer.checkpoint.room import Request, Room
 from trainer.config import RunConfig, UserError
 from trainer.data.digest import as_hex, from_hex
 from trainer.engine.engine import Engine
@@ -162,6 +163,25 @@ def test_memory_that_is_full_makes_training_wait_for_the_disk(data: Path, tmp_pa
         "no snapshot in shared memory: No space left on device",
         "no snapshot in shared memory on 1 ranks",
     }
+
+
+class RoomWithoutAPage(Room):
+    """Full when all is written but the request."""
+
+    def request(self, step: int, request: Request) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("machines", [ONE_MACHINE, TWO_MACHINES])
+def test_memory_that_is_full_on_one_machine_at_the_last_moment(
+    machines: list[range], data: Path, tmp_path: Path, memory: Path, undisturbed: Run
+) -> None:
+    config, run_dir, rooms = config_of(data), RunDir(tmp_path / "run"), rooms_in(memory, machines)
+    rooms[-1] = RoomWithoutAPage(rooms[-1].path, rooms[-1].ranks)
+    events = train(config, run_dir, rooms)
+    assert_same_result(run_dir, undisturbed)
+    assert [event["step"] for event in of_kind(events, "checkpoint_failed")] == [3, 6, 7]
+    assert not any(room.snapshots() for room in rooms) and store.steps(run_dir.checkpoints) == [3, 6, 7]
 
 
 # ------------------------------------------------------------------------------------------------------------- restarts
