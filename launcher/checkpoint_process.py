@@ -11,18 +11,26 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher import ownership
+from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.room import Room
 from trainer.checkpoint.service import CheckpointService, Machine
+from trainer.checkpoint.uploads import Uploader
+from trainer.config import RunConfig
 from trainer.config_file import from_tree, parse_yaml
 from trainer.events import EventLog
 from trainer.run_dir import RunDir
 
 _PASS_SECONDS = 0.02
 """Between looks into the room while nothing is to be done."""
+_UPLOAD_PASS_SECONDS = 0.5
+_LAST_UPLOAD_SECONDS = 600.0
+"""For the last upload, when the run has ended and its checkpoint is safe on its own disk."""
 _RESTART_SECONDS = 0.2
 """Before a service that died is replaced, so that one that cannot live does not keep a core busy."""
 _MOST_DEATHS = 20
@@ -53,18 +61,51 @@ def serve() -> None:
     if ownership.hold(Path(options.lock), options.job_id) is None:
         return
     config, run_dir = from_tree(parse_yaml(options.config_yaml)), RunDir(Path(options.run_dir))
+    log = EventLog(run_dir.events_path)
     ranks = range(options.first_rank, options.first_rank + options.num_ranks)
+    machine = Machine(options.node, options.num_nodes)
     service = CheckpointService(
-        Room(Path(options.room), ranks),
+        Room(Path(options.room), ranks, is_replicated=config.checkpoint.replicates(options.num_nodes)),
         run_dir.checkpoints,
         config.checkpoint,
-        EventLog(run_dir.events_path),
-        Machine(options.node, options.num_nodes),
+        log.write,
+        machine,
+        sync_records=log.sync,
     )
-    while _may_go_on():
-        if not service.work():
-            select.select([sys.stdin], [], [], _PASS_SECONDS)
-    service.finish()
+    with _uploading(config, run_dir, ranks, log, machine):
+        while _may_go_on():
+            if not service.work():
+                select.select([sys.stdin], [], [], _PASS_SECONDS)
+        service.finish()
+
+
+@contextmanager
+def _uploading(config: RunConfig, run_dir: RunDir, ranks: range, log: EventLog, machine: Machine) -> Iterator[None]:
+    """Meanwhile committed checkpoints are sent to `checkpoint.upload_to`; at the end the last one is waited for."""
+    if not config.checkpoint.upload_to:
+        yield
+        return
+    remote = Remote.open(config.checkpoint.upload_to)
+    uploader = Uploader(remote, run_dir.checkpoints, config.checkpoint, ranks, log.write, machine)
+    is_over = threading.Event()
+
+    def upload() -> None:
+        while not is_over.is_set():
+            if not uploader.work():
+                is_over.wait(_UPLOAD_PASS_SECONDS)
+
+    thread = threading.Thread(target=upload, name="uploads", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+    uploader.retry_now()
+    deadline = time.monotonic() + _LAST_UPLOAD_SECONDS
+    while not uploader.is_idle() and time.monotonic() < deadline:
+        if not uploader.work():
+            time.sleep(_UPLOAD_PASS_SECONDS)
 
 
 def _may_go_on() -> bool:

@@ -9,6 +9,7 @@ from data_pipeline.tokenization import Tokenizer
 from launcher.job import check_embedded
 from trainer.checkpoint import compatibility, store
 from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.remote import Remote
 from trainer.config import RunConfig, UserError
 from trainer.data.blend import DatasetUse, epochs
 from trainer.data.prepared import fingerprints
@@ -47,10 +48,13 @@ def check_train(config: RunConfig, run_dir: RunDir) -> None:
 
 def check_start(config: RunConfig, run_dir: RunDir) -> None:
     """Raises:
-    UserError: this machine cannot hold the layout, or the folder belongs to another run.
+    UserError: this machine cannot hold the layout, the folder belongs to another run, or checkpoints cannot be
+        uploaded to where they should be.
     """
     check_embedded(config)
     run_dir.check(config)
+    if config.checkpoint.upload_to:
+        Remote.open(config.checkpoint.upload_to).check()
 
 
 def settings_of(config: RunConfig) -> Settings:

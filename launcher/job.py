@@ -217,7 +217,7 @@ def ranks_on_cluster(job: Job, folder: Path, socket_path: Path | None = None) ->
         if not group.wait(_PLACEMENT_SECONDS):
             raise JobFailed(f"{where.nodes} x {where.bundle} did not become free; other jobs hold the cluster")
         agents = [_agent_on(group, job, node, where, socket_path) for node in range(where.nodes)]
-        replicated = job.config.checkpoint.replicate and where.nodes > 1
+        replicated = job.config.checkpoint.replicates(where.nodes)
         peers = [_peer_on(group, job, node, where) for node in range(where.nodes)] if replicated else []
         try:
             yield Ranks(agents, where, RunDir(job.run_dir), folder, peers)
@@ -241,7 +241,7 @@ def _agent_on(group: PlacementGroup, job: Job, node: int, where: Placement, sock
 
 
 def _peer_on(group: PlacementGroup, job: Job, node: int, where: Placement) -> Any:
-    room = Room(job.room_path(node), where.ranks_of(node))
+    room = Room(job.room_path(node), where.ranks_of(node), is_replicated=True)
     place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)
     # threads: one follows the neighbour, others give out meanwhile
     return ray.remote(SnapshotPeer).options(num_cpus=0, max_concurrency=4, scheduling_strategy=place).remote(room)

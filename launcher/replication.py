@@ -35,6 +35,9 @@ class SnapshotPeer:
     def read(self, step: int, name: str, position: int) -> bytes:
         return self._holder.read(step, name, position)
 
+    def was_copied(self, step: int, written_at: float | None) -> None:
+        self._holder.was_copied(step, written_at)
+
     def fetch(self, peer: Any, step: int, files: tuple[str, ...]) -> None:
         """Bring files of another machine into this one's room."""
         self._holder.fetch(_OtherMachine(peer), step, files)
@@ -74,6 +77,9 @@ class _OtherMachine:
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from error
         return content
+
+    def was_copied(self, step: int, written_at: float | None) -> None:
+        ray.get(self._peer.was_copied.remote(step, written_at))
 
 
 def bring_together(peers: Sequence[Any], where: Placement) -> list[Fetch]:

@@ -18,6 +18,7 @@ from launcher import checks, data_report, report
 from launcher.display import Display, StageBar
 from launcher.job import JobFailed, Ranks, ready_ranks
 from launcher.preemption import Preemption, listening
+from launcher.recovery import fetch_newer
 from trainer.checkpoint import store
 from trainer.checkpoint.manifest import MANIFEST
 from trainer.config import RunConfig
@@ -31,6 +32,7 @@ WARNINGS = {
     "step_skipped": "step {step} skipped: {reason}",
     "rolled_back": "rolled back from step {from_step} to {to_step}: {reason}",
     "checkpoint_failed": "the checkpoint of step {step} could not be written: {reason}",
+    "checkpoint_upload_failed": "the checkpoint of step {step} could not be uploaded: {reason}",
     "checkpoint_skipped": "no checkpoint of step {step}: {reason}",
 }
 """Kind of event that a person should see at once -> what to say of it."""
@@ -174,7 +176,7 @@ def train(claimed: ClaimedRun) -> None:
                     bar.update(doing, event["step"], schedule.num_steps, "steps")
                 elif event["kind"] == "evaluated":
                     bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], schedule.num_steps, "steps")
-                elif event["kind"] in WARNINGS:
+                elif event["kind"] in WARNINGS and event.get("durable", True):
                     claimed.display.line(f"  warning: {WARNINGS[event['kind']].format_map(event)}")
 
         bar.update("train: starting ranks", 0, schedule.num_steps, "steps")
@@ -193,6 +195,7 @@ def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None
     """
     config, run_dir = claimed.config, claimed.run_dir
     run_dir.stop_path.unlink(missing_ok=True)
+    fetch_newer(config, run_dir.checkpoints, claimed.log.write)
     ranks, preemption = claimed.ranks(), Preemption(run_dir, config.checkpoint.grace_seconds)
 
     def on_poll() -> None:

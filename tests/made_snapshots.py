@@ -64,7 +64,9 @@ class World:
     def service(self, node: int = 0) -> CheckpointService:
         """A new one, as one that was killed is replaced."""
         machine = Machine(node, len(self.rooms))
-        return CheckpointService(self.rooms[node], self.checkpoints, self.policy, self.log, machine, lambda: self.now)
+        return CheckpointService(
+            self.rooms[node], self.checkpoints, self.policy, self.log.write, machine, lambda: self.now, self.log.sync
+        )
 
     def kinds(self) -> list[tuple[str, int]]:
         return [(event["kind"], event["step"]) for event in self.events]

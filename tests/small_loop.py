@@ -134,7 +134,7 @@ def _serve(
     """The whole life of a service; never returns into the parent's test."""
     try:
         log, machine = EventLog(run_dir.events_path), Machine(node, len(rooms))
-        service = CheckpointService(rooms[node], run_dir.checkpoints, config.checkpoint, log, machine)
+        service = CheckpointService(rooms[node], run_dir.checkpoints, config.checkpoint, log.write, machine)
         is_over = False
         while not is_over or not service.is_idle():
             may_work = not_before is None or not_before.exists()

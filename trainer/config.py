@@ -169,7 +169,8 @@ class CheckpointConfig(Section):
     snapshot_every_steps: int | None = Field(None, ge=1)
     """Steps between snapshots that stay in the machine's memory, for restarts; empty: none but of checkpoints."""
     replicate: bool = False
-    """Keep a copy of every snapshot in the memory of the next machine too, for when a machine is lost."""
+    """Keep a copy of every snapshot in the memory of the next machine too, for when a machine is lost; takes twice as
+    much memory."""
     asynchronous: bool = True
     """Copy the state to shared memory and go on while a service writes it; otherwise training waits for the disk."""
     snapshots_in: str = Field("/dev/shm", min_length=1)
@@ -183,7 +184,8 @@ class CheckpointConfig(Section):
     keep_best: int = Field(0, ge=0)
     """Checkpoints of lowest held-out loss to keep, among those whose step was evaluated."""
     upload_to: str | None = None
-    """Folder, or URL of an object store (s3://, gs://, ...), to which every committed checkpoint is copied."""
+    """Folder or URL (s3://, gs://, ...) of this run alone, to which committed checkpoints are copied, and from which it
+    goes on where its own are lost."""
     verify: bool = True
     """Check the hash of every file before it is loaded."""
     grace_seconds: float = Field(60.0, gt=0.0)
@@ -201,6 +203,10 @@ class CheckpointConfig(Section):
                 "resume_from goes on with optimizer and step, weights_from begins anew"
             )
         return self
+
+    def replicates(self, num_nodes: int) -> bool:
+        """Whether snapshots are copied to other machines."""
+        return self.replicate and num_nodes > 1
 
     @property
     def interval_steps(self) -> int | None:

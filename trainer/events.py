@@ -23,8 +23,12 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss
     checkpoint_snapshot step, durable (whether it is to become a checkpoint), seconds (for which training stood still)
     checkpoint_saved    step, path, bytes, seconds (to write it; training stood still where there was no snapshot)
-    checkpoint_skipped  step, reason: one was due and was left out, as `checkpoint.when_busy` says
+    checkpoint_skipped  step, durable, reason: one was due and was left out, as `checkpoint.when_busy` says (snapshots
+                        that only serve restarts never wait)
     checkpoint_failed   step, reason: it could not be written; those before it are as they were
+    checkpoint_uploaded step, url, bytes, seconds
+    checkpoint_upload_failed    step, reason: it will be tried again, unless a newer one is there by then
+    checkpoint_fetched  step, url: it had been uploaded, and there was none as new here
     preempted           step, saved_step: the run was asked to end, and has saved what it could
     export_verified     largest_difference, tokens
     generated           prompt, text

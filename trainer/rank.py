@@ -58,7 +58,12 @@ def main(spec: RankSpec) -> None:
 def _train(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
     is_first = spec.rank == 0
     first_here = spec.rank - spec.local_rank
-    room = Room(spec.room, range(first_here, first_here + spec.local_world_size)) if spec.room else None
+    is_replicated = config.checkpoint.replicates(config.launch.nodes)
+    room = (
+        Room(spec.room, range(first_here, first_here + spec.local_world_size), is_replicated=is_replicated)
+        if spec.room
+        else None
+    )
     stop = StopRequest(run_dir.stop_path if is_first else None)
     stop.listen()
     record = EventLog(run_dir.events_path).write if is_first else _write_nothing

@@ -138,9 +138,7 @@ def _check(path: Path, tier: Tier, config: RunConfig, room: Room | None) -> None
     Raises:
         UserError: it is damaged.
     """
-    manifest = store.read(path)
-    if tier == "disk":
-        store.check_whole(manifest, path)
+    manifest = store.read(path, part=tier == "memory")
     names = sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()]
     if config.checkpoint.verify:
         store.verify(path, [file_name(dist.get_rank())] if tier == "memory" else names)

@@ -88,10 +88,9 @@ def fingerprint(path: Path, *, durable: bool = False) -> list[Any]:
 
 def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> None:
     """Write it whole or not at all, and durably."""
-    tree = asdict(manifest)
     temporary = folder / f"{name}.tmp"
     with open(temporary, "wb") as handle:
-        handle.write(orjson.dumps({**tree, _DIGEST: _digest(tree)}, option=orjson.OPT_INDENT_2))
+        handle.write(manifest_bytes(manifest))
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, folder / name)
@@ -104,19 +103,38 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     UserError: there is none, it cannot be understood, or it is not as it was written.
     """
     try:
-        tree = orjson.loads((folder / name).read_bytes())
+        content = (folder / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{folder} is not a checkpoint: no readable {name}") from error
+    return parse_manifest(content, folder, name)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of its file; the same for equal manifests."""
+    tree = asdict(manifest)
+    return orjson.dumps({**tree, _DIGEST: _digest(tree)}, option=orjson.OPT_INDENT_2)
+
+
+def parse_manifest(content: bytes, checkpoint: Path | str, name: str = MANIFEST) -> Manifest:
+    """The manifest that a file of these bytes is; `checkpoint` is the folder or URL that errors name.
+
+    Raises:
+        UserError: it cannot be understood, or it is not as it was written.
+    """
+    try:
+        tree = orjson.loads(content)
         digest = tree.pop(_DIGEST, None)
         found_format = tree.get("format")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is not a checkpoint: no readable {name}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint: no readable {name}") from error
     if found_format != FORMAT:
-        raise OtherFormat(f"{folder} has format {found_format}, this version reads {FORMAT}")
+        raise OtherFormat(f"{checkpoint} has format {found_format}, this version reads {FORMAT}")
     if digest != _digest(tree):
-        raise UserError(f"{folder} is damaged: {name} does not have the hash that it states")
+        raise UserError(f"{checkpoint} is damaged: {name} does not have the hash that it states")
     try:
         return Manifest(**tree)
     except TypeError as error:
-        raise UserError(f"{folder} is not a checkpoint: {name} has other fields than this version's") from error
+        raise UserError(f"{checkpoint} is not a checkpoint: {name} has other fields than this version's") from error
 
 
 def _digest(tree: dict[str, Any]) -> str:
@@ -124,7 +142,7 @@ def _digest(tree: dict[str, Any]) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the disk has the names in a folder."""
+    """Wait until the disk has the names in a folder; or, given a file, its bytes."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

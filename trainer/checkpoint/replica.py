@@ -50,6 +50,9 @@ class Source(Protocol):
     def read(self, step: int, name: str, position: int) -> bytes:
         """At most PIECE_BYTES from `position` on; nothing at the end."""
 
+    def was_copied(self, step: int, written_at: float | None) -> None:
+        """Its snapshot is safe elsewhere."""
+
 
 class Holder:
     """What one machine holds: the snapshots in its own room, and the replica of its neighbour's."""
@@ -77,6 +80,12 @@ class Holder:
                     return file.read(PIECE_BYTES)
         raise FileNotFoundError(f"{name} of step {step} is gone")
 
+    def was_copied(self, step: int, written_at: float | None) -> None:
+        for snapshot in self._room.restartable():
+            manifest = snapshot.manifest()
+            if manifest is not None and (manifest.step, manifest.written_at) == (step, written_at):
+                snapshot.mark_copied(manifest)
+
     def holdings(self) -> list[Holding]:
         """Of its own room and of its neighbour's."""
         folders = [each.path for each in self._room.restartable()]
@@ -103,6 +112,7 @@ class Holder:
         if not copied:
             return False
         store.commit(temporary, manifest)
+        neighbour.was_copied(manifest.step, manifest.written_at)
         for step in store.steps(self._replicas):
             if step != manifest.step:
                 store.remove(self._replicas / store.folder_name(step))

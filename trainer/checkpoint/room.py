@@ -6,6 +6,7 @@
         manifest.json                the service has hashed the files: the snapshot can be restarted from
         saved                        this machine has nothing more to do for the checkpoint
         failed                       why it could not be written so far
+        copied                       the next machine holds it too
     ROOM/spare/rank-00000.safetensors    of a snapshot that went: memory that the next one need not ask for
 
 All that the two sides tell each other lies here as files, so that either may die at any moment and another goes on.
@@ -27,7 +28,7 @@ from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.checkpoint.store import folder_name, steps
 from trainer.config import UserError
 
-_REQUEST, _SAVED, _FAILED = "request.json", "saved", "failed"
+_REQUEST, _SAVED, _FAILED, _COPIED = "request.json", "saved", "failed", "copied"
 _UNFINISHED, _REMOVED = ".part", ".removed"
 
 
@@ -84,8 +85,11 @@ class Snapshot:
 
     def is_saved(self) -> bool:
         """Whether it became a checkpoint: it, and not one of the same step that was here before."""
+        return self._is_marked(_SAVED)
+
+    def _is_marked(self, name: str) -> bool:
         try:
-            return (self.path / _SAVED).read_text(encoding="utf-8", errors="replace") == self.identity() != ""
+            return (self.path / name).read_text(encoding="utf-8", errors="replace") == self.identity() != ""
         except FileNotFoundError:
             return False
 
@@ -101,6 +105,13 @@ class Snapshot:
         if request is None or not self.is_hashed():
             return self.path.exists()  # else it was retired while we looked
         return request.durable and not self.is_saved() and self.failure() is None
+
+    def is_copied(self) -> bool:
+        """Whether another machine holds it too."""
+        return self._is_marked(_COPIED)
+
+    def mark_copied(self, facts: Manifest) -> None:
+        _write(self.path / _COPIED, facts.identity.encode())
 
     def is_owed(self) -> bool:
         """Whether it is to become a checkpoint and has not, even if that has failed so far."""
@@ -137,8 +148,9 @@ def room_path(snapshots_in: Path, run_dir: Path, node: int) -> Path:
 class Room:
     """The snapshots of the ranks of one machine."""
 
-    def __init__(self, path: Path, ranks: range) -> None:
-        self.path, self.ranks = path, ranks
+    def __init__(self, path: Path, ranks: range, *, is_replicated: bool = False) -> None:
+        """`is_replicated`: whether another machine keeps copies of the snapshots."""
+        self.path, self.ranks, self._is_replicated = path, ranks, is_replicated
 
     def snapshots(self) -> list[Snapshot]:
         """Oldest first."""
@@ -156,6 +168,10 @@ class Room:
     def is_busy(self) -> bool:
         """Whether a snapshot is being written or saved."""
         return any(snapshot.is_pending() for snapshot in self.snapshots())
+
+    def is_copying(self) -> bool:
+        """Whether the newest snapshot has no copy yet, where it is to have one."""
+        return self._is_replicated and not all(snapshot.is_copied() for snapshot in self.snapshots()[-1:])
 
     def make(self) -> None:
         """See that the room is there, and that others on the machine cannot look into it."""
@@ -216,7 +232,8 @@ class Room:
     def tidy(self, saved: Snapshot | None = None) -> None:
         """Retire what nobody needs: all that are done with but the newest that can be restarted from.
 
-        What could not be saved stays until a newer one is to be saved.
+        What could not be saved stays until a newer one is to be saved. Where snapshots are copied, the one before the
+        newest stays too: for as long as any machine is still copying the newest, it is the one that survives a loss.
 
         Args:
             saved: is about to be marked so, and the ranks may then begin the next at once, in memory that is there.
@@ -224,7 +241,7 @@ class Room:
         restartable = list(self.restartable())
         owed = [each for each in restartable if each.is_owed()]
         done = [each for each in restartable if each == saved or not each.is_pending()]
-        for snapshot in done[:-1]:
+        for snapshot in done[: -2 if self._is_replicated else -1]:
             if snapshot not in owed[-1:]:
                 self.retire(snapshot)
         self._clear_removed()

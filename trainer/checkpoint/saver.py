@@ -41,9 +41,11 @@ class Saver:
         facts = replace(facts, num_updates=self._engine.state.num_updates, num_files=dist.get_world_size())
         if self._room is None:
             return self._save_and_wait(facts, started) if durable else None
-        written_at = self._begin(must or self._policy.when_busy == "wait")
+        wait = must or (durable and self._policy.when_busy == "wait")
+        written_at = self._begin(wait, for_restarts=not durable)
         if written_at is None:
-            self._record("checkpoint_skipped", step=facts.step, reason="the one before is still being written")
+            reason = "the one before is still being written"
+            self._record("checkpoint_skipped", step=facts.step, durable=durable, reason=reason)
             return None
         problem = self._snapshot(self._room, Request(replace(facts, written_at=written_at), durable))
         if problem:
@@ -78,15 +80,19 @@ class Saver:
         if self._room is not None:
             self._begin(wait=True)
 
-    def _begin(self, wait: bool) -> float | None:
+    def _begin(self, wait: bool, for_restarts: bool = False) -> float | None:
         """The time, the same on every rank, as soon as no save is under way; None if that is later and not waited for.
 
         All ranks ask again and again together: one that waited alone would let the others run into a timeout.
+
+        Args:
+            for_restarts: what is to begin is a snapshot for restarts, before which the last one must have its copies.
         """
         assert self._room is not None
         while True:
+            is_busy = self._room.is_busy() or (for_restarts and self._room.is_copying())
             now = time.time_ns() if dist.get_rank() == 0 else 0
-            num_busy, nanoseconds = parallel.sum_over_ranks(int(self._room.is_busy()), now)
+            num_busy, nanoseconds = parallel.sum_over_ranks(int(is_busy), now)
             if not num_busy:
                 return nanoseconds / 1e9
             if not wait:

@@ -21,7 +21,9 @@ from trainer.checkpoint.disk import copy_durably, fingerprint_on_disk, reason_of
 from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, write_manifest
 from trainer.checkpoint.room import Room, Snapshot
 from trainer.config import CheckpointConfig, UserError
-from trainer.events import EventLog
+
+Record = Callable[..., None]
+"""Appends an event of a kind with its fields."""
 
 _POLL_SECONDS = 0.01
 _OTHERS_SECONDS = 600.0
@@ -48,12 +50,15 @@ class CheckpointService:
         room: Room,
         checkpoints: Path,
         policy: CheckpointConfig,
-        log: EventLog,
+        record: Record,
         machine: Machine = Machine(0, 1),
         clock: Callable[[], float] = time.monotonic,
+        sync_records: Callable[[], None] = lambda: None,
     ) -> None:
+        """`sync_records` waits until the disk has all that was recorded, by this and other processes."""
         self._room, self._checkpoints, self._policy = room, checkpoints, policy
-        self._log, self._machine, self._clock = log, machine, clock
+        self._record, self._sync_records = record, sync_records
+        self._machine, self._clock = machine, clock
         self._retry_at: dict[str, float] = {}  # identity of a snapshot -> when it may be tried again
         self._waiting_since: dict[str, float] = {}  # the same -> when this machine's part was there
 
@@ -83,7 +88,8 @@ class CheckpointService:
         deadline = self._clock() + _LAST_OTHERS_SECONDS
         while self.work() or (not self.is_idle() and self._clock() < deadline):
             time.sleep(_POLL_SECONDS)
-        if all(snapshot.is_saved() or not snapshot.is_complete() for snapshot in self._room.snapshots()):
+        left = list(self._room.restartable())
+        if all(snapshot.is_saved() for snapshot in left[-1:]) and not any(snapshot.is_owed() for snapshot in left):
             self._room.remove()
 
     # -------------------------------------------------------------------------------------------------------- hashing
@@ -117,7 +123,7 @@ class CheckpointService:
             self._room.drop(snapshot.step)
             with suppress(OSError):
                 reason = f"no snapshot in shared memory: {reason_of(error)}"
-                self._log.write("checkpoint_failed", step=snapshot.step, reason=reason)
+                self._record("checkpoint_failed", step=snapshot.step, reason=reason)
 
     # --------------------------------------------------------------------------------------------------------- saving
 
@@ -142,7 +148,7 @@ class CheckpointService:
         if snapshot.failure() == why:
             return
         with suppress(OSError):  # the record may lie on the disk that is full
-            self._log.write("checkpoint_failed", step=snapshot.step, reason=why)
+            self._record("checkpoint_failed", step=snapshot.step, reason=why)
         with suppress(OSError):
             snapshot.mark_failed(why)
 
@@ -160,7 +166,7 @@ class CheckpointService:
         if committed is None:
             return did_write
         checkpoint, manifest = committed
-        self._log.write(
+        self._record(
             "checkpoint_saved",
             step=snapshot.step,
             path=str(checkpoint),
@@ -191,7 +197,6 @@ class CheckpointService:
         """
         temporary = store.temporary_folder(self._checkpoints, own.step)
         temporary.mkdir(parents=True, exist_ok=True)
-        (temporary / _part(self._machine.node)).unlink(missing_ok=True)  # of an earlier attempt
         try:
             for name, expected in own.files.items():
                 copy_durably(snapshot.path / name, temporary / name)
@@ -222,7 +227,7 @@ class CheckpointService:
         manifest = already[1] if already is not None else self._put_together(own)
         if manifest is None:
             return None
-        self._log.sync()  # no checkpoint of steps of which the events may yet be lost
+        self._sync_records()  # no checkpoint of steps of which the events may yet be lost
         return store.commit_whole(store.temporary_folder(self._checkpoints, own.step), manifest), manifest
 
     def _whole(self, own: Manifest) -> tuple[Path, Manifest] | None:
@@ -249,9 +254,11 @@ class CheckpointService:
         files: dict[str, list[Any]] = {}
         for part in parts:
             files |= part.files if part else {}
-        if not absent and own.num_files not in (None, len(files)):
+        if absent:
+            return None
+        if own.num_files not in (None, len(files)):
             raise store.SaveFailed(f"the machines have written {len(files)} of {own.num_files} files")
-        return None if absent else replace(own, files=files)
+        return replace(own, files=files)
 
 
 def _found(folder: Path, own: Manifest, name: str = MANIFEST) -> Manifest | None:

@@ -30,6 +30,12 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step that a folder name stands for; None if it is not the name of a checkpoint."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def temporary_folder(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of `step` is written before it exists."""
     return checkpoints / f"{folder_name(step)}.tmp"
@@ -75,12 +81,15 @@ def commit_whole(temporary: Path, manifest: Manifest) -> Path:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the folders that look like checkpoints, oldest first."""
-    names = (_NAME.fullmatch(item.name) for item in checkpoints.iterdir()) if checkpoints.is_dir() else ()
-    return sorted(int(match[1]) for match in names if match)
+    found = (step_of(item.name) for item in checkpoints.iterdir()) if checkpoints.is_dir() else ()
+    return sorted(step for step in found if step is not None)
 
 
-def read(checkpoint: Path) -> Manifest:
+def read(checkpoint: Path, *, part: bool = False) -> Manifest:
     """The manifest of a checkpoint or snapshot, without looking at its files.
+
+    Args:
+        part: whether it may be one machine's part of it.
 
     Raises:
         UserError: there is none, or it cannot be that of this folder.
@@ -88,28 +97,20 @@ def read(checkpoint: Path) -> Manifest:
     manifest, match = read_manifest(checkpoint), _NAME.fullmatch(checkpoint.resolve().name)
     if not manifest.files:
         raise UserError(f"{checkpoint} is damaged: its manifest lists no files")
+    if not part and not manifest.is_whole:
+        raise UserError(f"{checkpoint} is not whole: it has {len(manifest.files)} of {manifest.num_files} files")
     if match and int(match[1]) != manifest.step:
         raise UserError(f"{checkpoint} is damaged: its manifest is that of step {manifest.step}")
     return manifest
 
 
-def check_whole(manifest: Manifest, checkpoint: Path) -> None:
-    """Raises:
-    UserError: the manifest is of one machine's part.
-    """
-    if not manifest.is_whole:
-        raise UserError(f"{checkpoint} is not whole: it has {len(manifest.files)} of {manifest.num_files} files")
-
-
 def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
-    """Check every file, or `only` those, against the manifest.
+    """Check every file, or of a part of a checkpoint `only` those, against the manifest.
 
     Raises:
         UserError: names the first file that is missing or differs, or says why the manifest cannot be used.
     """
-    manifest = read(checkpoint)
-    if only is None:
-        check_whole(manifest, checkpoint)
+    manifest = read(checkpoint, part=only is not None)
     for name in manifest.files if only is None else only:
         path = checkpoint / name
         if not path.is_file():
@@ -186,21 +187,29 @@ def remove(checkpoint: Path) -> bool:
     return True
 
 
-def leftovers(checkpoints: Path) -> list[Path]:
-    """What writers and removers that were killed have left, or those at work are using."""
-    return [path for pattern in ("step-*.tmp", "step-*.removed") for path in sorted(checkpoints.glob(pattern))]
+def leftovers(checkpoints: Path, before: int | None = None) -> list[Path]:
+    """What writers and removers that were killed have left, or those at work are using.
+
+    Args:
+        before: of earlier steps than this alone.
+    """
+    found = [path for pattern in ("step-*.tmp", "step-*.removed") for path in sorted(checkpoints.glob(pattern))]
+    return [path for path in found if before is None or _is_before(path, before)]
+
+
+def _is_before(path: Path, step: int) -> bool:
+    match = _NAME.fullmatch(path.stem)
+    return match is not None and int(match[1]) < step
 
 
 def clear_leftovers(checkpoints: Path, before: int | None = None) -> None:
-    """Remove what writers and removers that were killed have left; nobody may be at work.
+    """Remove what writers and removers that were killed have left; nobody may be at work there.
 
     Args:
         before: of earlier steps than this alone, so that those of later ones may be written.
     """
-    for leftover in leftovers(checkpoints):
-        match = _NAME.fullmatch(leftover.stem)
-        if before is None or (match and int(match[1]) < before):
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in leftovers(checkpoints, before):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:

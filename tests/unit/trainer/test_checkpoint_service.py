@@ -257,6 +257,7 @@ def test_ranks_may_void_a_snapshot_at_any_moment_of_its_save(memory: Path, comes
         assert not world.is_busy()
         if seen.num <= number:
             break
+        assert "checkpoint_failed" not in dict(world.kinds())
         if comes_again:
             assert world.committed(20) == again, number
         elif store.steps(world.checkpoints):
@@ -337,6 +338,20 @@ def test_a_newer_snapshot_takes_the_place_of_one_that_could_not_be_saved(tmp_pat
     world.now += service_module._RETRY_SECONDS
     work_until_idle(service)
     assert store.steps(world.checkpoints) == [20] and [each.step for each in world.rooms[0].snapshots()] == [25]
+
+
+def test_one_that_could_not_be_saved_is_not_tried_again_beside_a_newer_one(tmp_path: Path) -> None:
+    """It would take the disk's time, and maybe its last place."""
+    world = World(tmp_path)
+    world.checkpoints.write_text("in the way")
+    service = world.service()
+    world.snapshot(10)
+    work_until_idle(service)
+    world.checkpoints.unlink()
+    world.snapshot(20)
+    world.now += service_module._RETRY_SECONDS
+    work_until_idle(service)
+    assert world.kinds() == [("checkpoint_failed", 10), ("checkpoint_saved", 20)]
 
 
 def test_leftovers_of_an_attempt_that_was_given_up_go_with_the_next_save(tmp_path: Path) -> None:
