@@ -3,6 +3,7 @@
 import os
 import select
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -92,11 +93,15 @@ def train(
     return read_events(run_dir.events_path)[before:]
 
 
-def die_at(step: int) -> Callable[[str, int | None], None]:
-    """Rank 0 is gone when it would record this step, and with it the others."""
+def die_at(step: int, rooms: Sequence[Room]) -> Callable[[str, int | None], None]:
+    """Rank 0 is gone when it would record this step, and with it the others; before, it waits for the services."""
 
     def on_event(kind: str, at: int | None) -> None:
-        if (kind, at) == ("step", step):
+        if kind != "step":
+            return
+        while any(room.is_busy() for room in rooms):
+            time.sleep(0.005)
+        if at == step:
             os._exit(9)
 
     return on_event

@@ -134,12 +134,13 @@ class CheckpointService:
 
     def _attempt(self, snapshot: Snapshot, action: Callable[[Snapshot], bool]) -> bool:
         """Bring a snapshot further on its way to disk; returns whether it got anywhere."""
-        if self._clock() < self._retry_at.get(snapshot.identity(), -math.inf):
+        identity = snapshot.identity()
+        if self._clock() < self._retry_at.get(identity, -math.inf):
             return False
         try:
             return action(snapshot)
         except (OSError, UserError, store.SaveFailed) as error:
-            if snapshot.path.exists():  # else the ranks went back to an earlier step and removed it
+            if snapshot.identity() == identity:  # else the ranks went back to an earlier step, and may be here again
                 self._fail(snapshot, reason_of(error) if isinstance(error, OSError) else str(error))
             return False
 
