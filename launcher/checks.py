@@ -22,9 +22,9 @@ def check_run(config: RunConfig, run_dir: RunDir) -> None:
     Raises:
         UserError: says what and how to mend it.
     """
-    from trainer.checkpoint import hf
+    from trainer.checkpoint.huggingface import export
 
-    hf.check_exportable(config)
+    export.check_exportable(config)
     check_start(config, run_dir)
     if config.data.prepared:
         check_prepared(config, run_dir)

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -86,16 +86,43 @@ def export(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Hugging Face folder to write.", show_default=False)],
     data: DataOption = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+    verify: Annotated[
+        Literal["auto", "full", "sample", "none"],
+        typer.Option(help="Compare all of it with the trained model, or tensors and layers drawn; auto: as it fits."),
+    ] = "auto",
     settings: SetOption = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder and check its logits against the trained model's.
+    """Write a checkpoint as a Hugging Face folder and check it against the trained model.
 
-    Example: `broadgauge export runs/quickstart/checkpoints/step-00000200 --out exports/step-200`
+    Example: `broadgauge export runs/quickstart/checkpoints/step-00000200 --out exports/step-200 --dtype bf16`
     """
     from launcher import inspection
 
-    difference, tokens = inspection.export(path, out, data, settings or ())
-    print(f"{out}: logits within {difference:.2g} of the trained model's over {tokens} tokens")
+    verified = inspection.export(path, out, data, settings or (), dtype, verify)
+    print(f"{out}: {verified.summary}")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A Hugging Face folder, or a name on the hub.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub; its main branch if not given.")
+    ] = None,
+) -> None:
+    """Make a model of Hugging Face a checkpoint to train on from, with its config and tokenizer.
+
+    Example: `broadgauge import openai-community/gpt2 --out imports/gpt2`
+    """
+    from launcher import importing
+
+    imported = importing.import_model(source, out, revision)
+    print(f"{imported.checkpoint}: a {imported.architecture}; train on from it with {imported.config_path}")
+    if imported.tokenizer_problem:
+        print(f"no data can be prepared with its tokenizer: {imported.tokenizer_problem}")
 
 
 @app.command()

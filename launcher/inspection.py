@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ import orjson
 
 from data_pipeline.manifest import Manifest as DataManifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER
-from launcher import stages
-from launcher.job import check_embedded, ready_ranks
+from launcher import exporting, importing
+from launcher.job import Ranks, check_embedded, ready_ranks
 from trainer import config_file
 from trainer.checkpoint import compatibility, store
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.config import RunConfig, UserError
 from trainer.run_dir import RunDir
 
@@ -51,8 +51,25 @@ def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
     check_embedded(config)
     data_manifest = DataManifest.load(prepared)
     data_manifest.verify(prepared)
-    compatibility.check_tokenizer(manifest, {"tokenizer": data_manifest.tokenizer_fingerprint}, checkpoint)
+    if manifest.data:  # not of imported weights whose tokenizer is none of ours
+        found = {"tokenizer": data_manifest.tokenizer_fingerprint}
+        compatibility.check_tokenizer(manifest, found, checkpoint)
     return Found(checkpoint.resolve(), manifest, config)
+
+
+def find_to_export(path: Path, data: Path | None, settings: Sequence[str]) -> tuple[Found, Path]:
+    """As `find`, and the tokenizer's folder; weights just imported have it beside them, and need no data."""
+    checkpoint = store.find(path)
+    imported = checkpoint.parent / importing.TOKENIZER_FOLDER
+    was_trained_here = read_manifest(checkpoint).step > 0
+    if data or was_trained_here or not imported.is_dir():
+        found = find(path, data, settings)
+        return found, Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
+    manifest = store.verify(checkpoint)
+    config = config_file.override(manifest.config | {"preset": None}, settings)
+    compatibility.check_architecture(manifest, config, checkpoint)
+    check_embedded(config)
+    return Found(checkpoint.resolve(), manifest, config), imported
 
 
 @contextmanager
@@ -79,24 +96,28 @@ def evaluate(path: Path, data: Path | None, settings: Sequence[str]) -> dict[str
     }
 
 
-def export(path: Path, out: Path, data: Path | None, settings: Sequence[str]) -> tuple[float, int]:
-    """Returns the largest logit difference and the number of tokens compared."""
-    from trainer.checkpoint import hf
+def export(
+    path: Path, out: Path, data: Path | None, settings: Sequence[str], dtype: exporting.Dtype, verify: exporting.Verify
+) -> exporting.Verified:
+    from trainer.checkpoint.huggingface import export, model_card
 
-    found = find(path, data, settings)
-    tokenizer = Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
-    hf.check_export(found.config, tokenizer, out)
-    tokens = found.manifest.consumed_samples * found.config.model.seq_length
-    facts = {"Trained on, tokens": tokens, "Step": found.manifest.step}
-    with scratch_run() as run_dir, ready_ranks(found.config, run_dir) as ranks:
-        logits = run_dir.path / "logits.pt"
-        return stages.export_checkpoint(found.config, ranks, found.checkpoint, tokenizer, out, logits, facts)
+    found, tokenizer = find_to_export(path, data, settings)
+    export.check_export(found.config, tokenizer, out)
+    facts = model_card.training_facts(found.manifest)
+    with scratch_run() as run_dir, ExitStack() as resources, store.being_read(found.checkpoint):
+
+        def ranks() -> Ranks:
+            return resources.enter_context(ready_ranks(found.config, run_dir))
+
+        return exporting.export_checkpoint(
+            found.config, run_dir, ranks, found.checkpoint, tokenizer, out, facts, dtype, verify
+        )
 
 
 def generate(path: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
-    from trainer.checkpoint import hf
+    from trainer.checkpoint.huggingface import generation
 
     folder = path / "export" if (path / "export").is_dir() else path
     if not (folder / "config.json").is_file():
         raise UserError(f"{path} is no Hugging Face folder and no run that has one; run `broadgauge export` first")
-    return hf.generate(folder, prompt, max_new_tokens, seed)
+    return generation.generate(folder, prompt, max_new_tokens, seed)

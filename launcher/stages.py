@@ -4,23 +4,21 @@ A stage looks at the run's folder first and does only what is missing, so runnin
 whatever moment, goes on from there.
 """
 
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
-from launcher import checks, data_report, report
+from launcher import checks, data_report, exporting, report
 from launcher.display import Display, StageBar
 from launcher.job import JobFailed, Ranks, ready_ranks
 from launcher.preemption import Preemption, listening
 from launcher.recovery import fetch_newer
 from trainer.checkpoint import store
-from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.manifest import MANIFEST, read_manifest
 from trainer.config import RunConfig
 from trainer.events import EventLog, EventReader, read_events
 from trainer.run_dir import RunDir
@@ -224,64 +222,31 @@ def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None
 
 def export(claimed: ClaimedRun) -> None:
     """The final checkpoint as a Hugging Face folder, checked against the trained model before it appears."""
+    from trainer.checkpoint.huggingface import model_card  # seconds to import: not before a stage needs it
+
     config, run_dir = claimed.config, claimed.run_dir
     with claimed.stage("export") as bar:
         last = Schedule(config).num_steps
         checkpoint = run_dir.checkpoints / store.folder_name(last)
         history = report.RunHistory.read(config, run_dir.events_path)
-        facts = {
-            "Trained on, tokens": history.schedule.consumed_tokens(last),
-            "Held-out loss, nats per token": history.evaluations[-1]["loss"],
-            "Layout": config.parallel.describe(),
-        }
+        facts = model_card.training_facts(read_manifest(checkpoint))
+        facts["Held-out loss, nats per token"] = history.evaluations[-1]["loss"]
         tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER
-        difference, tokens = export_checkpoint(
-            config, claimed.ranks(), checkpoint, tokenizer, run_dir.export, run_dir.path / ".logits.pt", facts
+        verified = exporting.export_checkpoint(
+            config, run_dir, claimed.ranks, checkpoint, tokenizer, run_dir.export, facts
         )
-        claimed.log.write("export_verified", largest_difference=difference, tokens=tokens)
-        bar.result = f"{run_dir.export}: logits within {difference:.2g} of the trained model's over {tokens} tokens"
-
-
-def export_checkpoint(
-    config: RunConfig,
-    ranks: Ranks,
-    checkpoint: Path,
-    tokenizer: Path,
-    out: Path,
-    logits_path: Path,
-    facts: Mapping[str, object],
-) -> tuple[float, int]:
-    """Export, verify and put in place; returns the largest logit difference and the number of tokens compared.
-
-    Raises:
-        ExportMismatch: the export is not the trained model; nothing is left at `out`.
-    """
-    import torch  # seconds to import, as is transformers: not before a stage needs them
-
-    from trainer.checkpoint import hf
-    from trainer.checkpoint.global_tensors import GlobalTensors
-
-    ranks.run("logits", lambda: None, checkpoint=checkpoint.resolve(), output=logits_path.resolve())
-    trained = torch.load(logits_path, weights_only=True)
-    logits_path.unlink()
-    temporary = hf.export_model(GlobalTensors(checkpoint), config, tokenizer, out, facts)
-    try:
-        difference = hf.verify_export(temporary, trained["logits"], trained["tokens"])
-    except hf.ExportMismatch:
-        shutil.rmtree(temporary)
-        raise
-    hf.record_verification(temporary, difference, trained["tokens"].numel())
-    hf.commit(temporary, out)
-    return difference, trained["tokens"].numel()
+        difference, tokens = verified.largest_difference, verified.num_tokens
+        claimed.log.write("export_verified", how=verified.how, largest_difference=difference, tokens=tokens)
+        bar.result = f"{run_dir.export}: {verified.summary}"
 
 
 def generate_sample(claimed: ClaimedRun) -> None:
     """Continue the run's prompt with the exported model."""
-    from trainer.checkpoint import hf
+    from trainer.checkpoint.huggingface import generation
 
     config, run_dir = claimed.config, claimed.run_dir
     with claimed.stage("generate") as bar:
         prompt = config.generate.prompt
-        text = hf.generate(run_dir.export, prompt, config.generate.max_new_tokens, config.seed)
+        text = generation.generate(run_dir.export, prompt, config.generate.max_new_tokens, config.seed)
         claimed.log.write("generated", prompt=prompt, text=text)
         bar.result = f"{prompt}|{text}".replace("\n", "\\n")

@@ -79,7 +79,12 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML, every value written out; `from_tree(parse_yaml(...))` reads it back equal."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return dump_tree(config.model_dump(mode="json"))
+
+
+def dump_tree(tree: Mapping[str, Any]) -> str:
+    """A part of a config as YAML."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 @dataclass(frozen=True)

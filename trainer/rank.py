@@ -83,15 +83,24 @@ def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.
 
 
 def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
-    """fp32 logits of the first held-out sequences, with the tokens, as a torch file in `spec.output`."""
+    """fp32 logits of the first held-out sequences, with the tokens, as a torch file in `spec.output`.
+
+    Where there is no data, as for a model that was imported, of random tokens.
+    """
     assert spec.checkpoint is not None and spec.output is not None
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     model = FrozenModel(config, spec.checkpoint, device)
-    heldout = HeldoutReader(PreparedFolder.open(run_dir.data_for(config)), config.model.seq_length)
-    tokens = heldout.windows(range(min(2, heldout.num_windows)))[:, :-1].to(device)
+    folder = run_dir.data_for(config)
+    if folder.exists():
+        heldout = HeldoutReader(PreparedFolder.open(folder), config.model.seq_length)
+        text, tokens = "of held-out text", heldout.windows(range(min(2, heldout.num_windows)))[:, :-1].to(device)
+    else:
+        draw = torch.Generator().manual_seed(config.seed)
+        tokens = torch.randint(config.model.vocab_size, (2, config.model.seq_length), generator=draw).to(device)
+        text = "drawn at random"
     logits = model.logits(tokens)
     if logits is not None and not (parallel.tensor_rank() or parallel.context_rank() or parallel.data_rank()):
-        torch.save({"tokens": tokens.cpu(), "logits": logits.cpu()}, spec.output)
+        torch.save({"tokens": tokens.cpu(), "logits": logits.cpu(), "text": text}, spec.output)
 
 
 def _write_nothing(*_: Any, **__: Any) -> None:

@@ -73,10 +73,11 @@ def _load(engine: Engine, source: Source) -> Progress:
     if source.path is None:
         engine.state.reset()
         return Progress()
-    if source.weights_only:
-        sharded.load_initial_weights(engine, source.path)
-        return Progress()
-    manifest = sharded.load(engine, source.path)
+    with store.being_read(source.path):  # another run, whose checkpoint it may be, prunes meanwhile
+        if source.weights_only:
+            sharded.load_initial_weights(engine, source.path)
+            return Progress()
+        manifest = sharded.load(engine, source.path)
     digest = from_hex(manifest.data_digest) if manifest.data_digest else 0
     return Progress(manifest.step, StabilityState.from_tree(manifest.stability), digest)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.checkpoint.manifest import Manifest
-from trainer.config import RunConfig, UserError
+from trainer.config import ModelConfig, RunConfig, UserError
 from trainer.config_file import differences, from_tree
 from trainer.schedule import Schedule
 from trainer.training_state import STATE_KINDS
@@ -17,11 +17,17 @@ def check_architecture(manifest: Manifest, config: RunConfig, checkpoint: Path) 
     theirs = from_tree(manifest.config | {"preset": None})
     changed = [
         f"{each.key} is {each.old} in the checkpoint and {each.new} in the config"
-        for each in differences(config.model_copy(update={"model": theirs.model}), config)
+        for each in differences(_written_out(config, theirs.model), _written_out(config, config.model))
         if each.key not in ("model.dropout", "model.init_std")  # these shape the training, not what the weights mean
     ]
     if changed:
         raise UserError(f"{checkpoint} is of another architecture ({'; '.join(changed)}); use its own config")
+
+
+def _written_out(config: RunConfig, model: ModelConfig) -> RunConfig:
+    """With nothing left to defaults: an empty width and the same width written out are one architecture."""
+    widths = {"ffn_hidden_size": model.ffn_size, "num_kv_heads": model.kv_heads}
+    return config.model_copy(update={"model": model.model_copy(update=widths)})
 
 
 def check_start(manifest: Manifest, config: RunConfig, data: Mapping[str, str], path: Path) -> None:
@@ -34,7 +40,8 @@ def check_start(manifest: Manifest, config: RunConfig, data: Mapping[str, str], 
         check_continues(manifest, config, path)
     else:
         check_architecture(manifest, config, path)
-    if data:  # otherwise it is still to be prepared
+    is_known = bool(manifest.data or config.checkpoint.resume_from)  # not of weights imported without a tokenizer
+    if data and is_known:  # data may be still to be prepared
         check_tokenizer(manifest, data, path)
 
 

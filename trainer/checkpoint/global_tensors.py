@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from trainer.checkpoint.chunk_file import Chunk, Shape
 from trainer.checkpoint.chunk_reader import ChunkReader, blocks_of, fill
@@ -15,8 +15,9 @@ from trainer.training_state import MASTER
 class GlobalTensors(Mapping[str, Tensor]):
     """`tensors[name]`, fp32, of one kind of state."""
 
-    def __init__(self, checkpoint: Path, kind: str = MASTER) -> None:
-        self._reader = ChunkReader(checkpoint)
+    def __init__(self, checkpoint: Path, kind: str = MASTER, index: Metadata | None = None) -> None:
+        """`index` is that of `chunk_reader.read_index`, where it has been read already."""
+        self._reader = ChunkReader(checkpoint, index)
         self._kind = kind
         entries = self._reader.read_metadata().state_dict_metadata
         self.shapes: dict[str, Shape] = {

@@ -1,31 +1,37 @@
 """The export, opened by transformers in a process that cannot import this project."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from data_pipeline.tokenization import train_tokenizer
 from parity import reference_of
 from reference_gpt import ReferenceGPT
-from trainer.checkpoint import hf
+from trainer.checkpoint.huggingface import export, generation, model_card
+from trainer.checkpoint.huggingface.verification import ExportMismatch, check_logits
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
+from trainer.data_config import TokenizerConfig
+from weights import write_checkpoint
 
 VOCAB, SEQ = 300, 24  # the padded vocabulary has 384 rows
 SIZES = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 96}
 END_OF_TEXT = "<|endoftext|>"
-PROMPT = "hello world, the cat"
+PROMPT = "the cat 1984"
 FACTS = {"Steps": 1200, "Final loss": 3.14159265, "Layout": "TP2 | PP2"}
 
 LLAMA = {"num_kv_heads": 2, "positions": "rotary", "norm": "rms", "activation": "swiglu", "biases": "none"}
@@ -55,8 +61,10 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils import logging
 
+logging.disable_progress_bar()
 folders, prompt, out = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
 tokens = torch.load(out + "/tokens.pt")
 results = {}
@@ -64,7 +72,21 @@ for folder in folders:
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt)["input_ids"]
+    generate = pipeline("text-generation", model=folder)
+    end_of_text = generate.tokenizer.eos_token_id
+    sampled = generate(
+        prompt,
+        max_length=len(ids) + 8,
+        num_return_sequences=3,
+        no_repeat_ngram_size=2,
+        pad_token_id=end_of_text,
+        return_tensors=True,
+    )
+    greedy = generate(prompt, do_sample=False, max_new_tokens=5, return_tensors=True)
     results[folder] = {
+        "sampled": [each["generated_token_ids"] for each in sampled],
+        "greedy": greedy[0]["generated_token_ids"],
+        "generated": generate(prompt, max_length=len(ids) + 3, num_return_sequences=2),
         "logits": model(tokens).logits.detach(),
         "class": type(model).__name__,
         "dtype": str(model.dtype),
@@ -77,26 +99,10 @@ torch.save(results, out + "/results.pt")
 """
 
 
-class ReadOnce(Mapping[str, Tensor]):
-    """Global tensors of which each can be read once, as from a file that is streamed."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors.pop(name)
-
-    def __iter__(self) -> Iterator[str]:
-        raise AssertionError("the export must ask for the tensors it knows")
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
 @dataclass
 class Export:
     folder: Path
-    config: RunConfig
+    checkpoint: Path
     reference: ReferenceGPT
 
 
@@ -133,18 +139,19 @@ def tokens() -> Tensor:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Export]:
-    root = tmp_path_factory.mktemp("exports")
+    root, checkpoints = tmp_path_factory.mktemp("exports"), tmp_path_factory.mktemp("checkpoints")
     made = {}
     for name, (_, changes, max_shard_bytes) in VARIANTS.items():
         config = config_of(**changes)
         reference = reference_of(config.model)
         reference.randomize(seed=7)
-        weights = ReadOnce(reference.global_tensors())
-        temporary = hf.export_model(weights, config, tokenizer, root / name, FACTS, max_shard_bytes=max_shard_bytes)
-        assert len(weights) == 0, "every tensor of the model must be in the export"
+        checkpoint = write_checkpoint(checkpoints / name, config, reference.global_tensors())
+        temporary = export.export_model(
+            checkpoint, config, tokenizer, root / name, FACTS, max_shard_bytes=max_shard_bytes
+        )
         assert temporary.parent == root and not (root / name).exists()
-        hf.commit(temporary, root / name)
-        made[name] = Export(root / name, config, reference)
+        export.commit(temporary, root / name)
+        made[name] = Export(root / name, checkpoint, reference)
     assert sorted(path.name for path in root.iterdir()) == sorted(VARIANTS)
     return made
 
@@ -155,16 +162,18 @@ def seen_by_stranger(
 ) -> dict[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("stranger")
     torch.save(tokens, out / "tokens.pt")
-    folders = [str(export.folder) for export in exports.values()]
+    folders = [str(case.folder) for case in exports.values()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, *folders, PROMPT + " 1984", str(out)],
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, *folders, PROMPT, str(out)],
         cwd=out,
         env=environment,
-        check=True,
+        capture_output=True,
+        text=True,
     )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
     results = torch.load(out / "results.pt")
-    return {name: results[str(export.folder)] for name, export in exports.items()}
+    return {name: results[str(case.folder)] for name, case in exports.items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -188,9 +197,29 @@ def test_a_stranger_sees_the_tokenizer(seen_by_stranger: dict[str, dict[str, Any
     backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     end_of_text = backend.token_to_id(END_OF_TEXT)
     for seen in seen_by_stranger.values():
-        assert seen["ids"] == backend.encode(PROMPT + " 1984").ids
-        assert seen["text"] == PROMPT + " 1984"
+        assert seen["ids"] == backend.encode(PROMPT).ids
+        assert seen["text"] == PROMPT
         assert seen["eos"] == (end_of_text, end_of_text, end_of_text)
+
+
+@pytest.mark.parametrize("variant", ONE_OF_EACH)
+def test_a_stranger_generates_as_with_any_gpt2(
+    variant: str, exports: dict[str, Export], seen_by_stranger: dict[str, dict[str, Any]]
+) -> None:
+    """And is warned of nothing: see the fixture, which finds standard error empty."""
+    seen = seen_by_stranger[variant]
+    prompt, end_of_text = seen["ids"], seen["eos"][0]
+    assert len(seen["sampled"]) == 3 and len({tuple(ids) for ids in seen["sampled"]}) > 1
+    for ids in seen["sampled"]:
+        assert ids[: len(prompt)] == prompt and len(prompt) < len(ids) <= len(prompt) + 8
+        bigrams = list(itertools.pairwise(ids[: (*ids, end_of_text).index(end_of_text)]))  # padded after its end
+        assert len(bigrams) == len(set(bigrams))
+    assert len(seen["generated"]) == 2 and all(each["generated_text"].startswith(PROMPT) for each in seen["generated"])
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + 5 and tokens[-1] != end_of_text:
+        with torch.no_grad():
+            tokens.append(int(exports[variant].reference(torch.tensor([tokens]))[0, -1].argmax()))
+    assert seen["greedy"] == tokens
 
 
 @pytest.mark.parametrize("variant", ["sharded", "llama_sharded"])
@@ -213,37 +242,51 @@ def test_shards_and_their_index_agree(variant: str, exports: dict[str, Export]) 
 def test_model_card_tells_the_facts(exports: dict[str, Export], tmp_path: Path) -> None:
     folder = tmp_path / "export"
     shutil.copytree(exports["tied"].folder, folder)
-    hf.record_verification(folder, 3.5e-7, 4096)
+    model_card.add_verification(folder, "Logits within 3.5e-07 over 4,096 tokens.")
     card = (folder / "README.md").read_text()
     for line in ("# small", "| Steps | 1,200 |", "| Final loss | 3.14159 |", r"| Layout | TP2 \| PP2 |"):
         assert line in card.splitlines()
-    assert "4,096 tokens" in card and "3.5e-07" in card
+    assert card.endswith("## Verification\n\nLogits within 3.5e-07 over 4,096 tokens.\n")
+    assert "  hidden_size: 32\n" in card, "the config"
 
 
 def test_model_card_names_the_class_and_what_it_has_of_its_own(exports: dict[str, Export]) -> None:
-    cards = {name: (export.folder / "README.md").read_text() for name, export in exports.items()}
+    cards = {name: (case.folder / "README.md").read_text() for name, case in exports.items()}
     for name, card in cards.items():
         assert f"as a `{VARIANTS[name][0]}`" in card
         assert ("Key-value heads | 2 |" in card) == name.startswith("llama")
         assert ("Attention window of every second layer, tokens | 7 |" in card) == (name == "gpt_neo")
 
 
+def test_a_sentencepiece_tokenizer_is_exported_in_both_its_forms(tmp_path: Path, exports: dict[str, Export]) -> None:
+    folder, out = tmp_path / "tokenizer", tmp_path / "export"
+    text = "the model reads a token and then another one"
+    train_tokenizer([text] * 9, TokenizerConfig(kind="sentencepiece_bpe"), 298, folder, SEQ)
+    export.commit(export.export_model(exports["tied"].checkpoint, config_of(), folder, out, {}), out)
+    opened = transformers.AutoTokenizer.from_pretrained(out)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    for sample in (text, "  odd  spaces ", "déjà vu"):
+        assert opened(sample, add_special_tokens=False)["input_ids"] == reference.encode(sample)
+    settings = json.loads((out / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == settings["pad_token_id"] == reference.eos_id() == opened.eos_token_id
+
+
 # ---------------------------------------------------------------------------------------------------------- verifying
 
 
 def test_verify_returns_the_largest_difference(exports: dict[str, Export], tokens: Tensor) -> None:
-    export = exports["sharded"]
+    case = exports["sharded"]
     with torch.no_grad():
-        logits = export.reference(tokens)
-    assert hf.verify_export(export.folder, logits, tokens) < 1e-5
+        logits = case.reference(tokens)
+    assert check_logits(case.folder, logits, tokens).largest < 1e-5
     logits[1, 5, 7] += 5e-5
-    assert hf.verify_export(export.folder, logits, tokens) == pytest.approx(5e-5, abs=1e-5)
+    assert check_logits(case.folder, logits, tokens).largest == pytest.approx(5e-5, abs=1e-5)
     logits[1, 5, 7] += 2e-4
-    with pytest.raises(hf.ExportMismatch, match=r"by up to 0\.00025 over 48 tokens, and 0\.0001 is allowed"):
-        hf.verify_export(export.folder, logits, tokens)
+    with pytest.raises(ExportMismatch, match=r"by up to 0\.00025 over 48 tokens, and 0\.0001 is allowed"):
+        check_logits(case.folder, logits, tokens)
     logits[0, 0, 0] = float("nan")
-    with pytest.raises(hf.ExportMismatch, match="nan"):
-        hf.verify_export(export.folder, logits, tokens)
+    with pytest.raises(ExportMismatch, match="inf"):
+        check_logits(case.folder, logits, tokens)
 
 
 def corrupt_value(folder: Path) -> None:
@@ -295,10 +338,10 @@ def test_verify_refuses_a_damaged_export(
     shutil.copytree(exports["tied"].folder, folder)
     with torch.no_grad():
         logits = exports["tied"].reference(tokens)
-    hf.verify_export(folder, logits, tokens)
+    check_logits(folder, logits, tokens)
     damage(folder)
-    with pytest.raises(hf.ExportMismatch):
-        hf.verify_export(folder, logits, tokens)
+    with pytest.raises(ExportMismatch):
+        check_logits(folder, logits, tokens)
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
@@ -307,7 +350,7 @@ def test_verify_refuses_a_damaged_export(
 def test_a_model_that_no_class_computes_is_refused_before_anything_is_written(tokenizer: Path, tmp_path: Path) -> None:
     config = config_of(attention_window=8)
     with pytest.raises(UserError, match=r"biases all, .* model\.biases all_but_qkv \(GPTNeoForCausalLM\)"):
-        hf.export_model({}, config, tokenizer, tmp_path / "export", {})
+        export.export_model(tmp_path, config, tokenizer, tmp_path / "export", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -316,8 +359,8 @@ def test_a_folder_of_somebody_else_is_never_replaced(tokenizer: Path, tmp_path: 
     theirs.mkdir()
     (theirs / "README.md").write_text("My thesis.")
     for attempt in (
-        lambda: hf.export_model({}, config_of(), tokenizer, theirs, {}),
-        lambda: hf.commit(tmp_path / "unused", theirs),
+        lambda: export.export_model(tmp_path, config_of(), tokenizer, theirs, {}),
+        lambda: export.commit(tmp_path / "unused", theirs),
     ):
         with pytest.raises(UserError, match="is not an export of Broadgauge"):
             attempt()
@@ -327,17 +370,16 @@ def test_a_folder_of_somebody_else_is_never_replaced(tokenizer: Path, tmp_path: 
 def test_a_second_export_replaces_the_first(exports: dict[str, Export], tokenizer: Path, tmp_path: Path) -> None:
     config, out = config_of(), tmp_path / "export"
     for steps in (1, 2):
-        weights = exports["tied"].reference.global_tensors()
-        hf.commit(hf.export_model(weights, config, tokenizer, out, {"Steps": steps}), out)
+        export.commit(export.export_model(exports["tied"].checkpoint, config, tokenizer, out, {"Steps": steps}), out)
     assert "| Steps | 2 |" in (out / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 def test_tokenizer_must_fit_the_model(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has 2\d\d tokens and model\.vocab_size is 256"):
-        hf.export_model({}, config_of(vocab_size=256), tokenizer, tmp_path / "export", {})
+        export.export_model(tmp_path, config_of(vocab_size=256), tokenizer, tmp_path / "export", {})
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
-        hf.export_model({}, config_of(), tmp_path, tmp_path / "export", {})
+        export.export_model(tmp_path, config_of(), tmp_path, tmp_path / "export", {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -348,7 +390,7 @@ def test_tokenizer_must_fit_the_model(tokenizer: Path, tmp_path: Path) -> None:
 def test_generate_is_seeded(variant: str, exports: dict[str, Export]) -> None:
     folder = exports[variant].folder
     random_state = torch.get_rng_state()
-    first, again, other = (hf.generate(folder, PROMPT, 8, seed) for seed in (1, 1, 2))
+    first, again, other = (generation.generate(folder, PROMPT, 8, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert not first.startswith(PROMPT)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -358,18 +400,19 @@ NOISY = """
 import sys
 from pathlib import Path
 import torch
-from trainer.checkpoint import hf
+from trainer.checkpoint.huggingface import generation
+from trainer.checkpoint.huggingface.verification import ExportMismatch, check_logits
 from trainer.config import UserError
 
 good, damaged = map(Path, sys.argv[1:])
-hf.generate(good, "hello", 8, seed=1)
+generation.generate(good, "hello", 8, seed=1)
 try:
-    hf.generate(good, "hello " * 100, 8, seed=1)
+    generation.generate(good, "hello " * 100, 8, seed=1)
 except UserError:
     print("refused")
 try:
-    hf.verify_export(damaged, torch.zeros(1, 2, 300), torch.zeros(1, 2, dtype=torch.long))
-except hf.ExportMismatch:
+    check_logits(damaged, torch.zeros(1, 2, 300), torch.zeros(1, 2, dtype=torch.long))
+except ExportMismatch:
     print("refused")
 """
 
@@ -380,7 +423,7 @@ def test_transformers_prints_nothing(exports: dict[str, Export], tmp_path: Path)
     shutil.copytree(exports["tied"].folder, folder)
     add_layer(folder)
     command = [sys.executable, "-c", NOISY, str(exports["tied"].folder), str(folder)]
-    done = subprocess.run(command, cwd=Path(hf.__file__).parents[2], capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=Path(export.__file__).parents[3], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("refused\nrefused\n", "")
 
 
@@ -389,14 +432,14 @@ def test_generate_stops_where_the_context_ends(variant: str, exports: dict[str, 
     backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     prompt = "0" * (SEQ - 1)
     assert len(backend.encode(prompt).ids) == SEQ - 1
-    text = hf.generate(exports[variant].folder, prompt, 1000, seed=1)
+    text = generation.generate(exports[variant].folder, prompt, 1000, seed=1)
     assert len(text) <= max(len(token) for token in backend.get_vocab()), "there was room for one token"
     with pytest.raises(UserError, match=rf"the prompt has {SEQ} tokens.* at most {SEQ} .* to {SEQ - 1} tokens"):
-        hf.generate(exports[variant].folder, prompt + "0", 1, seed=1)
+        generation.generate(exports[variant].folder, prompt + "0", 1, seed=1)
 
 
 def test_generate_says_what_is_missing(exports: dict[str, Export], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no exported model"):
-        hf.generate(tmp_path, PROMPT, 8, seed=1)
+        generation.generate(tmp_path, PROMPT, 8, seed=1)
     with pytest.raises(UserError, match="the prompt is empty"):
-        hf.generate(exports["tied"].folder, "", 8, seed=1)
+        generation.generate(exports["tied"].folder, "", 8, seed=1)

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from parity import reference_of
 from ranks import run_on_ranks
-from trainer.checkpoint import hf, store
-from trainer.checkpoint.families.choice import FAMILIES, family_of
+from trainer.checkpoint import store
 from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.huggingface import export
+from trainer.checkpoint.huggingface.families.choice import FAMILIES, family_of
+from trainer.checkpoint.huggingface.families.shapes import shape_of
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.saving import save
 from trainer.config import ModelConfig, RunConfig, UserError
@@ -116,8 +118,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folders(trained: dict[str, Trained], tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exports")
     for name, case in trained.items():
-        temporary = hf.export_model(GlobalTensors(case.checkpoint), case.config, tokenizer, root / name, {})
-        hf.commit(temporary, root / name)
+        temporary = export.export_model(case.checkpoint, case.config, tokenizer, root / name, {})
+        export.commit(temporary, root / name)
     return {name: root / name for name in trained}
 
 
@@ -186,6 +188,13 @@ def test_the_table_covers_every_element_of_ours_once(case: str) -> None:
         assert (tensor[:true_rows] == 1).all() and not tensor[true_rows:].any(), name
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_shapes_from_the_config_are_megatron_cores(case: str, trained: dict[str, Trained]) -> None:
+    model = trained[case].config.model
+    for name, shape in GlobalTensors(trained[case].checkpoint).shapes.items():
+        assert shape_of(name, model) == (shape[1:] if ".layers." in name else shape)
+
+
 # --------------------------------------------------------------------------------------------- which family holds it
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -248,5 +257,5 @@ def test_every_way_out_that_a_refusal_names_is_one() -> None:
 )
 def test_a_refusal_is_one_line_that_names_the_way_out(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
-        hf.check_exportable(config_of(**changes))
+        export.check_exportable(config_of(**changes))
     assert str(caught.value) == message

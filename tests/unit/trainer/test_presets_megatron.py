@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ranks import run_on_ranks
-from trainer.checkpoint.families.choice import family_of
+from trainer.checkpoint.huggingface.families.choice import family_of
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.model.gpt import build_chunks

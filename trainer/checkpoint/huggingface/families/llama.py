@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from trainer.checkpoint.families.family import Family, Row, field_is, head_row
-from trainer.checkpoint.families.views import gate, key, query, up, value, vocabulary
+from trainer.checkpoint.huggingface.families.family import Family, Row, field_is, head_row
+from trainer.checkpoint.huggingface.families.views import gate, key, query, up, value, vocabulary
 from trainer.config import NORM_EPS, ModelConfig
 
 _OURS, _THEIRS = "decoder.layers", "model.layers.{layer}"
@@ -22,6 +22,23 @@ def _config(model: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
         "attention_dropout": model.dropout,
+    }
+
+
+def _model(config: Any) -> dict[str, Any]:
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "ffn_hidden_size": config.intermediate_size,
+        "seq_length": config.max_position_embeddings,
+        "positions": "rotary",
+        "rotary_base": config.rope_parameters["rope_theta"],
+        "norm": "rms",
+        "activation": "swiglu",
+        "biases": "none",
+        "dropout": config.attention_dropout,
     }
 
 
@@ -50,4 +67,6 @@ LLAMA = Family(
         head_row("lm_head.weight"),
     ),
     config=_config,
+    model=_model,
+    synonyms={"hidden_act": {"swish": "silu"}},
 )

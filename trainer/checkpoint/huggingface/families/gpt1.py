@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trainer.checkpoint.families.family import (
+from trainer.checkpoint.huggingface.families.family import (
     KEYS_FOR_EVERY_HEAD,
     Family,
     Requirement,
@@ -11,7 +11,7 @@ from trainer.checkpoint.families.family import (
     head_row,
     weight_and_bias,
 )
-from trainer.checkpoint.families.views import qkv_blocks, qkv_blocks_transposed, transposed, vocabulary
+from trainer.checkpoint.huggingface.families.views import qkv_blocks, qkv_blocks_transposed, transposed, vocabulary
 from trainer.config import NORM_EPS, ModelConfig
 
 _OURS, _THEIRS = "decoder.layers", "transformer.h.{layer}"
@@ -40,6 +40,17 @@ def _config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _model(config: Any) -> dict[str, Any]:
+    return {
+        "num_layers": config.n_layer,
+        "hidden_size": config.n_embd,
+        "num_heads": config.n_head,
+        "seq_length": config.n_positions,
+        "norm_placement": "post",
+        "dropout": config.resid_pdrop,
+    }
+
+
 GPT1 = Family(
     architecture="OpenAIGPTLMHeadModel",
     requirements=(
@@ -61,4 +72,6 @@ GPT1 = Family(
         head_row("lm_head.weight"),
     ),
     config=_config,
+    model=_model,
+    immaterial=frozenset({"embd_pdrop", "attn_pdrop", "n_ctx", "n_special", "predict_special_tokens"}),
 )

@@ -1,10 +1,10 @@
 """Which family a model belongs to."""
 
-from trainer.checkpoint.families.family import Family, Requirement
-from trainer.checkpoint.families.gpt1 import GPT1
-from trainer.checkpoint.families.gpt2 import GPT2
-from trainer.checkpoint.families.gpt_neo import GPT_NEO
-from trainer.checkpoint.families.llama import LLAMA
+from trainer.checkpoint.huggingface.families.family import Family, Requirement
+from trainer.checkpoint.huggingface.families.gpt1 import GPT1
+from trainer.checkpoint.huggingface.families.gpt2 import GPT2
+from trainer.checkpoint.huggingface.families.gpt_neo import GPT_NEO
+from trainer.checkpoint.huggingface.families.llama import LLAMA
 from trainer.config import ModelConfig, UserError
 
 FAMILIES = (GPT_NEO, GPT2, GPT1, LLAMA)

@@ -2,9 +2,17 @@
 
 from typing import Any
 
-from trainer.checkpoint.families.family import KEYS_FOR_EVERY_HEAD, Family, Row, field_is, head_row, weight_and_bias
-from trainer.checkpoint.families.gpt1 import CONV1D_MATRICES
-from trainer.checkpoint.families.views import vocabulary
+from trainer.checkpoint.huggingface.families.family import (
+    GELU_TANH,
+    KEYS_FOR_EVERY_HEAD,
+    Family,
+    Row,
+    field_is,
+    head_row,
+    weight_and_bias,
+)
+from trainer.checkpoint.huggingface.families.gpt1 import CONV1D_MATRICES
+from trainer.checkpoint.huggingface.families.views import vocabulary
 from trainer.config import NORM_EPS, ModelConfig
 
 
@@ -20,6 +28,17 @@ def _config(model: ModelConfig) -> dict[str, Any]:
         "embd_pdrop": model.dropout,
         "resid_pdrop": model.dropout,
         "attn_pdrop": model.dropout,
+    }
+
+
+def _model(config: Any) -> dict[str, Any]:
+    return {
+        "num_layers": config.n_layer,
+        "hidden_size": config.n_embd,
+        "num_heads": config.n_head,
+        "ffn_hidden_size": config.n_inner,
+        "seq_length": config.n_positions,
+        "dropout": config.resid_pdrop,
     }
 
 
@@ -44,4 +63,7 @@ GPT2 = Family(
         head_row("lm_head.weight"),
     ),
     config=_config,
+    model=_model,
+    immaterial=frozenset({"embd_pdrop", "attn_pdrop", "n_ctx"}),
+    synonyms={"activation_function": GELU_TANH},
 )

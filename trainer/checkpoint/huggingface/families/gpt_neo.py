@@ -1,14 +1,22 @@
 """GPTNeoForCausalLM: dense and banded layers in turn (or dense ones alone), and no biases of queries, keys and values.
 
 It does not divide the scores by the root of the head size d, so the exported queries are divided by it: exactly where
-d is a power of 4, as 64 is, and else to the rounding of fp32.
+d is a power of 4, as 64 is, and else rounded; `trainer.checkpoint.huggingface.rounding` keeps what that loses.
 """
 
 import math
 from typing import Any
 
-from trainer.checkpoint.families.family import KEYS_FOR_EVERY_HEAD, Family, Row, field_is, head_row, weight_and_bias
-from trainer.checkpoint.families.views import key, query, value, vocabulary
+from trainer.checkpoint.huggingface.families.family import (
+    GELU_TANH,
+    KEYS_FOR_EVERY_HEAD,
+    Family,
+    Row,
+    field_is,
+    head_row,
+    weight_and_bias,
+)
+from trainer.checkpoint.huggingface.families.views import key, query, value, vocabulary
 from trainer.config import NORM_EPS, ModelConfig
 
 _OURS, _THEIRS = "decoder.layers", "transformer.h.{layer}"
@@ -41,6 +49,19 @@ def _attention_types(model: ModelConfig) -> list[list[Any]]:
     return [[["global", "local"], pairs]] * bool(pairs) + [[["global"], rest]] * rest
 
 
+def _model(config: Any) -> dict[str, Any]:
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_heads,
+        "ffn_hidden_size": config.intermediate_size,
+        "seq_length": config.max_position_embeddings,
+        "attention_window": config.window_size if "local" in config.attention_layers else None,
+        "biases": "all_but_qkv",
+        "dropout": config.resid_dropout,
+    }
+
+
 GPT_NEO = Family(
     architecture="GPTNeoForCausalLM",
     requirements=(
@@ -66,4 +87,8 @@ GPT_NEO = Family(
         head_row("lm_head.weight"),
     ),
     config=_config,
+    model=_model,
+    # attention_layers is attention_types written out, and window_size counts in local layers alone
+    immaterial=frozenset({"embed_dropout", "attention_dropout", "attention_types", "window_size"}),
+    synonyms={"activation_function": GELU_TANH},
 )

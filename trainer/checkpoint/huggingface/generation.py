@@ -1,0 +1,59 @@
+"""Text from an exported model, by transformers alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.utils import logging as transformers_logging
+
+from trainer.checkpoint.huggingface.configs import CONFIG
+from trainer.config import UserError
+
+
+def generate(folder: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
+    """Sample a continuation of the prompt, with transformers and the exported folder alone; the prompt is not repeated.
+
+    Args:
+        max_new_tokens: fewer are generated where the context ends, or where the model ends the text.
+
+    Raises:
+        UserError: the folder holds no model, or the prompt is empty or leaves no room for a new token.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} holds no exported model (config.json is missing); export one first")
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        context = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings
+        room = context - _prompt_length(tokenizer(prompt)["input_ids"], context)
+        pipeline = transformers.pipeline("text-generation", model=str(folder), tokenizer=tokenizer, device="cpu")
+        (result,) = pipeline(prompt, max_new_tokens=min(max_new_tokens, room), return_full_text=False)
+    return str(result["generated_text"])
+
+
+def _prompt_length(prompt_tokens: list[int], context: int) -> int:
+    length = len(prompt_tokens)
+    if length == 0:
+        raise UserError("the prompt is empty; give at least one token to continue")
+    if length + 1 > context:
+        raise UserError(
+            f"the prompt has {length} tokens, and the model reads at most {context} with at least 1 new token among "
+            f"them; shorten it to {context - 1} tokens"
+        )
+    return length
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars off the terminal, and leave its settings as they were."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
