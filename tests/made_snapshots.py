@@ -15,6 +15,7 @@ from trainer.checkpoint.manifest import MANIFEST, Manifest
 from trainer.checkpoint.room import Request, Room, room_path
 from trainer.checkpoint.service import CheckpointService, Machine
 from trainer.config import CheckpointConfig
+from trainer.events import Event, EventLog, read_events
 
 Bytes = dict[str, bytes]
 """What each rank's file holds."""
@@ -52,17 +53,20 @@ class World:
             for node in range(num_nodes)
         ]
         self.now = 1000.0
-        self.events: list[dict[str, Any]] = []
+        (folder / "run").mkdir(parents=True)
+        self.log = EventLog(folder / "run" / "events.jsonl")
+
+    @property
+    def events(self) -> list[Event]:
+        events = read_events(self.folder / "run" / "events.jsonl")
+        return [{key: value for key, value in event.items() if key != "time"} for event in events]
 
     def service(self, node: int = 0) -> CheckpointService:
         """A new one, as one that was killed is replaced."""
         machine = Machine(node, len(self.rooms))
         return CheckpointService(
-            self.rooms[node], self.checkpoints, self.policy, self._record, machine, lambda: self.now
+            self.rooms[node], self.checkpoints, self.policy, self.log.write, machine, lambda: self.now, self.log.sync
         )
-
-    def _record(self, kind: str, **fields: Any) -> None:
-        self.events.append({"kind": kind, **fields})
 
     def kinds(self) -> list[tuple[str, int]]:
         return [(event["kind"], event["step"]) for event in self.events]
@@ -71,9 +75,9 @@ class World:
         self, step: int, *, durable: bool = True, attempt: float = 1.0, nodes: Sequence[int] | None = None
     ) -> Bytes:
         """All ranks, or those on `nodes`, leave a snapshot; returns what the whole checkpoint has to hold."""
-        tensors = tensors_of(step, attempt)
-        chunks = spread(tensors, self.rooms[-1].ranks.stop)
-        facts = Manifest(step, 16 * step, {}, num_updates=step, written_at=attempt)
+        tensors, num_files = tensors_of(step, attempt), self.rooms[-1].ranks.stop
+        chunks = spread(tensors, num_files)
+        facts = Manifest(step, 16 * step, {}, num_updates=step, written_at=attempt, num_files=num_files)
         written: Bytes = {}
         for node, room in enumerate(self.rooms):
             for rank in room.ranks:

@@ -232,11 +232,12 @@ class Training:
             heldout_loss=self._evaluated[1] if self._evaluated and is_evaluated else None,
         )
         stall_seconds = self._saver.save(facts, durable=durable, must=must)
+        if durable:
+            self._signals.saved(progress.step, stall_seconds)  # one that was left out is not due again at every step
         if stall_seconds is None:
             return
         self._progress = replace(progress, stability=state)
         if durable:
-            self._signals.saved(progress.step, stall_seconds)
             self._saved_step = progress.step
 
     def record_stop(self) -> None:

@@ -40,7 +40,7 @@ class Signals:
         self.saved(0)
 
     def saved(self, step: int, stall_seconds: float | None = None) -> None:
-        """Training goes on from a step that is safe; saving it has held it up for so long."""
+        """Training goes on from a step at which a save was due; it has held training up for so long, if it was done."""
         self._saved = Moment(step, self._clock())
         if stall_seconds is not None:
             stalls = (*self._history.stall_seconds, stall_seconds)

@@ -24,6 +24,7 @@ from pathlib import Path
 import orjson
 
 from trainer.config import UserError
+from trainer.training_state import STATE_KINDS
 
 PAGE_BYTES = 4096
 _ITEM_BYTES = 4
@@ -208,7 +209,8 @@ def _missing_kind(names: Iterable[str]) -> str | None:
     kinds: dict[str, set[str]] = {}
     for name in names:
         kind, _, key = name.partition("/")
-        kinds.setdefault(key, set()).add(kind)
+        if kind in STATE_KINDS:  # others belong to some weights alone
+            kinds.setdefault(key, set()).add(kind)
     every = {kind for of_key in kinds.values() for kind in of_key}
     lacking = [f"{kind}/{key}" for key, of_key in kinds.items() for kind in sorted(every - of_key)]
     return f"{lacking[0]} has no elements" if lacking else None

@@ -65,6 +65,11 @@ class Manifest:
     def is_whole(self) -> bool:
         return bool(self.files) and self.num_files in (None, len(self.files))
 
+    @property
+    def identity(self) -> str:
+        """Tells it from another of the same step, to which the run came again after it went back."""
+        return f"{self.step} {self.written_at}"
+
     def is_of(self, facts: "Manifest") -> bool:
         """Whether it is of the very checkpoint that `facts` describes; the files do not count."""
         return replace(self, files={}) == replace(facts, files={})

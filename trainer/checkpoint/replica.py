@@ -106,6 +106,7 @@ class Holder:
         held = _manifest_in(self._replicas / store.folder_name(manifest.step))
         if held is not None and held.written_at == manifest.written_at:
             return False
+        self._room.make()
         temporary = store.begin(self._replicas, manifest.step)
         copied = _copy(neighbour, manifest, tuple(manifest.files), temporary)
         if not copied:
@@ -126,6 +127,7 @@ class Holder:
         manifest = source.manifest(step)
         if manifest is None:
             return
+        self._room.make()
         temporary = store.begin(self._room.path, step)
         if not _copy(source, manifest, names, temporary):
             return

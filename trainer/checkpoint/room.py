@@ -62,6 +62,11 @@ class Snapshot:
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
+    def identity(self) -> str:
+        """Of the checkpoint that it is to be, as far as that is known."""
+        request = self.request()
+        return request.facts.identity if request else ""
+
     def manifest(self) -> Manifest | None:
         """Of the machine's files, once they are hashed."""
         request = self.request()
@@ -83,9 +88,8 @@ class Snapshot:
         return self._is_marked(_SAVED)
 
     def _is_marked(self, name: str) -> bool:
-        request = self.request()
         try:
-            return request is not None and (self.path / name).read_bytes() == _identity(request.facts)
+            return (self.path / name).read_text(encoding="utf-8", errors="replace") == self.identity() != ""
         except FileNotFoundError:
             return False
 
@@ -107,23 +111,22 @@ class Snapshot:
         return self._is_marked(_COPIED)
 
     def mark_copied(self, facts: Manifest) -> None:
-        _write(self.path / _COPIED, _identity(facts))
-
-    def is_durable(self) -> bool:
-        """Whether it is to become a checkpoint, or has."""
-        request = self.request()
-        return request is not None and request.durable
+        _write(self.path / _COPIED, facts.identity.encode())
 
     def is_owed(self) -> bool:
         """Whether it is to become a checkpoint and has not, even if that has failed so far."""
-        return self.is_durable() and not self.is_saved()
+        request = self.request()
+        return request is not None and request.durable and not self.is_saved()
 
     def mark_saved(self, facts: Manifest) -> None:
-        _write(self.path / _SAVED, _identity(facts))
+        _write(self.path / _SAVED, facts.identity.encode())
         (self.path / _FAILED).unlink(missing_ok=True)
 
     def mark_failed(self, why: str) -> None:
-        _write(self.path / _FAILED, why.encode())
+        try:
+            _write(self.path / _FAILED, why.encode())
+        except OSError:  # no memory for the words
+            (self.path / _FAILED).touch()
 
     def make_durable(self) -> None:
         """Have a snapshot that was for restarts alone become a checkpoint."""
@@ -169,6 +172,10 @@ class Room:
     def is_copying(self) -> bool:
         """Whether the newest snapshot has no copy yet, where it is to have one."""
         return self._is_replicated and not all(snapshot.is_copied() for snapshot in self.snapshots()[-1:])
+
+    def make(self) -> None:
+        """See that the room is there, and that others on the machine cannot look into it."""
+        _make_private(self.path)
 
     def begin_file(self, step: int, rank: int) -> Path:
         """Where a rank writes: a spare file, if there is one, to write over.
@@ -222,18 +229,20 @@ class Room:
                     os.rename(hidden / file_name(rank), self._spare / file_name(rank))
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def tidy(self) -> None:
-        """Retire what nobody needs, as soon as a newer one can be restarted from: its memory is for the next one.
+    def tidy(self, saved: Snapshot | None = None) -> None:
+        """Retire what nobody needs: all that are done with but the newest that can be restarted from.
 
-        What could not be saved stays until a newer one is to be saved, or has been. Where snapshots are copied, the one
-        before the newest stays too: for as long as any machine is still copying the newest, it is the one that survives
-        a loss.
+        What could not be saved stays until a newer one is to be saved. Where snapshots are copied, the one before the
+        newest stays too: for as long as any machine is still copying the newest, it is the one that survives a loss.
+
+        Args:
+            saved: is about to be marked so, and the ranks may then begin the next at once, in memory that is there.
         """
         restartable = list(self.restartable())
-        newest_durable = [each for each in restartable if each.is_durable()][-1:]
-        for snapshot in restartable[: -2 if self._is_replicated else -1]:
-            is_kept = snapshot.is_owed() and snapshot in newest_durable
-            if not snapshot.is_pending() and not is_kept:
+        owed = [each for each in restartable if each.is_owed()]
+        done = [each for each in restartable if each == saved or not each.is_pending()]
+        for snapshot in done[: -2 if self._is_replicated else -1]:
+            if snapshot not in owed[-1:]:
                 self.retire(snapshot)
         self._clear_removed()
 
@@ -242,8 +251,10 @@ class Room:
         shutil.rmtree(self._spare, ignore_errors=True)
 
     def clear_unfinished(self) -> None:
-        """Remove snapshots that the ranks did not finish; none may be alive."""
+        """Remove snapshots that the ranks did not finish; none may be alive, and nobody fetch one."""
         self._clear_removed()
+        for begun in self.path.glob("step-*.tmp"):
+            shutil.rmtree(begun, ignore_errors=True)
         for snapshot in self.snapshots():
             if not snapshot.is_complete():
                 self.retire(snapshot)
@@ -263,11 +274,6 @@ class Room:
     @property
     def _spare(self) -> Path:
         return self.path / "spare"
-
-
-def _identity(facts: Manifest) -> bytes:
-    """Tells a snapshot from another of the same step, which the run came to again after it went back."""
-    return f"{facts.step} {facts.written_at}".encode()
 
 
 def _make_private(folder: Path) -> None:

@@ -59,8 +59,8 @@ class CheckpointService:
         self._room, self._checkpoints, self._policy = room, checkpoints, policy
         self._record, self._sync_records = record, sync_records
         self._machine, self._clock = machine, clock
-        self._retry_at: dict[int, float] = {}  # step -> when it may be tried again
-        self._waiting_since: dict[int, float] = {}  # step -> when this machine's part was there
+        self._retry_at: dict[str, float] = {}  # identity of a snapshot -> when it may be tried again
+        self._waiting_since: dict[str, float] = {}  # the same -> when this machine's part was there
 
     def work(self) -> bool:
         """One pass over the room; returns whether anything was done."""
@@ -106,13 +106,24 @@ class CheckpointService:
         request = snapshot.request()
         if request is None:
             return False
-        files = {name: fingerprint(snapshot.path / name) for name in snapshot.files}
+        vouched = replace(request.facts, files={each: fingerprint(snapshot.path / each) for each in snapshot.files})
         try:
-            write_manifest(snapshot.path, replace(request.facts, files=files))
-        except OSError:
-            self._room.free_spare()  # memory may be full to the last page; then the next attempt finds some
-            raise
+            write_manifest(snapshot.path, vouched)
+        except FileNotFoundError:  # the ranks went back to an earlier step and removed it
+            return False
+        except OSError:  # somebody else has filled the memory to the last page: there is one in what we keep for later
+            self._room.free_spare()
+            self._hash_or_drop(snapshot, vouched)
         return True
+
+    def _hash_or_drop(self, snapshot: Snapshot, vouched: Manifest) -> None:
+        try:
+            write_manifest(snapshot.path, vouched)
+        except OSError as error:  # nobody may wait for memory that others have
+            self._room.drop(snapshot.step)
+            with suppress(OSError):
+                reason = f"no snapshot in shared memory: {reason_of(error)}"
+                self._record("checkpoint_failed", step=snapshot.step, reason=reason)
 
     # --------------------------------------------------------------------------------------------------------- saving
 
@@ -123,17 +134,18 @@ class CheckpointService:
 
     def _attempt(self, snapshot: Snapshot, action: Callable[[Snapshot], bool]) -> bool:
         """Bring a snapshot further on its way to disk; returns whether it got anywhere."""
-        if self._clock() < self._retry_at.get(snapshot.step, -math.inf):
+        identity = snapshot.identity()
+        if self._clock() < self._retry_at.get(identity, -math.inf):
             return False
         try:
             return action(snapshot)
         except (OSError, UserError, store.SaveFailed) as error:
-            if snapshot.path.exists():  # else the ranks went back to an earlier step and removed it
+            if snapshot.identity() == identity:  # else the ranks went back to an earlier step, and may be here again
                 self._fail(snapshot, reason_of(error) if isinstance(error, OSError) else str(error))
             return False
 
     def _fail(self, snapshot: Snapshot, why: str) -> None:
-        self._retry_at[snapshot.step] = self._clock() + _RETRY_SECONDS
+        self._retry_at[snapshot.identity()] = self._clock() + _RETRY_SECONDS
         if snapshot.failure() == why:
             return
         with suppress(OSError):  # the record may lie on the disk that is full
@@ -149,7 +161,7 @@ class CheckpointService:
         if did_write:
             self._write(snapshot, own)
         if self._machine.node > 0:
-            snapshot.mark_saved(own)
+            self._mark_saved(snapshot, own)
             return True
         committed = self._commit(own)
         if committed is None:
@@ -162,12 +174,15 @@ class CheckpointService:
             bytes=manifest.num_bytes,
             seconds=round(self._clock() - started, 6),
         )
-        snapshot.mark_saved(own)
-        self._waiting_since.pop(own.step, None)
         with suppress(OSError):  # what could not be removed is after the next save
             store.clear_leftovers(self._checkpoints, before=own.step)
             retention.prune(self._checkpoints, own.step, self._policy)
+        self._mark_saved(snapshot, own)  # last: whoever takes over does all that was not done yet
         return True
+
+    def _mark_saved(self, snapshot: Snapshot, own: Manifest) -> None:
+        self._room.tidy(snapshot)
+        snapshot.mark_saved(own)
 
     def _is_written(self, own: Manifest) -> bool:
         """Whether this machine's part is on disk, or already in the checkpoint; in the order in which it moves."""
@@ -183,7 +198,6 @@ class CheckpointService:
         """
         temporary = store.temporary_folder(self._checkpoints, own.step)
         temporary.mkdir(parents=True, exist_ok=True)
-        (temporary / _part(self._machine.node)).unlink(missing_ok=True)  # of an earlier attempt
         try:
             for name, expected in own.files.items():
                 copy_durably(snapshot.path / name, temporary / name)
@@ -235,7 +249,7 @@ class CheckpointService:
         temporary = store.temporary_folder(self._checkpoints, own.step)
         parts = [_found(temporary, own, _part(node)) for node in range(self._machine.num_nodes)]
         absent = [str(node) for node, part in enumerate(parts) if part is None]
-        since = self._waiting_since.setdefault(own.step, self._clock())
+        since = self._waiting_since.setdefault(own.identity, self._clock())
         if absent and self._clock() - since > _OTHERS_SECONDS:
             raise store.SaveFailed(f"after {_OTHERS_SECONDS:g} s there is no part of machine {', '.join(absent)}")
         files: dict[str, list[Any]] = {}

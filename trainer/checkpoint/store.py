@@ -86,7 +86,7 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def read(checkpoint: Path, *, part: bool = False) -> Manifest:
-    """The manifest of a checkpoint, without looking at its files.
+    """The manifest of a checkpoint or snapshot, without looking at its files.
 
     Args:
         part: whether it may be one machine's part of it.
@@ -98,9 +98,7 @@ def read(checkpoint: Path, *, part: bool = False) -> Manifest:
     if not manifest.files:
         raise UserError(f"{checkpoint} is damaged: its manifest lists no files")
     if not part and not manifest.is_whole:
-        raise UserError(
-            f"{checkpoint} is damaged: its manifest lists {len(manifest.files)} of {manifest.num_files} files"
-        )
+        raise UserError(f"{checkpoint} is not whole: it has {len(manifest.files)} of {manifest.num_files} files")
     if match and int(match[1]) != manifest.step:
         raise UserError(f"{checkpoint} is damaged: its manifest is that of step {manifest.step}")
     return manifest

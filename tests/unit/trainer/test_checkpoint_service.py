@@ -1,17 +1,16 @@
 """The checkpoint service of one machine and of several: whatever kills it or fails, a save ends whole or not at all."""
 
-import errno
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from effects import Killed, before_effect, killed_at
+from effects import before_effect, killed_at, killed_here
 from made_snapshots import World, folder_in_memory, names, work_until_idle
 from trainer.checkpoint import service as service_module
 from trainer.checkpoint import store
@@ -69,15 +68,20 @@ def test_retention_follows_a_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [False, True])
-def test_a_service_killed_at_any_moment_is_replaced(memory: Path, ending: bool) -> None:
+@pytest.mark.parametrize(
+    ("dies", "stride"), [(killed_here, 1), (killed_at, 11), pytest.param(killed_at, 1, marks=pytest.mark.slow)]
+)
+def test_a_service_killed_at_any_moment_is_replaced(
+    memory: Path, dies: Callable[[int, Callable[[], Any]], bool], stride: int, ending: bool
+) -> None:
     """At every effect: a file is opened, made room for, written, synced, renamed or removed."""
-    for number in range(MOST_EFFECTS):
+    for number in range(0, MOST_EFFECTS, stride):
         world = World(memory / str(number), keep_last=1)
         world.snapshot(10)
         work_until_idle(world.service())
         written = world.snapshot(20)
         doomed = world.service()
-        died = killed_at(number, doomed.finish if ending else lambda doomed=doomed: work_until_idle(doomed))
+        died = dies(number, doomed.finish if ending else lambda doomed=doomed: work_until_idle(doomed))
         _check_replacement(world, written, ending)
         if not died:
             break
@@ -143,7 +147,7 @@ def test_a_machine_whose_service_is_killed_catches_up(memory: Path, victim: int)
             other, doomed = world.service(1 - victim), world.service(victim)
             if is_other_first:
                 work_until_idle(other)
-            died |= _killed(number, lambda doomed=doomed: work_until_idle(doomed))
+            died |= killed_here(number, lambda doomed=doomed: work_until_idle(doomed))
             work_until_idle(other)
             work_until_idle(other, world.service(victim))
             assert world.committed(20) == written and names(world.checkpoints) == ["step-00000020"]
@@ -151,18 +155,6 @@ def test_a_machine_whose_service_is_killed_catches_up(memory: Path, victim: int)
         if not died:
             break
     assert 20 < number < MOST_EFFECTS - 1
-
-
-def _killed(number: int, action: Any) -> bool:
-    def die() -> None:
-        raise Killed
-
-    try:
-        with before_effect(number, die):
-            action()
-    except Killed:
-        return True
-    return False
 
 
 def test_machines_that_work_between_any_two_effects_of_another_make_one_checkpoint(memory: Path) -> None:
@@ -188,7 +180,7 @@ def test_any_history_of_deaths_ends_in_the_same_checkpoint(memory: Path) -> None
         services = [world.service(node) for node in range(num_nodes)]
         for _ in range(8):
             node = draw.randrange(num_nodes)
-            if _killed(draw.randrange(40), services[node].work):
+            if killed_here(draw.randrange(40), services[node].work):
                 services[node] = world.service(node)
         work_until_idle(*services)
         assert world.committed(20) == written and not world.is_busy(), seed
@@ -265,6 +257,7 @@ def test_ranks_may_void_a_snapshot_at_any_moment_of_its_save(memory: Path, comes
         assert not world.is_busy()
         if seen.num <= number:
             break
+        assert "checkpoint_failed" not in dict(world.kinds())
         if comes_again:
             assert world.committed(20) == again, number
         elif store.steps(world.checkpoints):
@@ -331,7 +324,6 @@ def test_a_folder_that_turns_read_only_harms_no_checkpoint(tmp_path: Path) -> No
 
 def test_a_newer_snapshot_takes_the_place_of_one_that_could_not_be_saved(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.checkpoints.parent.mkdir(parents=True)
     world.checkpoints.write_text("in the way")
     service = world.service()
     for step in (10, 20):
@@ -346,6 +338,20 @@ def test_a_newer_snapshot_takes_the_place_of_one_that_could_not_be_saved(tmp_pat
     world.now += service_module._RETRY_SECONDS
     work_until_idle(service)
     assert store.steps(world.checkpoints) == [20] and [each.step for each in world.rooms[0].snapshots()] == [25]
+
+
+def test_one_that_could_not_be_saved_is_not_tried_again_beside_a_newer_one(tmp_path: Path) -> None:
+    """It would take the disk's time, and maybe its last place."""
+    world = World(tmp_path)
+    world.checkpoints.write_text("in the way")
+    service = world.service()
+    world.snapshot(10)
+    work_until_idle(service)
+    world.checkpoints.unlink()
+    world.snapshot(20)
+    world.now += service_module._RETRY_SECONDS
+    work_until_idle(service)
+    assert world.kinds() == [("checkpoint_failed", 10), ("checkpoint_saved", 20)]
 
 
 def test_leftovers_of_an_attempt_that_was_given_up_go_with_the_next_save(tmp_path: Path) -> None:
@@ -389,39 +395,43 @@ def test_what_reads_back_otherwise_is_no_checkpoint(tmp_path: Path, monkeypatch:
 def test_a_record_that_cannot_be_written_does_not_stop_the_service(tmp_path: Path) -> None:
     """It lies on the same full disk."""
     world = World(tmp_path)
-    world.checkpoints.parent.mkdir(parents=True)
     world.checkpoints.write_text("in the way")
-    full = OSError(errno.ENOSPC, "No space left on device")
-
-    def record(*_: Any, **__: Any) -> None:
-        raise full
-
-    world._record = record  # type: ignore[method-assign]
+    world.log.close()
+    world.log._fd = os.open("/dev/full", os.O_WRONLY)
     world.snapshot(20)
     work_until_idle(world.service())
-    assert not world.is_busy()
+    assert not world.is_busy() and [each.failure() for each in world.rooms[0].snapshots()] != [None]
 
 
-def test_memory_that_is_full_to_the_last_page_only_delays_a_snapshot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_spare", [True, False])
+def test_memory_that_is_full_to_the_last_page_holds_nobody_up(tmp_path: Path, has_spare: bool) -> None:
+    """There is a page in what is kept for the next snapshot; without that, this one is given up."""
     world = World(tmp_path)
     (room,) = world.rooms
-    with mounted(tmp_path / "memory", "size=128k"):
+    with mounted(tmp_path / "memory", "size=256k"):
         service = world.service()
         for step in (10, 20):
             world.snapshot(step)
             work_until_idle(service)
+        if not has_spare:
+            room.free_spare()
         written = world.snapshot(30)
+        if has_spare:
+            (room.path / "spare").mkdir(exist_ok=True)
+            (room.path / "spare" / "rank-00000.safetensors").write_bytes(bytes(32 << 10))
         filler = os.open(tmp_path / "memory" / "filler", os.O_WRONLY | os.O_CREAT)
         with pytest.raises(OSError, match="No space left"):
             while True:
                 os.write(filler, bytes(4096))
         os.close(filler)
         work_until_idle(service)
-        assert world.is_busy()
-        (tmp_path / "memory" / "filler").unlink()
-        world.now += service_module._RETRY_SECONDS
-        work_until_idle(service)
-        assert world.committed(30) == written and not room.is_busy()
+        assert not room.is_busy()
+        if has_spare:
+            assert world.committed(30) == written
+        else:
+            reason = "no snapshot in shared memory: No space left on device"
+            assert world.events[-1] == {"kind": "checkpoint_failed", "step": 30, "reason": reason}
+            assert [each.step for each in room.restartable()] == [20] and store.steps(world.checkpoints) == [10, 20]
 
 
 # -------------------------------------------------------------------------------------------------------------- the end
@@ -449,7 +459,6 @@ def test_several_machines_keep_what_is_for_restarts_alone(tmp_path: Path) -> Non
 
 def test_the_end_gives_up_what_ranks_have_begun_and_tries_once_more_what_failed(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.checkpoints.parent.mkdir(parents=True)
     world.checkpoints.write_text("in the way")
     service = world.service()
     written = world.snapshot(10)

@@ -1,5 +1,6 @@
 """Snapshots that outlive their machine: what is copied where, and what is held after any loss."""
 
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def machines(tmp_path: Path) -> list[tuple[Room, Holder]]:
     for node, holder in enumerate(holders):
         assert holder.follow(holders[node - 1])
     return list(zip(all_rooms, holders, strict=True))
+
+
+def test_others_on_a_machine_cannot_look_into_copies(machines: list[tuple[Room, Holder]], tmp_path: Path) -> None:
+    """Which may be all that a machine holds."""
+    new = Room(tmp_path / "new", RANKS[0])
+    assert Holder(new).follow(machines[0][1])
+    fetched = Room(tmp_path / "fetched", RANKS[0])
+    Holder(fetched).fetch(machines[0][1], 10, tuple(map(file_name, RANKS[0])))
+    assert [stat.S_IMODE(room.path.stat().st_mode) for room in (new, fetched)] == [0o700, 0o700]
+    assert files_of(fetched, 10) == files_of(machines[0][0], 10)
 
 
 def bring_together(machines: list[tuple[Room, Holder]], order: list[int]) -> list[Fetch]:

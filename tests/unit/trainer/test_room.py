@@ -8,6 +8,7 @@ import pytest
 
 from effects import before_effect, killed_at
 from made_snapshots import World, names, work_until_idle
+from trainer.checkpoint.manifest import Manifest, write_manifest
 from trainer.checkpoint.room import Room, Snapshot, room_path
 
 MOST_EFFECTS = 200
@@ -84,7 +85,8 @@ def test_saved_is_said_of_one_snapshot_and_not_of_the_step(tmp_path: Path) -> No
     room.void_after(0)
     world.snapshot(10, attempt=2.0)
     only(room).mark_saved(before)
-    assert not only(room).is_saved() and room.is_busy()
+    write_manifest(only(room).path, before)
+    assert not only(room).is_saved() and not only(room).is_hashed() and room.is_busy()
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -103,15 +105,25 @@ def test_the_memory_of_a_snapshot_that_went_is_written_over(tmp_path: Path) -> N
     assert len(seen) == 2 * 2
 
 
-def test_the_memory_is_there_again_before_a_save_ends(tmp_path: Path) -> None:
-    """Ranks that wait for the end of a save begin at once, and must not find the room still full."""
+def test_the_memory_is_there_again_as_soon_as_a_save_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that wait for that begin at once, and must not need new memory. Until then it is needed for restarts."""
     world = World(tmp_path, 2)
     services = [world.service(node) for node in (0, 1)]
     world.snapshot(10)
     work_until_idle(*services)
     world.snapshot(20)
     services[0].work()  # which waits for machine 1
-    assert world.rooms[0].is_busy() and names(world.rooms[0].path) == ["spare", "step-00000020"]
+    assert steps(world.rooms[0]) == [10, 20]
+    seen: list[list[str]] = []
+    real = Snapshot.mark_saved
+
+    def mark_saved(snapshot: Snapshot, facts: Manifest) -> None:
+        seen.append(names(snapshot.path.parent))
+        real(snapshot, facts)
+
+    monkeypatch.setattr(Snapshot, "mark_saved", mark_saved)
+    work_until_idle(services[1], services[0])
+    assert seen == [["spare", "step-00000020"]] * 2
 
 
 def test_a_file_in_use_by_the_next_snapshot_is_not_touched_by_the_one_that_went(tmp_path: Path) -> None:
@@ -132,7 +144,6 @@ def test_a_file_in_use_by_the_next_snapshot_is_not_touched_by_the_one_that_went(
 def test_tidy_keeps_the_newest_to_restart_from_and_what_is_still_to_be_saved(tmp_path: Path) -> None:
     world = World(tmp_path)
     (room,) = world.rooms
-    world.checkpoints.parent.mkdir()
     world.checkpoints.write_text("in the way")  # nothing can be saved
     service = world.service()
 
@@ -154,7 +165,6 @@ def test_tidy_keeps_the_newest_to_restart_from_and_what_is_still_to_be_saved(tmp
 def test_what_could_not_be_saved_is_not_saved_after_a_newer_one(tmp_path: Path) -> None:
     world = World(tmp_path)
     (room,) = world.rooms
-    world.checkpoints.parent.mkdir()
     world.checkpoints.write_text("in the way")
     service = world.service()
     world.snapshot(10)
