@@ -83,7 +83,7 @@ def scratch_run() -> Iterator[RunDir]:
 
 def evaluate(path: Path, data: Path | None, settings: Sequence[str]) -> dict[str, Any]:
     found = find(path, data, settings)
-    with scratch_run() as run_dir:
+    with scratch_run() as run_dir, store.being_read(found.checkpoint):
         output = run_dir.path / "heldout.json"
         with ready_ranks(found.config, run_dir) as ranks:
             ranks.run("evaluate", lambda: None, checkpoint=found.checkpoint, output=output)

@@ -27,6 +27,7 @@ from trainer.training_state import MASTER
 Blocks = list[tuple[Chunk, Tensor]]
 
 _PINNED_ELEMENTS = 16 << 20  # 64 MB
+_BLOCK_BYTES = 512  # of st_blocks, see stat(2)
 
 
 @torch.no_grad()
@@ -44,7 +45,8 @@ def write(engine: Engine, path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         os.ftruncate(descriptor, layout.num_bytes)
-        os.posix_fallocate(descriptor, 0, layout.num_bytes)
+        if os.fstat(descriptor).st_blocks * _BLOCK_BYTES < layout.num_bytes:  # asking again walks over all its pages
+            os.posix_fallocate(descriptor, 0, layout.num_bytes)
         _write_at(descriptor, memoryview(layout.header), 0)
         for (_, tensor), start in zip(blocks, layout.starts, strict=True):
             for position, values in _on_host(tensor):
