@@ -5,6 +5,7 @@ written under a temporary name, made durable, and renamed: a folder with a valid
 not a checkpoint.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -171,10 +172,14 @@ def being_read(checkpoint: Path) -> Iterator[None]:
 
 
 def remove(checkpoint: Path) -> bool:
-    """Remove a checkpoint, unless somebody reads it; returns whether it is gone."""
+    """Remove a checkpoint, unless somebody reads it; returns whether it is gone.
+
+    Raises:
+        OSError: the system does not let go of it, or does not say whether it is read.
+    """
     try:
-        handle = os.open(checkpoint / MANIFEST, os.O_RDONLY)
-    except OSError:
+        handle = _open_to_lock(checkpoint / MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
         _remove(checkpoint)
         return True
     try:
@@ -185,6 +190,16 @@ def remove(checkpoint: Path) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def _open_to_lock(path: Path) -> int:
+    """For writing, without which NFS gives no exclusive lock (`flock(2)`); for reading where it cannot be written."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+            raise
+        return os.open(path, os.O_RDONLY)
 
 
 def leftovers(checkpoints: Path, before: int | None = None) -> list[Path]:
