@@ -15,10 +15,19 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 _DIGEST = "manifest_xxh3_128"  # of everything else in the manifest, which no other file vouches for
 _PIECE_BYTES = 1 << 22
+ABSENT = (FileNotFoundError, NotADirectoryError)
+"""What opening a file raises that is not there."""
 
 
 class OtherFormat(UserError):
     """A checkpoint of another version of this software: of no use to this one, and not for it to remove."""
+
+
+class Unreadable(UserError):
+    """The system does not hand out what is there, as when a file system is away: that says nothing about damage."""
+
+    def __init__(self, place: Path | str, name: str, error: OSError) -> None:
+        super().__init__(f"{place} cannot be read just now: {name}: {error.strerror or error}")
 
 
 @dataclass(frozen=True)
@@ -100,12 +109,15 @@ def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> No
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Raises:
     OtherFormat: another version wrote it.
+    Unreadable: nobody knows what it says.
     UserError: there is none, it cannot be understood, or it is not as it was written.
     """
     try:
         content = (folder / name).read_bytes()
-    except OSError as error:
+    except ABSENT as error:
         raise UserError(f"{folder} is not a checkpoint: no readable {name}") from error
+    except OSError as error:
+        raise Unreadable(folder, name, error) from error
     return parse_manifest(content, folder, name)
 
 

@@ -11,12 +11,23 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint.chunk_file import incomplete, read_layout
-from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, sync_folder, write_manifest
+from trainer.checkpoint.manifest import (
+    ABSENT,
+    MANIFEST,
+    Manifest,
+    Unreadable,
+    fingerprint,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
 from trainer.config import UserError
 
 _NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # of each step exactly the name that `folder_name` gives it
@@ -109,20 +120,26 @@ def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
     """Check every file, or of a part of a checkpoint `only` those, against the manifest.
 
     Raises:
+        Unreadable: the system does not hand out what is there.
         UserError: names the first file that is missing or differs, or says why the manifest cannot be used.
     """
     manifest = read(checkpoint, part=only is not None)
     for name in manifest.files if only is None else only:
-        path = checkpoint / name
-        if not path.is_file():
-            raise UserError(f"{checkpoint} is damaged: {name} is missing")
-        try:
-            found = fingerprint(path)
-        except OSError as error:
-            raise UserError(f"{checkpoint} is damaged: {name} cannot be read ({error.strerror})") from error
-        if found != manifest.files[name]:
+        if _fingerprint_of(checkpoint, name) != manifest.files[name]:
             raise UserError(f"{checkpoint} is damaged: {name} does not have the size and hash that its manifest states")
     return manifest
+
+
+def _fingerprint_of(checkpoint: Path, name: str) -> list[Any]:
+    path = checkpoint / name
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return fingerprint(path)
+    except ABSENT:
+        pass
+    except OSError as error:
+        raise Unreadable(checkpoint, name, error) from error
+    raise UserError(f"{checkpoint} is damaged: {name} is missing")
 
 
 def newest_valid(checkpoints: Path, rejected: Callable[[str], None] = _log.warning) -> Path | None:
@@ -158,12 +175,15 @@ def being_read(checkpoint: Path) -> Iterator[None]:
     """Keep a checkpoint from being removed while its files are read.
 
     Raises:
+        Unreadable: nobody knows whether it is.
         UserError: it is not there (any more).
     """
     try:
         handle = os.open(checkpoint / MANIFEST, os.O_RDONLY)
-    except OSError as error:
+    except ABSENT as error:
         raise UserError(f"{checkpoint} is not a checkpoint: no readable {MANIFEST}") from error
+    except OSError as error:
+        raise Unreadable(checkpoint, MANIFEST, error) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
         yield
@@ -179,7 +199,7 @@ def remove(checkpoint: Path) -> bool:
     """
     try:
         handle = _open_to_lock(checkpoint / MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
+    except ABSENT:
         _remove(checkpoint)
         return True
     try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from made_checkpoints import fail_to_read
 from trainer.checkpoint import store
 from trainer.checkpoint.manifest import FORMAT, Manifest, fingerprint
 from trainer.checkpoint.retention import Fate, Present, plan, prune, reasons_to_keep
@@ -137,13 +138,11 @@ def test_a_checkpoint_of_another_version_is_not_ours_to_remove(tmp_path: Path) -
 
 
 def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(tmp_path: Path) -> None:
-    """A manifest that is a folder answers as a file system that fails does: not with its content."""
-    make(tmp_path, 10, 20)
-    manifest = tmp_path / "step-00000010" / "manifest.json"
-    manifest.unlink()
-    manifest.mkdir()
+    checkpoint = make(tmp_path, 10, 20).with_name("step-00000010")
+    fail_to_read(checkpoint / "manifest.json")
     fates = prune(tmp_path, 20, CheckpointConfig(keep_last=1))
     assert outcomes(fates) == {10: "stuck", 20: "kept"} and store.steps(tmp_path) == [10, 20]
+    assert fates[0].why == f"{checkpoint} cannot be read just now: manifest.json: Input/output error"
 
 
 def test_what_cannot_be_removed_is_said_and_stops_nothing(tmp_path: Path) -> None:

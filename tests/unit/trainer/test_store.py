@@ -11,8 +11,9 @@ from typing import Any
 import orjson
 import pytest
 
+from made_checkpoints import fail_to_read
 from trainer.checkpoint import compatibility, store
-from trainer.checkpoint.manifest import FORMAT, Manifest, fingerprint, read_manifest
+from trainer.checkpoint.manifest import FORMAT, Manifest, Unreadable, fingerprint, read_manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 
@@ -174,6 +175,23 @@ def test_a_manifest_that_says_nothing_useful_makes_no_checkpoint(tmp_path: Path,
     for check in (store.verify, read_manifest):
         assert reason in refusal(check, checkpoint)
     assert store.newest_valid(tmp_path) is None
+
+
+def test_what_cannot_be_read_just_now_is_no_damage(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 7)
+    aside = fail_to_read(checkpoint / "manifest.json")
+    for check in (store.verify, store.read, read_manifest):
+        with pytest.raises(Unreadable, match=r"manifest\.json: Input/output error"):
+            check(checkpoint)
+    aside.replace(checkpoint / "manifest.json")
+    (checkpoint / "empty").unlink()
+    (checkpoint / "empty").symlink_to("empty")
+    with pytest.raises(Unreadable, match="empty: Too many levels of symbolic links"):
+        store.verify(checkpoint)
+    for missing in (tmp_path / "absent", checkpoint / "__1_0.distcp"):
+        with pytest.raises(UserError, match="is not a checkpoint: no readable manifest") as caught:
+            store.verify(missing)
+        assert not isinstance(caught.value, Unreadable)
 
 
 def test_a_manifest_without_files_vouches_for_nothing(tmp_path: Path) -> None:
