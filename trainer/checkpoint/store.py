@@ -133,12 +133,17 @@ def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
 def _fingerprint_of(checkpoint: Path, name: str) -> list[Any]:
     path = checkpoint / name
     try:
-        if stat.S_ISREG(path.stat().st_mode):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
             return fingerprint(path)
-    except ABSENT:
-        pass
+    except ABSENT as error:
+        raise UserError(f"{checkpoint} is damaged: {name} is missing") from error
     except OSError as error:
         raise Unreadable(checkpoint, name, error) from error
+    if stat.S_ISLNK(mode):  # who removes, copies or uploads a checkpoint relies on its holding its files
+        raise UserError(
+            f"{checkpoint} is damaged: {name} is a symbolic link; copy what it leads to (cp -L) in its place"
+        )
     raise UserError(f"{checkpoint} is damaged: {name} is missing")
 
 
