@@ -251,7 +251,7 @@ def test_every_field_of_a_manifest_is_looked_at() -> None:
 def test_a_file_that_the_system_does_not_hand_out_is_no_damage(tmp_path: Path) -> None:
     """A name that no file system takes stands for all that it may answer."""
     checkpoint = crafted(tmp_path, files={"x" * 300: [5, "0" * 32]})
-    with pytest.raises(Unreadable, match="cannot be read just now: x+: File name too long"):
+    with pytest.raises(Unreadable, match=r"cannot be read just now: x+: File name too long"):
         store.verify(checkpoint)
 
 
