@@ -153,6 +153,70 @@ def test_one_that_cannot_be_read_just_now_is_tried_again(world: World) -> None:
     assert uploader.work() and world.remote.steps() == [10]
 
 
+def test_a_step_that_was_written_again_is_sent_again(world: World) -> None:
+    uploader = world.uploader()
+    world.save(10, 20, 50)
+    settle(uploader)
+    world.save(10, heldout_loss=2.0)  # the run went back, so what was written last is not of the last step
+    assert not uploader.is_idle()
+    settle(uploader)
+    assert [step for _, step in world.events] == [50, 10] and uploader.is_idle()
+    world.save(20)
+    settle(uploader)
+    world.save(50, heldout_loss=1.0)
+    settle(uploader)
+    assert [step for _, step in world.events] == [50, 10, 20, 50]
+    assert [world.remote.read_manifest(step).heldout_loss for step in (20, 50)] == [None, 1.0]
+
+
+def test_retention_there_goes_by_what_was_written_again(world: World) -> None:
+    world.policy = CheckpointConfig(keep_last=1, keep_best=1)
+    uploader = world.uploader()
+    for step, loss in ((10, 1.0), (20, 2.0), (10, 9.0), (20, 2.0), (30, 3.0)):
+        world.save(step, heldout_loss=loss)
+        settle(uploader)
+    assert world.remote.steps() == [20, 30]
+
+
+def test_trouble_of_which_nobody_thought_is_recorded_and_tried_again(world: World) -> None:
+    trouble, record = [KeyError("unthinkable")], world.record
+
+    def fails_once(kind: str, **fields: Any) -> None:
+        if kind == "checkpoint_uploaded" and trouble:
+            raise trouble.pop()
+        record(kind, **fields)
+
+    world.record = fails_once  # type: ignore[method-assign]
+    world.save(10)
+    uploader = world.uploader()
+    assert not uploader.work() and not uploader.is_idle()
+    assert world.events == [("checkpoint_upload_failed", 10)] and world.reasons == ["KeyError: 'unthinkable'"]
+    assert not uploader.work()
+    world.now += 2.0
+    assert uploader.work() and world.events[-1] == ("checkpoint_uploaded", 10)
+
+
+def test_a_folder_that_cannot_be_listed_ends_no_uploads(world: World) -> None:
+    unlistable = world.folder / ("x" * 300)  # a name that no file system takes
+    uploader = Uploader(world.remote, unlistable, world.policy, range(4), world.record, Machine(0, 1))
+    assert not uploader.work() and not uploader.is_idle() and not world.events
+
+
+def test_a_damaged_copy_does_not_keep_others_from_being_sent(world: World) -> None:
+    world.policy = CheckpointConfig(keep_last=1)
+    uploader = world.uploader()
+    world.save(10)
+    settle(uploader)
+    copy = Path(world.url) / store.folder_name(10)
+    (copy / "manifest.json").unlink()
+    (copy / "manifest.json").mkdir()  # no store reads that
+    for step in (20, 30):
+        world.save(step)
+        settle(uploader)
+        assert uploader.is_idle() and world.events[-1] == ("checkpoint_uploaded", step)
+    assert not world.reasons
+
+
 def test_a_damaged_checkpoint_is_named_and_not_sent(world: World) -> None:
     world.save(10)
     victim = world.checkpoints / store.folder_name(10) / "rank-00002.safetensors"
