@@ -34,11 +34,11 @@ def _section(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         if not _is_section(field):
             default = "required" if field.is_required() else _shown(field.default)
-            yield f"| `{prefix}{name}` | {_type_name(field.annotation)} | {default} | {field.description} |"
+            yield f"| `{prefix}{name}` | {_type_name(field.annotation)} | {default} | {_meaning(field)} |"
     for name, field in section.model_fields.items():
         if inner := section_in(field.annotation):
             key = f"{prefix}{name}.{inner[1]}"
-            yield from ["", f"## {key.removesuffix('.')}", "", f"{field.description}", ""]
+            yield from ["", f"## {key.removesuffix('.')}", "", _meaning(field), ""]
             yield from _section(inner[0], key)
 
 
@@ -47,6 +47,11 @@ def _presets() -> Iterator[str]:
     for name, preset in PRESETS.items():
         assert preset.__doc__ is not None
         yield f"| `{name}` | {preset.__doc__.strip().splitlines()[0]} |"
+
+
+def _meaning(field: FieldInfo) -> str:
+    """On one line, as a table needs it."""
+    return " ".join((field.description or "").split())
 
 
 def _is_section(field: FieldInfo) -> bool:
@@ -61,11 +66,10 @@ def _type_name(annotation: Any) -> str:
     annotation = _without_notes(annotation)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if section_in(annotation) and origin is None:
-        return "section, below"
+        return "section below"
     if origin is dict:
-        return f"mapping of names to {_type_name(arguments[1])}s".replace(
-            "a section of its own, belows", "sections, below"
-        )
+        values = _type_name(arguments[1])
+        return f"mapping of names to {'sections below' if values == 'section below' else f'{values}s'}"
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, types.UnionType):

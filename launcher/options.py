@@ -10,7 +10,7 @@ from trainer.run_dir import RunDir
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)]
 RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> if not given.")
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/NAME if not given.")
 ]
 DataOption = Annotated[
     Path | None, typer.Option("--data", metavar="DIR", help="Prepared data; the run's own if not given.")

@@ -13,6 +13,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     stage_started       stage
     stage_finished      stage, seconds, result (one line for a person)
     data_prepared       documents, tokens (each by split), vocab_size, dropped, repaired (counts by reason)
+    blend               datasets: of each data set share (of the training samples) and epochs (passes over it)
     training_started    step, checkpoint (path, or null for a fresh start), tier ("memory" or "disk"),
                         threads_per_rank; steps after it are void
     checkpoint_rejected reason: a damaged checkpoint was passed over
@@ -34,7 +35,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     checkpoint_upload_failed    step, reason: it will be tried again, unless a newer one is there by then
     checkpoint_fetched  step, url: it had been uploaded, and there was none as new here
     preempted           reason; where ranks were training also step, saved_step: the run was asked to end, and did
-    export_verified     largest_difference, tokens
+    export_verified     how ("full", "sample" or "none"), largest_difference (of logits), tokens (compared)
     generated           prompt, text
     run_finished        seconds
     failed              error

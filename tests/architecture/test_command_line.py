@@ -51,6 +51,13 @@ def test_every_verb_shows_an_example(name: str) -> None:
     assert f"broadgauge {name}" in (COMMANDS[name].help or "").partition("Example:")[2]
 
 
+@pytest.mark.parametrize("name", SURFACE)
+def test_no_word_of_the_help_is_lost(name: str) -> None:
+    """Help is shown as markdown, in which `<name>` is an element of HTML that says nothing."""
+    for parameter in COMMANDS[name].params:
+        assert "<" not in (getattr(parameter, "help", None) or ""), parameter.name
+
+
 def test_one_set_takes_several_values() -> None:
     assert spread_settings(["run", "c.yaml", "--set", "a=1", "b.c=2", "--run-dir", "x=y"]) == [
         *("run", "c.yaml", "--set", "a=1", "--set", "b.c=2"),
