@@ -18,6 +18,7 @@ from trainer import config_file
 from trainer.checkpoint.room import room_path
 from trainer.config import RunConfig
 from trainer.rank_spec import RankSpec, Task
+from trainer.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Job:
 
     def room_path(self, node: int) -> Path:
         """See `trainer.checkpoint.room`."""
-        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, node)
+        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, RunDir(self.run_dir).id, node)
 
     @property
     def server_env(self) -> dict[str, str]:
@@ -117,7 +118,7 @@ class Agent:
         if self._server is None:
             return NodeEnd((), self._problem)
         keeper = (
-            self._checkpoint_service() if task.task == "train" and self._job.config.checkpoint.asynchronous else None
+            self._checkpoint_service() if task.task == "train" and self._job.config.checkpoint.needs_service else None
         )
         try:
             self._ready = self._ready or self._server.recv()

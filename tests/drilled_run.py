@@ -44,7 +44,7 @@ class DrilledRun:
 
     @property
     def room(self) -> Path:
-        return room_path(self.snapshots_in, self.run_dir.path, node=0)
+        return room_path(self.snapshots_in, self.run_dir.path, self.run_dir.id, node=0)
 
     @property
     def command(self) -> list[str]:

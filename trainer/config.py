@@ -202,7 +202,17 @@ class CheckpointConfig(Section):
                 "checkpoint.resume_from and checkpoint.weights_from are both set, and a run starts from one; "
                 "resume_from goes on with optimizer and step, weights_from begins anew"
             )
+        if self.snapshot_every_steps and not self.asynchronous:
+            raise ValueError(
+                "checkpoint.snapshot_every_steps needs checkpoint.asynchronous, which is false; snapshots lie in the "
+                "memory that it uses"
+            )
         return self
+
+    @property
+    def needs_service(self) -> bool:
+        """Whether machines run a checkpoint service."""
+        return self.asynchronous or self.upload_to is not None
 
     def replicates(self, num_nodes: int) -> bool:
         """Whether snapshots are copied to other machines."""

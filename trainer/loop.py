@@ -14,7 +14,7 @@ from trainer.checkpoint.room import Room
 from trainer.checkpoint.saver import Saver
 from trainer.config import RunConfig
 from trainer.data.batches import ReadAhead, TrainingData
-from trainer.data.digest import as_hex
+from trainer.data.digest import as_hex, together
 from trainer.data.prepared import PreparedFolder, fingerprints
 from trainer.data.windows import HeldoutReader
 from trainer.engine.engine import Engine, StepStats
@@ -29,8 +29,6 @@ from trainer.stop import StopRequest
 
 Record = Callable[..., None]
 """Appends an event of a kind with its fields; does nothing on ranks that do not write events."""
-
-_NUM_DIGESTS = 1 << 64
 
 
 def train(
@@ -94,7 +92,9 @@ class Training:
         self._engine = Engine(config, device)
         self._saver = Saver(self._engine, run_dir.checkpoints, room, record)
         self._stop = stop
-        self._signals = Signals(config, stop, read_history(read_events(run_dir.events_path)))
+        # rank 0 decides when to save
+        events = read_events(run_dir.events_path) if dist.get_rank() == 0 else []
+        self._signals = Signals(config, stop, read_history(events))
         self.batches = ReadAhead(read, schedule.num_steps, config.train.micro_batch_size, device)
         self._progress = Progress()
         self._saved_step = 0
@@ -146,7 +146,7 @@ class Training:
             dist.barrier()  # once a rank has raised, the others are killed: not before it is recorded
             raise TrainingDiverged(decision.verdict)
         if not isinstance(decision, RollBack):
-            digest = (self._progress.data_digest + agreed.data_digest) % _NUM_DIGESTS
+            digest = together(self._progress.data_digest, agreed.data_digest)
             self._progress = Progress(place.number, state, digest)
         else:
             self._progress = replace(self._progress, stability=state)
