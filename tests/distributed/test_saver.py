@@ -17,6 +17,7 @@ import torch.distributed as dist
 from made_snapshots import folder_in_memory, names
 from ranks import run_on_ranks
 from small_loop import NUM_STEPS, as_snapshot, config_of, die_at, of_kind, prepare_data, results, services, train
+from trainer.agreement import Agreement
 from trainer.checkpoint import sharded, store
 from trainer.checkpoint.interval import FailureHistory
 from trainer.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
@@ -26,7 +27,6 @@ from trainer.data.digest import as_hex, from_hex
 from trainer.engine.engine import Engine
 from trainer.events import Event, read_events
 from trainer.run_dir import RunDir
-from trainer.signals import Signals
 from trainer.stop import StopRequest
 from trainer.training_state import MASTER
 
@@ -450,14 +450,14 @@ def test_the_clock_of_the_first_rank_says_when_a_save_is_due(data: Path) -> None
 
     def rank(config: RunConfig, device: torch.device) -> list[bool]:
         now = 100.0
-        signals = Signals(config, StopRequest(None), FailureHistory(), lambda: now if dist.get_rank() == 0 else 0.0)
+        agreement = Agreement(config, StopRequest(None), FailureHistory(), lambda: now if dist.get_rank() == 0 else 0.0)
         agreed = []
         for step, seconds in enumerate([0.4, 0.4, 0.4, 0.4, 0.4, 2.4, 0.4], start=1):
             now += seconds
-            due = signals.after_step(step, 0).save
+            due = agreement.after_step(step, 0).save
             agreed.append(due)
             if due:
-                signals.saved(step, 0.1)
+                agreement.saved(step, 0.1)
         return agreed
 
     expected = [False, False, True, False, False, True, False]
