@@ -21,7 +21,7 @@ from trainer.agreement import Agreement
 from trainer.checkpoint import sharded, store
 from trainer.checkpoint.interval import FailureHistory
 from trainer.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
-from trainer.checkpoint.room import Request, Room
+from trainer.checkpoint.room import Request, Room, room_path
 from trainer.config import RunConfig, UserError
 from trainer.data.digest import as_hex, from_hex
 from trainer.engine.engine import Engine
@@ -164,6 +164,20 @@ def test_memory_that_is_full_makes_training_wait_for_the_disk(data: Path, tmp_pa
         "no snapshot in shared memory: No space left on device",
         "no snapshot in shared memory on 1 ranks",
     }
+
+
+def test_memory_that_others_may_write_to_is_not_used(
+    data: Path, tmp_path: Path, memory: Path, undisturbed: Run
+) -> None:
+    config, run_dir, rooms = config_of(data), RunDir(tmp_path / "run"), [Room(room_path(memory, tmp_path, 0), range(2))]
+    (taken := memory / f"broadgauge-{os.getuid()}").mkdir()
+    taken.chmod(0o777)
+    with services(config, run_dir, rooms):
+        events = train(config, run_dir, rooms)
+    assert_same_result(run_dir, undisturbed)
+    assert store.steps(run_dir.checkpoints) == [3, 6, 7] and not list(memory.rglob("rank-*"))
+    reasons = {event["reason"] for event in of_kind(events, "checkpoint_failed")}
+    assert f"no snapshot in shared memory: not a folder of yours that you alone can write to: {taken}" in reasons
 
 
 class RoomWithoutAPage(Room):
