@@ -23,6 +23,7 @@ from pathlib import Path
 
 from launcher import ownership
 from launcher.uploading import Uploads
+from trainer.checkpoint.presence import Presence
 from trainer.checkpoint.room import Room
 from trainer.checkpoint.service import CheckpointService, Machine
 from trainer.config_file import from_tree, parse_yaml
@@ -88,7 +89,9 @@ def _serve(agent: RawIOBase) -> None:
     uploads = Uploads(url, config, run_dir, ranks, log, machine) if url else None
     if uploads is not None:
         uploads.start()
+    presence = Presence(room)
     while not _has_spoken(agent):
+        presence.show()
         if not service.work():
             _has_spoken(agent, _PASS_SECONDS)
     service.finish()
