@@ -20,6 +20,7 @@ from trainer import loop
 from trainer.checkpoint import store
 from trainer.checkpoint.chunk_file import file_name
 from trainer.checkpoint.manifest import read_manifest, write_manifest
+from trainer.checkpoint.presence import Presence
 from trainer.checkpoint.room import Request, Room
 from trainer.checkpoint.service import CheckpointService, Machine
 from trainer.config import RunConfig
@@ -142,8 +143,9 @@ def _serve(
     try:
         log, machine = EventLog(run_dir.events_path), Machine(node, len(rooms))
         service = CheckpointService(rooms[node], run_dir.checkpoints, config.checkpoint, log.write, machine)
-        is_over = False
+        is_over, presence = False, Presence(rooms[node])
         while not is_over or not service.is_idle():
+            presence.show()
             may_work = not_before is None or not_before.exists()
             if not (may_work and service.work()):
                 is_over = bool(select.select([ears], [], [], 0.01)[0])
