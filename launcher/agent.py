@@ -18,6 +18,7 @@ from trainer import config_file
 from trainer.checkpoint.room import room_path
 from trainer.config import RunConfig
 from trainer.rank_spec import RankSpec, Task
+from trainer.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Job:
 
     def room_path(self, node: int) -> Path:
         """See `trainer.checkpoint.room`."""
-        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, node)
+        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, RunDir(self.run_dir).id, node)
 
     @property
     def server_env(self) -> dict[str, str]:
@@ -112,26 +113,34 @@ class Agent:
     def run(self, task: Round) -> NodeEnd:
         """Fork this machine's ranks and return when all have ended; when one fails, the others are killed at once.
 
-        What they have left to be saved is saved then.
+        What they have left to be saved is saved then, and uploaded too unless they failed: whoever goes on is not kept
+        waiting by a network.
         """
         if self._server is None:
             return NodeEnd((), self._problem)
-        keeper = (
-            self._checkpoint_service() if task.task == "train" and self._job.config.checkpoint.asynchronous else None
-        )
+        saves = task.task == "train" and self._job.config.checkpoint.needs_service
+        keeper = self._checkpoint_service() if saves else None
+        end = NodeEnd((), self._problem)
         try:
-            self._ready = self._ready or self._server.recv()
-            if self._ready.problem:
-                return NodeEnd((), self._ready.problem)
-            if keeper is not None:
-                keeper.start()
-            self._server.send(Start(self._specs(task), self._rank_env()))
-            return NodeEnd(self._watch(self._server))
+            end = self._run_ranks(self._server, task, keeper)
         except (EOFError, OSError):
-            return NodeEnd((), self._problem)
+            pass  # it is the problem already
         finally:
             if keeper is not None:
-                keeper.drain()
+                keeper.drain(is_at_the_end=not end.went_wrong)
+        return end
+
+    def _run_ranks(self, server: Channel, task: Round, keeper: ServiceKeeper | None) -> NodeEnd:
+        """Raises:
+        EOFError, OSError: the fork server died.
+        """
+        self._ready = self._ready or server.recv()
+        if self._ready.problem:
+            return NodeEnd((), self._ready.problem)
+        if keeper is not None:
+            keeper.start()
+        server.send(Start(self._specs(task), self._rank_env()))
+        return NodeEnd(self._watch(server))
 
     def _checkpoint_service(self) -> ServiceKeeper:
         ranks = self._where.ranks_of(self._node)

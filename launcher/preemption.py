@@ -7,11 +7,15 @@ save, and SIGTERM ends the command at once, in order.
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from ray._private.state import state as ray_state
 
+from trainer.checkpoint import store
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.events import Event, read_events
 from trainer.run_dir import RunDir
 from trainer.stop import Preempted
 
@@ -63,24 +67,45 @@ class Preemption:
         deadline = self._clock() + min(self._grace_seconds, self._grace_seconds if seconds is None else seconds)
         self._deadline = min(deadline, self._deadline or deadline)
 
-    def look_at_nodes(self) -> None:
-        """See whether Ray is to drain a node of its own; at most once a second."""
+    def look_at_nodes(self, own: Collection[str]) -> None:
+        """See whether Ray is to drain one of the run's own nodes (hex ids); at most once a second."""
         if self._clock() - self._looked < _DRAIN_LOOK_SECONDS:
             return
         self._looked = self._clock()
         for node, deadline_ms in ray_state.get_draining_nodes().items():
+            if node not in own:
+                continue
             seconds = deadline_ms / 1000 - time.time() if deadline_ms else None
             self.ask(f"node {node[:8]} is to be drained", seconds)
 
     def check_deadline(self) -> None:
         """Raises:
-        Preempted: the ranks were asked and have not ended in time.
+        Preempted: the ranks were asked, and they, their saves or their uploads have not ended in time.
         """
         if self._deadline is not None and self._clock() > self._deadline:
-            raise Preempted(
-                f"{self.reason}: the ranks did not end in time (checkpoint.grace_seconds {self._grace_seconds:g}) and "
-                "were killed; the same command goes on from the newest checkpoint"
-            )
+            events = read_events(self._run_dir.events_path)
+            raise Preempted(f"{self.reason}: {late(events, self._run_dir.checkpoints, self._grace_seconds)}")
+
+
+def late(events: Sequence[Event], checkpoints: Path, grace_seconds: float) -> str:
+    """What was still to be done when the grace period was over, after the events of a run."""
+    grace = f"when checkpoint.grace_seconds {grace_seconds:g} were over"
+    told = [event for event in events if event["kind"] == "training_started" or "saved_step" in event]
+    if not told or told[-1]["kind"] != "preempted":
+        return (
+            f"the ranks did not end in time (checkpoint.grace_seconds {grace_seconds:g}) and were killed; the same "
+            "command goes on from the newest checkpoint"
+        )
+    step, saved_step = told[-1]["step"], told[-1]["saved_step"]
+    if not (checkpoints / store.folder_name(saved_step) / MANIFEST).exists():
+        return (
+            f"stopped after step {step}, but its checkpoint was not on disk {grace}; the same command goes on from "
+            "the newest one"
+        )
+    return (
+        f"stopped after step {step}, saved at step {saved_step} here and not yet uploaded {grace}; the same command "
+        "goes on from there, and uploads it"
+    )
 
 
 @contextmanager

@@ -31,6 +31,7 @@ WARNINGS = {
     "rolled_back": "rolled back from step {from_step} to {to_step}: {reason}",
     "checkpoint_failed": "the checkpoint of step {step} could not be written: {reason}",
     "checkpoint_upload_failed": "the checkpoint of step {step} could not be uploaded: {reason}",
+    "checkpoint_service_died": "the checkpoint service died (exit code {code}) and is replaced; see {log}",
     "checkpoint_skipped": "no checkpoint of step {step}: {reason}",
 }
 """Kind of event that a person should see at once -> what to say of it."""
@@ -205,7 +206,7 @@ def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None
 
     def on_poll() -> None:
         show_progress()
-        preemption.look_at_nodes()
+        preemption.look_at_nodes(ranks.node_ids)
         preemption.check_deadline()
 
     with preemption.of_training():

@@ -20,10 +20,12 @@ from trainer import loop
 from trainer.checkpoint import store
 from trainer.checkpoint.chunk_file import file_name
 from trainer.checkpoint.manifest import read_manifest, write_manifest
+from trainer.checkpoint.presence import Presence
 from trainer.checkpoint.room import Request, Room
 from trainer.checkpoint.service import CheckpointService, Machine
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
+from trainer.data.ledger.audit import audit
 from trainer.events import Event, EventLog, read_events
 from trainer.run_dir import RunDir
 
@@ -90,6 +92,7 @@ def train(
         loop.train(config, run_dir, device, record, room)
 
     run_on_ranks(config, rank)
+    assert audit(run_dir).findings == []
     return read_events(run_dir.events_path)[before:]
 
 
@@ -140,8 +143,9 @@ def _serve(
     try:
         log, machine = EventLog(run_dir.events_path), Machine(node, len(rooms))
         service = CheckpointService(rooms[node], run_dir.checkpoints, config.checkpoint, log.write, machine)
-        is_over = False
+        is_over, presence = False, Presence(rooms[node])
         while not is_over or not service.is_idle():
+            presence.show()
             may_work = not_before is None or not_before.exists()
             if not (may_work and service.work()):
                 is_over = bool(select.select([ears], [], [], 0.01)[0])

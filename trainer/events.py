@@ -33,6 +33,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     checkpoint_failed   step, reason: it could not be written; those before it are as they were
     checkpoint_uploaded step, url, bytes, seconds
     checkpoint_upload_failed    step, reason: it will be tried again, unless a newer one is there by then
+    checkpoint_service_died     code (negative for a signal, null if it did not start), log: it is replaced by a new one
     checkpoint_fetched  step, url: it had been uploaded, and there was none as new here
     preempted           reason; where ranks were training also step, saved_step: the run was asked to end, and did
     export_verified     how ("full", "sample" or "none"), largest_difference (of logits), tokens (compared)

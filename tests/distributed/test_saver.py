@@ -17,16 +17,17 @@ import torch.distributed as dist
 from made_snapshots import folder_in_memory, names
 from ranks import run_on_ranks
 from small_loop import NUM_STEPS, as_snapshot, config_of, die_at, of_kind, prepare_data, results, services, train
-from trainer.checkpoint import sharded, store
+from trainer.agreement import Agreement
+from trainer.checkpoint import saver, sharded, store
 from trainer.checkpoint.interval import FailureHistory
 from trainer.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from trainer.checkpoint.presence import Presence
 from trainer.checkpoint.room import Request, Room, room_path
 from trainer.config import RunConfig, UserError
 from trainer.data.digest import as_hex, from_hex
 from trainer.engine.engine import Engine
 from trainer.events import Event, read_events
 from trainer.run_dir import RunDir
-from trainer.signals import Signals
 from trainer.stop import StopRequest
 from trainer.training_state import MASTER
 
@@ -140,6 +141,34 @@ def test_a_save_that_is_due_while_another_is_under_way(
     assert skipped == ([(6, "the one before is still being written")] if when_busy == "skip" else [])
 
 
+@pytest.mark.parametrize(("when_busy", "grace_seconds"), [("wait", 0.3), ("skip", 0.0)])
+def test_without_a_living_service_training_waits_for_the_disk(
+    when_busy: str,
+    grace_seconds: float,
+    data: Path,
+    tmp_path: Path,
+    memory: Path,
+    undisturbed: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One machine's died after its first pass, and none takes its place: its ranks and the others know it together."""
+    monkeypatch.setattr(saver, "_GRACE_SECONDS", grace_seconds)
+    config = config_of(data, when_busy=when_busy, snapshot_every_steps=2)
+    run_dir, rooms = RunDir(tmp_path / "run"), rooms_in(memory, TWO_MACHINES)
+    presence = Presence(rooms[0])
+    presence.show()  # but hashes nothing
+    events = train(config, run_dir, rooms)
+    presence.end()
+    assert_same_result(run_dir, undisturbed)
+    assert store.steps(run_dir.checkpoints) == [3, 6, 7] and not any(room.is_busy() for room in rooms)
+    failed = of_kind(events, "checkpoint_failed")
+    assert [event["step"] for event in failed] == [3, 6, 7]
+    assert {event["reason"] for event in failed} == {saver._ABANDONED}
+    skipped = of_kind(events, "checkpoint_skipped")
+    assert {(event["durable"], event["reason"]) for event in skipped} == {(False, saver._ABANDONED)}
+    assert skipped[-1]["step"] == 4
+
+
 def test_memory_that_is_full_makes_training_wait_for_the_disk(data: Path, tmp_path: Path, undisturbed: Run) -> None:
     config, run_dir, memory = config_of(data, snapshot_every_steps=2), RunDir(tmp_path / "run"), tmp_path / "memory"
     memory.mkdir()
@@ -162,7 +191,7 @@ def test_memory_that_is_full_makes_training_wait_for_the_disk(data: Path, tmp_pa
     assert [event["step"] for event in failed] == [2, 3, 4, 6, 7]
     assert {event["reason"] for event in failed} <= {
         "no snapshot in shared memory: No space left on device",
-        "no snapshot in shared memory on 1 ranks",
+        "no snapshot in shared memory: 1 of 2 ranks could not write theirs",
     }
 
 
@@ -464,14 +493,14 @@ def test_the_clock_of_the_first_rank_says_when_a_save_is_due(data: Path) -> None
 
     def rank(config: RunConfig, device: torch.device) -> list[bool]:
         now = 100.0
-        signals = Signals(config, StopRequest(None), FailureHistory(), lambda: now if dist.get_rank() == 0 else 0.0)
+        agreement = Agreement(config, StopRequest(None), FailureHistory(), lambda: now if dist.get_rank() == 0 else 0.0)
         agreed = []
         for step, seconds in enumerate([0.4, 0.4, 0.4, 0.4, 0.4, 2.4, 0.4], start=1):
             now += seconds
-            due = signals.after_step(step, 0).save
+            due = agreement.after_step(step, 0).save
             agreed.append(due)
             if due:
-                signals.saved(step, 0.1)
+                agreement.saved(step, 0.1)
         return agreed
 
     expected = [False, False, True, False, False, True, False]

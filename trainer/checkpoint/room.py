@@ -143,9 +143,13 @@ class Snapshot:
         _write(self.path / _REQUEST, orjson.dumps({"facts": asdict(request.facts), "durable": request.durable}))
 
 
-def room_path(snapshots_in: Path, run_dir: Path, node: int) -> Path:
-    """Where the room of a run lies on its machine `node`: the same for every life of the run."""
-    run = xxhash.xxh3_64_hexdigest(str(run_dir.resolve()).encode())
+def room_path(snapshots_in: Path, run_dir: Path, run_id: str, node: int) -> Path:
+    """Where the room of a run lies on its machine `node`: the same for every life of the run.
+
+    Args:
+        run_id: as `RunDir.id`: what an earlier run of the same folder has left is none of this one's.
+    """
+    run = xxhash.xxh3_64_hexdigest(f"{run_id} {run_dir.resolve()}".encode())
     return snapshots_in / _USERS_FOLDER / run / f"node-{node:05d}"
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from trainer import parallel
 from trainer.checkpoint import retention, saving, sharded, store
 from trainer.checkpoint.disk import reason_of
 from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.presence import is_served
 from trainer.checkpoint.room import Request, Room
 from trainer.config import CheckpointConfig
 from trainer.engine.engine import Engine
@@ -19,6 +20,23 @@ Record = Callable[..., None]
 """Appends an event of a kind with its fields; does nothing on ranks that do not write events."""
 
 _POLL_SECONDS = 0.01
+_GRACE_SECONDS = 15.0
+"""For a checkpoint service that died to be replaced, which takes a second, or some on a machine that is overloaded."""
+_BUSY = "the one before is still being written"
+_COPYING = "the one before has no copy on another machine yet"
+_ABANDONED = f"no checkpoint service has been alive on some machine for {_GRACE_SECONDS:g} s"
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """When all ranks know the same about the saves before."""
+
+    unix_seconds: float
+    """Of rank 0."""
+    hindrance: str | None = None
+    """Why no snapshot may begin."""
+    is_abandoned: bool = False
+    """Whether nobody is there who would save one."""
 
 
 class Saver:
@@ -28,6 +46,7 @@ class Saver:
         """`room` is that of a machine with a checkpoint service; without one, training waits for the disk."""
         self._engine, self._checkpoints, self._room, self._record = engine, checkpoints, room, record
         self._policy: CheckpointConfig = engine.config.checkpoint
+        self._unserved_since: float | None = None  # when this machine's service was first missed
 
     def save(self, facts: Manifest, *, durable: bool = True, must: bool = False) -> float | None:
         """Save the state as it is now; returns for how many seconds that held training up, or None if it was not saved.
@@ -42,15 +61,17 @@ class Saver:
         if self._room is None:
             return self._save_and_wait(facts, started) if durable else None
         wait = must or (durable and self._policy.when_busy == "wait")
-        written_at = self._begin(wait, for_restarts=not durable)
-        if written_at is None:
-            reason = "the one before is still being written"
+        moment = self._wait_for_services(self._room, wait, for_restarts=not durable)
+        if moment.hindrance or (moment.is_abandoned and not durable):
+            reason = moment.hindrance or _ABANDONED
             self._record("checkpoint_skipped", step=facts.step, durable=durable, reason=reason)
             return None
-        problem = self._snapshot(self._room, Request(replace(facts, written_at=written_at), durable))
+        problem: str | None = _ABANDONED
+        if not moment.is_abandoned:
+            problem = self._snapshot(self._room, Request(replace(facts, written_at=moment.unix_seconds), durable))
         if problem:
             self._record("checkpoint_failed", step=facts.step, reason=problem)
-            return self._save_and_wait(facts, started) if durable else None
+            return self._save_without(self._room, facts, started) if durable else None
         seconds = time.perf_counter() - started
         self._record("checkpoint_snapshot", step=facts.step, durable=durable, seconds=round(seconds, 6))
         return seconds
@@ -76,28 +97,40 @@ class Saver:
         dist.barrier()
 
     def finish(self) -> None:
-        """Wait until every save that is under way has come to its end."""
+        """Wait until every save that is under way has come to its end, or nobody is there who could end it."""
         if self._room is not None:
-            self._begin(wait=True)
+            self._wait_for_services(self._room, wait=True)
 
-    def _begin(self, wait: bool, for_restarts: bool = False) -> float | None:
-        """The time, the same on every rank, as soon as no save is under way; None if that is later and not waited for.
+    def _wait_for_services(self, room: Room, wait: bool, for_restarts: bool = False) -> "_Moment":
+        """Return when no save is under way, or, where that is not waited for, at once.
 
         All ranks ask again and again together: one that waited alone would let the others run into a timeout.
 
         Args:
             for_restarts: what is to begin is a snapshot for restarts, before which the last one must have its copies.
         """
-        assert self._room is not None
         while True:
-            is_busy = self._room.is_busy() or (for_restarts and self._room.is_copying())
+            is_copying = for_restarts and room.is_copying()
             now = time.time_ns() if dist.get_rank() == 0 else 0
-            num_busy, nanoseconds = parallel.sum_over_ranks(int(is_busy), now)
-            if not num_busy:
-                return nanoseconds / 1e9
+            num_busy, num_copying, num_abandoned, nanoseconds = parallel.sum_over_ranks(
+                int(room.is_busy()), int(is_copying), int(self._is_abandoned(room)), now
+            )
+            if num_abandoned or not (num_busy or num_copying):
+                return _Moment(nanoseconds / 1e9, is_abandoned=num_abandoned > 0)
             if not wait:
-                return None
+                return _Moment(nanoseconds / 1e9, hindrance=_BUSY if num_busy else _COPYING)
             time.sleep(_POLL_SECONDS)
+
+    def _is_abandoned(self, room: Room) -> bool:
+        """Whether this machine's service has died, and for so long that no other will take its place soon."""
+        if not self._speaks_for_machine(room):
+            return False
+        if is_served(room):
+            self._unserved_since = None
+            return False
+        now = time.monotonic()
+        self._unserved_since = now if self._unserved_since is None else self._unserved_since
+        return now - self._unserved_since > _GRACE_SECONDS
 
     def _snapshot(self, room: Room, request: Request) -> str | None:
         """Write all ranks' snapshots, or none; returns what went wrong."""
@@ -120,10 +153,20 @@ class Saver:
         (num_failed,) = parallel.sum_over_ranks(int(problem is not None))
         if num_failed and self._speaks_for_machine(room):
             room.drop(request.facts.step)
-        return problem or (f"no snapshot in shared memory on {num_failed} ranks" if num_failed else None)
+        others = f"no snapshot in shared memory: {num_failed} of {dist.get_world_size()} ranks could not write theirs"
+        return problem or (others if num_failed else None)
 
     def _speaks_for_machine(self, room: Room) -> bool:
         return dist.get_rank() == room.ranks.start
+
+    def _save_without(self, room: Room, facts: Manifest, started: float) -> float | None:
+        """Save without the services, after which nothing older is to be saved any more."""
+        seconds = self._save_and_wait(facts, started)
+        if seconds is not None and self._speaks_for_machine(room):
+            for snapshot in room.snapshots():
+                if snapshot.is_pending():
+                    room.retire(snapshot)
+        return seconds
 
     def _save_and_wait(self, facts: Manifest, started: float) -> float | None:
         try:

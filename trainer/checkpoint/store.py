@@ -160,18 +160,28 @@ def newest_valid(checkpoints: Path, rejected: Callable[[str], None] = _log.warni
     return None
 
 
+def named(path: Path) -> list[Path]:
+    """The checkpoints that a path may mean, the best first, whether sound or not: itself, or those of a run."""
+    if (path / MANIFEST).is_file() and _NAME.fullmatch(path.resolve().name):
+        return [path]
+    for folder in (path / "checkpoints", path):
+        if found := steps(folder):
+            return [folder / folder_name(step) for step in reversed(found)]
+    return []
+
+
 def find(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the newest of a run or of a checkpoints folder.
 
     Raises:
         UserError: there is none.
     """
-    if (path / MANIFEST).is_file() and _NAME.fullmatch(path.resolve().name):
+    found = named(path)
+    if found == [path]:
         return path
-    for folder in (path / "checkpoints", path):
-        newest = newest_valid(folder)
-        if newest is not None:
-            return newest
+    newest = newest_valid(found[0].parent) if found else None
+    if newest is not None:
+        return newest
     raise UserError(f"{path} is no checkpoint and holds none; give a folder like runs/NAME/checkpoints/step-00000100")
 
 

@@ -4,9 +4,12 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launcher.preemption import Preemption, listening
+from made_checkpoints import write_checkpoint
+from trainer.events import EventLog
 from trainer.run_dir import RunDir
 from trainer.stop import Preempted
 
@@ -98,4 +101,31 @@ def test_a_disk_that_takes_no_file_does_not_make_a_failure_of_it(clock: Clock, t
         preemption.hear()
         clock.seconds += GRACE_SECONDS + 1
         with pytest.raises(Preempted):
+            preemption.check_deadline()
+
+
+@pytest.mark.parametrize(
+    ("ended", "saved", "words"),
+    [
+        (False, True, "the ranks did not end in time"),
+        (True, False, "stopped after step 7, but its checkpoint was not on disk"),
+        (True, True, "stopped after step 7, saved at step 6 here and not yet uploaded"),
+    ],
+)
+def test_what_was_still_to_be_done_is_told_apart(
+    ended: bool, saved: bool, words: str, preemption: Preemption, clock: Clock, tmp_path: Path
+) -> None:
+    """The request of an earlier life, or one that no rank heard of, says nothing about this one."""
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("preempted", reason="SIGTERM", step=5, saved_step=5)
+    log.write("training_started", step=5)
+    log.write("preempted", reason="SIGTERM, in another stage")
+    if ended:
+        log.write("preempted", reason="SIGTERM", step=7, saved_step=6)
+    if saved:
+        write_checkpoint(tmp_path / "checkpoints", 6, {"master/weight": np.zeros((2, 2), np.float32)}, files=1)
+    with preemption.of_training():
+        preemption.hear()
+        clock.seconds += GRACE_SECONDS + 1
+        with pytest.raises(Preempted, match=f"^SIGTERM: {words}"):
             preemption.check_deadline()

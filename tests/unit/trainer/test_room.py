@@ -291,16 +291,22 @@ def test_rooms_of_runs_and_machines_are_told_apart_and_found_again(tmp_path: Pat
     memory, run = tmp_path / "memory", tmp_path / "run"
     run.mkdir()
     (tmp_path / "link").symlink_to(run)
-    mine = room_path(memory, run, 0)
-    assert mine == room_path(memory, tmp_path / "link", 0) == room_path(memory, tmp_path / "x" / ".." / "run", 0)
-    others = [room_path(memory, run, 1), room_path(memory, tmp_path / "run2", 0), room_path(memory, run / "run", 0)]
-    assert len({mine, *others}) == 4 and str(os.getuid()) in str(mine)
+    mine = room_path(memory, run, "id", 0)
+    assert mine == room_path(memory, tmp_path / "link", "id", 0)
+    assert mine == room_path(memory, tmp_path / "x" / ".." / "run", "id", 0)
+    others = [
+        room_path(memory, run, "id", 1),
+        room_path(memory, run, "another", 0),  # an earlier run of the same folder
+        room_path(memory, tmp_path / "run2", "id", 0),
+        room_path(memory, run / "run", "id", 0),
+    ]
+    assert len({mine, *others}) == 5 and str(os.getuid()) in str(mine)
 
 
 def test_removing_a_room_leaves_other_rooms_alone(tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     rooms = [
-        Room(room_path(memory, tmp_path / run, node), range(1))
+        Room(room_path(memory, tmp_path / run, "id", node), range(1))
         for run, node in (("a", 0), ("a", 1), ("b", 0), ("c", 0))
     ]
     for room in rooms[:3]:
@@ -379,4 +385,4 @@ def test_a_folder_that_others_may_write_to_is_neither_used_nor_believed(
 def test_a_room_that_cannot_be_made_is_an_error_of_the_system(tmp_path: Path) -> None:
     (tmp_path / "memory").write_text("no folder")
     with pytest.raises(OSError, match="memory"):
-        Room(room_path(tmp_path / "memory", tmp_path / "run", 0), range(1)).begin_file(10, 0)
+        Room(room_path(tmp_path / "memory", tmp_path / "run", "id", 0), range(1)).begin_file(10, 0)
