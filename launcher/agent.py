@@ -170,6 +170,7 @@ class Agent:
 
     def _specs(self, task: Round) -> list[RankSpec]:
         ranks = self._where.ranks_of(self._node)
+        has_room = task.task == "train" and self._job.config.checkpoint.asynchronous
         return [
             RankSpec(
                 rank=rank,
@@ -183,7 +184,7 @@ class Agent:
                 threads=placement.threads_per_rank(self._job.config, num_cores()),
                 checkpoint=task.checkpoint,
                 output=task.output,
-                room=self._job.room_path(self._node) if self._job.config.checkpoint.asynchronous else None,
+                room=self._job.room_path(self._node) if has_room else None,
             )
             for rank in ranks
         ]

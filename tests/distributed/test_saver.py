@@ -198,7 +198,11 @@ def test_memory_that_is_full_makes_training_wait_for_the_disk(data: Path, tmp_pa
 def test_memory_that_others_may_write_to_is_not_used(
     data: Path, tmp_path: Path, memory: Path, undisturbed: Run
 ) -> None:
-    config, run_dir, rooms = config_of(data), RunDir(tmp_path / "run"), [Room(room_path(memory, tmp_path, 0), range(2))]
+    config, run_dir, rooms = (
+        config_of(data),
+        RunDir(tmp_path / "run"),
+        [Room(room_path(memory, tmp_path, "id", 0), range(2))],
+    )
     (taken := memory / f"broadgauge-{os.getuid()}").mkdir()
     taken.chmod(0o777)
     with services(config, run_dir, rooms):
