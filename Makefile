@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all drill lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export clean
+.PHONY: help install quickstart test test-all drill lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -62,6 +62,9 @@ bench-data: $(INSTALLED)  ## the data pipeline beside other tools, on 110 MB of 
 
 bench-reading: $(INSTALLED)  ## reading training samples beside megatron-core's data sets
 	$(BIN)/python -W ignore -m benchmarks.reading
+
+bench-checkpoint: $(INSTALLED)  ## stall of saving, speed of writing and loading, beside dd and DCP
+	KINETO_LOG_LEVEL=5 $(BIN)/python -W ignore -m benchmarks.checkpoint
 
 bench-export: $(INSTALLED)  ## memory and time of exporting a 1.3B model to Hugging Face, and of importing it
 	$(BIN)/python -W ignore -m benchmarks.export

@@ -18,6 +18,7 @@ from trainer import config_file
 from trainer.checkpoint.room import room_path
 from trainer.config import RunConfig
 from trainer.rank_spec import RankSpec, Task
+from trainer.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Job:
 
     def room_path(self, node: int) -> Path:
         """See `trainer.checkpoint.room`."""
-        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, node)
+        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, RunDir(self.run_dir).id, node)
 
     @property
     def server_env(self) -> dict[str, str]:
@@ -117,7 +118,7 @@ class Agent:
         """
         if self._server is None:
             return NodeEnd((), self._problem)
-        saves = task.task == "train" and self._job.config.checkpoint.asynchronous
+        saves = task.task == "train" and self._job.config.checkpoint.needs_service
         keeper = self._checkpoint_service() if saves else None
         end = NodeEnd((), self._problem)
         try:
@@ -169,6 +170,7 @@ class Agent:
 
     def _specs(self, task: Round) -> list[RankSpec]:
         ranks = self._where.ranks_of(self._node)
+        has_room = task.task == "train" and self._job.config.checkpoint.asynchronous
         return [
             RankSpec(
                 rank=rank,
@@ -182,7 +184,7 @@ class Agent:
                 threads=placement.threads_per_rank(self._job.config, num_cores()),
                 checkpoint=task.checkpoint,
                 output=task.output,
-                room=self._job.room_path(self._node) if self._job.config.checkpoint.asynchronous else None,
+                room=self._job.room_path(self._node) if has_room else None,
             )
             for rank in ranks
         ]

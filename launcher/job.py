@@ -3,14 +3,19 @@
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher import fork_server, ownership, replication
@@ -82,11 +87,20 @@ class Ranks:
     """
 
     def __init__(
-        self, agents: Sequence[Any], where: Placement, run_dir: RunDir, folder: Path, peers: Sequence[Any] = ()
+        self,
+        agents: Sequence[Any],
+        where: Placement,
+        run_dir: RunDir,
+        folder: Path,
+        peers: Sequence[Any] = (),
+        node_ids: Collection[str] = (),
     ) -> None:
-        """`peers` are the actors of `launcher.replication`, one per machine, if snapshots are replicated."""
+        """`node_ids` are Ray's names of the machines (hex); `peers` are the actors of `launcher.replication`, one per
+        machine, if snapshots are replicated.
+        """
         self._agents, self._where, self._run_dir, self._folder = agents, where, run_dir, folder
         self._peers = peers
+        self.node_ids = node_ids
         self._num_rounds = 0
 
     def run(
@@ -220,7 +234,8 @@ def ranks_on_cluster(job: Job, folder: Path, socket_path: Path | None = None) ->
         replicated = job.config.checkpoint.replicates(where.nodes)
         peers = [_peer_on(group, job, node, where) for node in range(where.nodes)] if replicated else []
         try:
-            yield Ranks(agents, where, RunDir(job.run_dir), folder, peers)
+            node_ids = set(placement_group_table(group)["bundles_to_node_id"].values())
+            yield Ranks(agents, where, RunDir(job.run_dir), folder, peers, node_ids)
         finally:
             for actor in [*agents, *peers]:
                 ray.kill(actor)

@@ -7,7 +7,7 @@ save, and SIGTERM ends the command at once, in order.
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,12 +67,14 @@ class Preemption:
         deadline = self._clock() + min(self._grace_seconds, self._grace_seconds if seconds is None else seconds)
         self._deadline = min(deadline, self._deadline or deadline)
 
-    def look_at_nodes(self) -> None:
-        """See whether Ray is to drain a node of its own; at most once a second."""
+    def look_at_nodes(self, own: Collection[str]) -> None:
+        """See whether Ray is to drain one of the run's own nodes (hex ids); at most once a second."""
         if self._clock() - self._looked < _DRAIN_LOOK_SECONDS:
             return
         self._looked = self._clock()
         for node, deadline_ms in ray_state.get_draining_nodes().items():
+            if node not in own:
+                continue
             seconds = deadline_ms / 1000 - time.time() if deadline_ms else None
             self.ask(f"node {node[:8]} is to be drained", seconds)
 

@@ -206,7 +206,7 @@ def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None
 
     def on_poll() -> None:
         show_progress()
-        preemption.look_at_nodes()
+        preemption.look_at_nodes(ranks.node_ids)
         preemption.check_deadline()
 
     with preemption.of_training():

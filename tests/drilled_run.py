@@ -44,7 +44,7 @@ class DrilledRun:
 
     @property
     def room(self) -> Path:
-        return room_path(self.snapshots_in, self.run_dir.path, node=0)
+        return room_path(self.snapshots_in, self.run_dir.path, self.run_dir.id, node=0)
 
     @property
     def command(self) -> list[str]:
@@ -90,7 +90,9 @@ class SmallJob:
             checkpoint={**every, "snapshots_in": str(folder / "snapshots"), **checkpoint},
             launch={"threads_per_rank": 1},
         )
-        return DrilledRun(config_file.load(path), path, RunDir(folder / "run"))
+        run = DrilledRun(config_file.load(path), path, RunDir(folder / "run"))
+        run.run_dir.create(run.config)  # gives it the id by which its room is found
+        return run
 
 
 def processes_of(run: DrilledRun) -> dict[int, str]:

@@ -45,6 +45,13 @@ def file_content(chunks: Sequence[Chunk], tensors: Arrays) -> bytes:
     return lay_out(chunks).header + b"".join(values)
 
 
+def fail_to_read(path: Path) -> Path:
+    """Have a file answer with EIO, as one of a file system that is away; returns where its content lies meanwhile."""
+    aside = path.rename(path.with_name(f"{path.name}.aside"))
+    path.symlink_to("/proc/self/mem")  # no page is mapped at address 0
+    return aside
+
+
 def place_of(chunk: Chunk) -> tuple[slice, ...]:
     return tuple(slice(first, first + size) for first, size in zip(chunk.offset, chunk.shape, strict=True))
 

@@ -47,7 +47,7 @@ class World:
         self.policy = CheckpointConfig(**policy)
         self.rooms = [
             Room(
-                room_path(folder / "memory", folder / "run", node),
+                room_path(folder / "memory", folder / "run", "id", node),
                 range(node * ranks_per_node, (node + 1) * ranks_per_node),
             )
             for node in range(num_nodes)

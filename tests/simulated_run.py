@@ -10,7 +10,7 @@ import orjson
 from data_pipeline.shards import ShardWriter, TokenBatch
 from trainer.config import RunConfig
 from trainer.data.batches import TrainingData
-from trainer.data.digest import as_hex, as_int64, digest
+from trainer.data.digest import as_hex, digest, together
 from trainer.data.prepared import PreparedFolder, fingerprints
 from trainer.events import Event
 from trainer.run_dir import RunDir
@@ -125,12 +125,12 @@ class SimulatedRun:
             self._record("step_skipped", step=self.step, reason=reason, loss=None, **samples)
 
     def digest_of(self, first_sample: int, batch_size: int) -> int:
-        """As replicas add theirs up: each draws its share, and int64 wraps around."""
+        """As replicas add theirs up, each of which draws its share."""
         parallel = self.config.parallel.model_copy(update={"data": self.data_parallel})
         config = self.config.model_copy(update={"parallel": parallel})
         data = TrainingData(self.data.readers, self.data.blend, config)
         replicas = [data.replica_tokens(first_sample, batch_size, rank) for rank in range(self.data_parallel)]
-        return int(np.array([as_int64(digest(tokens)) for tokens in replicas]).sum())
+        return together(*map(digest, replicas))
 
     def _record(self, kind: str, **fields: object) -> None:
         self.events.append({"time": float(len(self.events)), "kind": kind, **fields})

@@ -25,6 +25,7 @@ from trainer.checkpoint.room import Request, Room
 from trainer.checkpoint.service import CheckpointService, Machine
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
+from trainer.data.ledger.audit import audit
 from trainer.events import Event, EventLog, read_events
 from trainer.run_dir import RunDir
 
@@ -91,6 +92,7 @@ def train(
         loop.train(config, run_dir, device, record, room)
 
     run_on_ranks(config, rank)
+    assert audit(run_dir).findings == []
     return read_events(run_dir.events_path)[before:]
 
 

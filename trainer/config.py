@@ -13,6 +13,7 @@ from trainer.rules import broken
 from trainer.section import Section, Tokens
 from trainer.section import UserError as UserError
 from trainer.support import RULES
+from trainer.urls import holds_secrets, without_secrets
 
 NORM_EPS = 1e-5  # of every layer norm, in the released models of all three papers
 VOCAB_MULTIPLE = 128  # the padded vocabulary is a multiple of this, whatever the layout, so that layouts agree
@@ -202,7 +203,23 @@ class CheckpointConfig(Section):
                 "checkpoint.resume_from and checkpoint.weights_from are both set, and a run starts from one; "
                 "resume_from goes on with optimizer and step, weights_from begins anew"
             )
+        if self.snapshot_every_steps and not self.asynchronous:
+            raise ValueError(
+                "checkpoint.snapshot_every_steps needs checkpoint.asynchronous, which is false; snapshots lie in the "
+                "memory that it uses"
+            )
+        if self.upload_to and holds_secrets(self.upload_to):
+            raise ValueError(
+                f"checkpoint.upload_to holds credentials or a query, {without_secrets(self.upload_to)}, and is copied "
+                "to every checkpoint; give the driver its own variables (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                "GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING, ...)"
+            )
         return self
+
+    @property
+    def needs_service(self) -> bool:
+        """Whether machines run a checkpoint service."""
+        return self.asynchronous or self.upload_to is not None
 
     def replicates(self, num_nodes: int) -> bool:
         """Whether snapshots are copied to other machines."""

@@ -2,7 +2,11 @@
 
 Everything a person sees of a run (progress, tables, plots) is drawn from this file. A line is one `write` to a file
 opened for appending, so several processes may write to the same file without mixing their lines, and a reader may
-meet at most one torn line, the last.
+meet torn lines only where a disk was full or a writer died: they are passed over, and cost no other line.
+
+A full disk does not end training: events wait in memory, in order and with the time at which they happened, and are
+written with the next one that can be. It is an error when more than 16 MiB wait, when a checkpoint relies on them
+(`sync`), and when the process ends (`close`). What waits is lost with a process that is killed; the ledger misses it.
 
 Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     run_started         resumed (bool)
@@ -37,8 +41,12 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     failed              error
 """
 
+import errno
 import os
+import re
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -51,10 +59,22 @@ _VOIDING = {"training_started": "step", "rolled_back": "to_step"}
 """Kind of event -> its field that names the last step which is not void."""
 
 
+_BEGIN = re.compile(rb'\{"time":')
+"""Of every line that is written here."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MOST_WAITING_BYTES = 16 << 20  # about 50,000 steps
+
+
 class EventLog:
-    """Appends events to one file."""
+    """Appends events to one file; threads may share it."""
 
     def __init__(self, path: Path) -> None:
+        self._waiting: deque[bytes] = deque()
+        """Lines that the disk has not taken yet, oldest first."""
+        self._is_torn = False
+        """Whether the disk has taken a part of the first of them."""
+        self._lock = threading.Lock()
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._heal_torn_line(path)
 
@@ -69,15 +89,49 @@ class EventLog:
                 os.write(self._fd, b"\n")
 
     def write(self, kind: str, **fields: Any) -> None:
+        """Append an event, or keep it until the disk has room.
+
+        Raises:
+            OSError: too much waits for room, or it is something else than room that lacks.
+        """
         line = orjson.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, option=orjson.OPT_SERIALIZE_NUMPY)
-        os.write(self._fd, line + b"\n")
+        with self._lock:
+            self._waiting.append(line + b"\n")
+            try:
+                self._write_waiting()
+            except OSError as error:
+                if error.errno not in _FULL or sum(map(len, self._waiting)) > _MOST_WAITING_BYTES:
+                    raise
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            line = b"\n" * self._is_torn + self._waiting[0]
+            num_written = os.write(self._fd, line)
+            if num_written == len(line):
+                self._waiting.popleft()
+                self._is_torn = False
+            elif num_written:  # written again as a whole: another process may have gone on behind the piece
+                self._is_torn = num_written > self._is_torn
 
     def sync(self) -> None:
-        """Wait until the disk has all that any process has written to the file so far."""
+        """Wait until the disk has all that this process has recorded, and any other has written, so far.
+
+        Raises:
+            OSError: it does not take it.
+        """
+        with self._lock:
+            self._write_waiting()
         os.fsync(self._fd)
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Raises:
+        OSError: events are lost that the disk does not take.
+        """
+        try:
+            with self._lock:
+                self._write_waiting()
+        finally:
+            os.close(self._fd)
 
 
 class EventReader:
@@ -121,8 +175,11 @@ def surviving_steps(events: list[Event], kind: Literal["step", "step_skipped"] =
 
 
 def _parse(line: bytes) -> Event | None:
-    try:
-        event = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None  # torn by a crash
-    return event if isinstance(event, dict) and "kind" in event else None
+    """The event of a line; of one that begins with a piece of another, what stands behind the piece."""
+    for begin in (0, *(match.start() for match in _BEGIN.finditer(line))):
+        try:
+            event = orjson.loads(line[begin:])
+        except orjson.JSONDecodeError:
+            continue
+        return event if isinstance(event, dict) and "kind" in event else None
+    return None

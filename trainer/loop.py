@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 
 from trainer import parallel, stability
+from trainer.agreement import Agreed, Agreement
 from trainer.checkpoint.interval import read_history
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.room import Room
 from trainer.checkpoint.saver import Saver
 from trainer.config import RunConfig
 from trainer.data.batches import ReadAhead, TrainingData
-from trainer.data.digest import as_hex
+from trainer.data.digest import as_hex, together
 from trainer.data.prepared import PreparedFolder, fingerprints
 from trainer.data.windows import HeldoutReader
 from trainer.engine.engine import Engine, StepStats
@@ -23,14 +24,11 @@ from trainer.events import read_events
 from trainer.restore import Progress, Source, restore
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule, Step, learning_rate
-from trainer.signals import Agreed, Signals
 from trainer.stability import Accept, Decision, RollBack, Skip, Stop, TrainingDiverged
 from trainer.stop import StopRequest
 
 Record = Callable[..., None]
 """Appends an event of a kind with its fields; does nothing on ranks that do not write events."""
-
-_NUM_DIGESTS = 1 << 64
 
 
 def train(
@@ -94,7 +92,9 @@ class Training:
         self._engine = Engine(config, device)
         self._saver = Saver(self._engine, run_dir.checkpoints, room, record)
         self._stop = stop
-        self._signals = Signals(config, stop, read_history(read_events(run_dir.events_path)))
+        # rank 0 decides when to save
+        events = read_events(run_dir.events_path) if dist.get_rank() == 0 else []
+        self._agreement = Agreement(config, stop, read_history(events))
         self.batches = ReadAhead(read, schedule.num_steps, config.train.micro_batch_size, device)
         self._progress = Progress()
         self._saved_step = 0
@@ -139,14 +139,14 @@ class Training:
         stats = self._engine.train_step(batch, lr, place.number - 1, is_sound)
         decision, state = stability.judge(self._config.stability, state, place.number, stats.loss, stats.grad_norm)
         assert stats.updated == isinstance(decision, Accept)
-        agreed = self._signals.after_step(place.number, self.batches.digest(place.number - 1))
+        agreed = self._agreement.after_step(place.number, self.batches.digest(place.number - 1))
         self._record_step(place, decision, stats, agreed, lr, time.perf_counter() - started)
         if isinstance(decision, Stop):
             self._record("diverged", verdict=decision.verdict)
             dist.barrier()  # once a rank has raised, the others are killed: not before it is recorded
             raise TrainingDiverged(decision.verdict)
         if not isinstance(decision, RollBack):
-            digest = (self._progress.data_digest + agreed.data_digest) % _NUM_DIGESTS
+            digest = together(self._progress.data_digest, agreed.data_digest)
             self._progress = Progress(place.number, state, digest)
         else:
             self._progress = replace(self._progress, stability=state)
@@ -154,7 +154,7 @@ class Training:
 
     def _pass_over(self, place: Step) -> tuple[Decision, Agreed]:
         """Consume the samples of a quarantined step."""
-        agreed = self._signals.after_step(place.number, 0)
+        agreed = self._agreement.after_step(place.number, 0)
         self._record_skip(place, "quarantined", None, None)
         state = stability.pass_over(self._progress.stability, place.number)
         self._progress = replace(self._progress, step=place.number, stability=state)
@@ -233,7 +233,7 @@ class Training:
         )
         stall_seconds = self._saver.save(facts, durable=durable, must=must)
         if durable:
-            self._signals.saved(progress.step, stall_seconds)  # one that was left out is not due again at every step
+            self._agreement.saved(progress.step, stall_seconds)  # one that was left out is not due again at every step
         if stall_seconds is None:
             return
         self._progress = replace(progress, stability=state)
@@ -262,5 +262,5 @@ class Training:
         self._saver.finish()
         source, self._progress = restore(self._engine, self._config, self._run_dir, self._room, self._record)
         self._saved_step = self._progress.step if source.is_own else 0
-        self._signals.saved(self._progress.step)
+        self._agreement.saved(self._progress.step)
         return source

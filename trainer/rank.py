@@ -66,8 +66,12 @@ def _train(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.dev
         if spec.room
         else None
     )
-    record = EventLog(run_dir.events_path).write if spec.rank == 0 else _write_nothing
-    loop.train(config, run_dir, device, record, room, stop)
+    log = EventLog(run_dir.events_path) if spec.rank == 0 else None
+    try:
+        loop.train(config, run_dir, device, log.write if log is not None else _write_nothing, room, stop)
+    finally:
+        if log is not None:
+            log.close()
 
 
 def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:

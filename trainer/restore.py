@@ -61,7 +61,7 @@ def restore(
     Raises:
         UserError: the run's data is not what it trained on, or it cannot start from what the config names.
     """
-    source = _find_own(config, run_dir, room, record) or _find_given(config, run_dir)
+    source = _find_own(config, run_dir, room, record) or _find_given(config, run_dir, record)
     progress = _load(engine, source)
     if room is not None and dist.get_rank() == room.ranks.start:
         room.void_after(progress.step if source.is_own else -1)
@@ -91,7 +91,7 @@ def _find_own(config: RunConfig, run_dir: RunDir, room: Room | None, record: Rec
     for step, tier in _candidates(config, run_dir, room):
         folder = room.path if room is not None and tier == "memory" else run_dir.checkpoints
         path = folder / store.folder_name(step)
-        problem = _agree(lambda path=path, tier=tier: _check(path, tier, config, room))  # type: ignore[misc]
+        problem = _agree(lambda path=path, tier=tier: _check(path, tier, config))  # type: ignore[misc]
         if problem:
             record("checkpoint_rejected", reason=f"{problem}; trying the one before")
             continue
@@ -133,7 +133,7 @@ def _restartable(config: RunConfig, room: Room | None) -> dict[int, float | None
     return found
 
 
-def _check(path: Path, tier: Tier, config: RunConfig, room: Room | None) -> None:
+def _check(path: Path, tier: Tier, config: RunConfig) -> None:
     """Check this rank's part of a candidate: in memory its own file, on disk every n-th.
 
     Raises:
@@ -148,32 +148,27 @@ def _check(path: Path, tier: Tier, config: RunConfig, room: Room | None) -> None
 # -------------------------------------------------------------------------------------------------- what it starts from
 
 
-def _find_given(config: RunConfig, run_dir: RunDir) -> Source:
+def _find_given(config: RunConfig, run_dir: RunDir, record: Record) -> Source:
     """What the config names, else the seed.
 
     Raises:
         UserError: it cannot be used.
     """
-    found: list[Source] = [Source(None, "disk", is_own=False)]
-
-    def find() -> None:
-        found[0] = _given(config, run_dir)
-
-    _raise_together(find if dist.get_rank() == 0 else lambda: None)
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
-
-
-def _given(config: RunConfig, run_dir: RunDir) -> Source:
-    data = fingerprints(config, run_dir.data_for(config))
     wanted = config.checkpoint.resume_from or config.checkpoint.weights_from
     if not wanted:
         return Source(None, "disk", is_own=False)
-    path = store.find(Path(wanted))
-    manifest = store.verify(path)
-    weights_only = config.checkpoint.resume_from is None
-    compatibility.check_start(manifest, config, data, path)
-    return Source(path, "disk", is_own=False, weights_only=weights_only)
+    data = fingerprints(config, run_dir.data_for(config))
+    named = [store.named(Path(wanted)) if dist.get_rank() == 0 else []]
+    dist.broadcast_object_list(named, src=0)
+    problem = f"{wanted} is no checkpoint and holds none"
+    for path in named[0]:
+        damage = _agree(lambda path=path: _check(path, "disk", config))  # type: ignore[misc]
+        if damage is None:
+            _raise_together(lambda path=path: compatibility.check_start(read_manifest(path), config, data, path))  # type: ignore[misc]
+            return Source(path, "disk", is_own=False, weights_only=config.checkpoint.resume_from is None)
+        record("checkpoint_rejected", reason=damage)
+        problem = damage
+    raise UserError(problem)
 
 
 def _agree(check: Callable[[], None]) -> str | None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,15 @@ class RunDir:
     @property
     def config_path(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def id(self) -> str:
+        """Tells the run from any other that has been or will be in a folder of this name."""
+        return self._id_path.read_text(encoding="utf-8")
+
+    @property
+    def _id_path(self) -> Path:
+        return self.path / "run-id"
 
     @property
     def events_path(self) -> Path:
@@ -91,9 +101,9 @@ class RunDir:
         self.check(config)
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config_path.exists() or config_file.load(self.config_path) != config:
-            temporary = self.config_path.with_suffix(".yaml.tmp")
-            temporary.write_text(config_file.dump(config), encoding="utf-8")
-            os.replace(temporary, self.config_path)
+            _write(self.config_path, config_file.dump(config))
+        if not self._id_path.exists():
+            _write(self._id_path, secrets.token_hex(8))
         for folder in (self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)
 
@@ -111,3 +121,10 @@ class RunDir:
             except BlockingIOError as error:
                 raise UserError(f"{self.path} is in use by another process; wait for it or stop it") from error
             yield
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

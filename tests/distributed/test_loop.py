@@ -20,6 +20,7 @@ from trainer.checkpoint import store
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
+from trainer.data.ledger.audit import audit
 from trainer.events import Event, EventLog, read_events, surviving_steps
 from trainer.run_dir import RunDir
 from trainer.schedule import learning_rate
@@ -31,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "TP2 x PP2": {"tensor": 2, "pipeline": 2},
     "DP2 ZeRO-2": {"data": 2, "zero": 2},
+    "CP2": {"context": 2},
 }
 
 
@@ -83,6 +85,7 @@ def train(config: RunConfig, run_dir: RunDir) -> list[Event]:
         loop.train(config, run_dir, device, log.write if log else lambda *_, **__: None)
 
     run_on_ranks(config, rank)
+    assert audit(run_dir).findings == []  # every sample once an epoch, and the tokens that steps were fed
     return read_events(run_dir.events_path)[before:]
 
 
@@ -123,7 +126,7 @@ def facts(events: list[Event]) -> list[Event]:
 # ------------------------------------------------------------------------------------------------------ what it records
 
 
-@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2 ZeRO-2"])
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2 ZeRO-2", "CP2"])
 def test_a_run_records_what_happened_in_order(layout: str, runs: Callable[..., Trained]) -> None:
     run = runs(layout)
     expected: list[tuple[str, int]] = [("training_started", 0), ("evaluated", 0)]

@@ -17,17 +17,17 @@ import torch.distributed as dist
 from made_snapshots import folder_in_memory, names
 from ranks import run_on_ranks
 from small_loop import NUM_STEPS, as_snapshot, config_of, die_at, of_kind, prepare_data, results, services, train
+from trainer.agreement import Agreement
 from trainer.checkpoint import saver, sharded, store
 from trainer.checkpoint.interval import FailureHistory
 from trainer.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from trainer.checkpoint.presence import Presence
-from trainer.checkpoint.room import Request, Room
+from trainer.checkpoint.room import Request, Room, room_path
 from trainer.config import RunConfig, UserError
 from trainer.data.digest import as_hex, from_hex
 from trainer.engine.engine import Engine
 from trainer.events import Event, read_events
 from trainer.run_dir import RunDir
-from trainer.signals import Signals
 from trainer.stop import StopRequest
 from trainer.training_state import MASTER
 
@@ -193,6 +193,24 @@ def test_memory_that_is_full_makes_training_wait_for_the_disk(data: Path, tmp_pa
         "no snapshot in shared memory: No space left on device",
         "no snapshot in shared memory: 1 of 2 ranks could not write theirs",
     }
+
+
+def test_memory_that_others_may_write_to_is_not_used(
+    data: Path, tmp_path: Path, memory: Path, undisturbed: Run
+) -> None:
+    config, run_dir, rooms = (
+        config_of(data),
+        RunDir(tmp_path / "run"),
+        [Room(room_path(memory, tmp_path, "id", 0), range(2))],
+    )
+    (taken := memory / f"broadgauge-{os.getuid()}").mkdir()
+    taken.chmod(0o777)
+    with services(config, run_dir, rooms):
+        events = train(config, run_dir, rooms)
+    assert_same_result(run_dir, undisturbed)
+    assert store.steps(run_dir.checkpoints) == [3, 6, 7] and not list(memory.rglob("rank-*"))
+    reasons = {event["reason"] for event in of_kind(events, "checkpoint_failed")}
+    assert f"no snapshot in shared memory: not a folder of yours that you alone can write to: {taken}" in reasons
 
 
 class RoomWithoutAPage(Room):
@@ -484,14 +502,14 @@ def test_the_clock_of_the_first_rank_says_when_a_save_is_due(data: Path) -> None
 
     def rank(config: RunConfig, device: torch.device) -> list[bool]:
         now = 100.0
-        signals = Signals(config, StopRequest(None), FailureHistory(), lambda: now if dist.get_rank() == 0 else 0.0)
+        agreement = Agreement(config, StopRequest(None), FailureHistory(), lambda: now if dist.get_rank() == 0 else 0.0)
         agreed = []
         for step, seconds in enumerate([0.4, 0.4, 0.4, 0.4, 0.4, 2.4, 0.4], start=1):
             now += seconds
-            due = signals.after_step(step, 0).save
+            due = agreement.after_step(step, 0).save
             agreed.append(due)
             if due:
-                signals.saved(step, 0.1)
+                agreement.saved(step, 0.1)
         return agreed
 
     expected = [False, False, True, False, False, True, False]

@@ -29,12 +29,13 @@ def test_a_node_that_ray_is_to_drain_ends_the_run(small_job: SmallJob, tmp_path:
         os.environ["RAY_TMPDIR"] = str(folder)  # `isolated` removes it at its end
         cluster = Cluster()
         try:
-            cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1")
+            for num_cpus in (0, 1):  # the driver's, and that of the ranks; Ray ends a drained one, and its drivers
+                cluster.add_node(num_cpus=num_cpus, include_dashboard=False, node_ip_address="127.0.0.1")
             ray.init(cluster.address, log_to_driver=False, configure_logging=False)
             new_job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET)
             ownership.claim(new_job.lock, new_job.id, drill.PATIENCE_SECONDS)
             gcs = GcsClient(address=cluster.address)
-            (node,) = (each["NodeID"] for each in ray.nodes())
+            (node,) = (each["NodeID"] for each in ray.nodes() if "CPU" in each["Resources"])
 
             def drain(_: DrilledRun) -> bool:
                 """As `ray drain-node` does, which takes 127.0.0.1 for another address of the machine."""

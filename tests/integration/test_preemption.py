@@ -141,7 +141,7 @@ def test_sigterm_in_every_stage(tmp_path: Path) -> None:
     runs = {name: RunDir(tmp_path / name) for name in ("run", "undisturbed")}
     commands = {name: [BROADGAUGE, "run", str(path), "--run-dir", str(run_dir.path)] for name, run_dir in runs.items()}
     run = DrilledRun(config_file.load(path), path, runs["run"])
-    run.run_dir.path.mkdir()
+    run.run_dir.create(run.config)
     signs = [
         *(f"event {kind}" for kind in ("stage_started", "data_prepared", "blend", "training_started")),
         *("event step", "event evaluated", "event checkpoint_snapshot"),

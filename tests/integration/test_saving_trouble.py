@@ -119,7 +119,6 @@ def test_training_goes_on_while_the_disk_is_full_or_read_only_and_fails_only_wit
 ) -> None:
     """Each is mended in time but the last, after which the same command has nothing to do again."""
     run = small_job.new_run(tmp_path, every_steps=2)
-    run.run_dir.create(run.config)
     mounted = tmpfs(run.run_dir.checkpoints, 6 * state_bytes(undisturbed()))
     deeds = [
         Deed("fill", fill(mounted), "event checkpoint_saved"),

@@ -1,6 +1,8 @@
 """The manifest of a checkpoint: what it holds, with the size and hash of every file. Without one, none exists."""
 
 import os
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,20 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 _DIGEST = "manifest_xxh3_128"  # of everything else in the manifest, which no other file vouches for
 _PIECE_BYTES = 1 << 22
+_HASH = re.compile(r"[0-9a-f]{32}")
+ABSENT = (FileNotFoundError, NotADirectoryError)
+"""What opening a file raises that is not there."""
 
 
 class OtherFormat(UserError):
     """A checkpoint of another version of this software: of no use to this one, and not for it to remove."""
+
+
+class Unreadable(UserError):
+    """The system does not hand out what is there, as when a file system is away: that says nothing about damage."""
+
+    def __init__(self, place: Path | str, name: str, error: OSError) -> None:
+        super().__init__(f"{place} cannot be read just now: {name}: {error.strerror or error}")
 
 
 @dataclass(frozen=True)
@@ -100,12 +112,15 @@ def write_manifest(folder: Path, manifest: Manifest, name: str = MANIFEST) -> No
 def read_manifest(folder: Path, name: str = MANIFEST) -> Manifest:
     """Raises:
     OtherFormat: another version wrote it.
+    Unreadable: nobody knows what it says.
     UserError: there is none, it cannot be understood, or it is not as it was written.
     """
     try:
         content = (folder / name).read_bytes()
-    except OSError as error:
+    except ABSENT as error:
         raise UserError(f"{folder} is not a checkpoint: no readable {name}") from error
+    except OSError as error:
+        raise Unreadable(folder, name, error) from error
     return parse_manifest(content, folder, name)
 
 
@@ -118,7 +133,10 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 def parse_manifest(content: bytes, checkpoint: Path | str, name: str = MANIFEST) -> Manifest:
     """The manifest that a file of these bytes is; `checkpoint` is the folder or URL that errors name.
 
+    The hash is no signature, so what it vouches for is not trusted either: no name leads out of the folder.
+
     Raises:
+        OtherFormat: another version wrote it.
         UserError: it cannot be understood, or it is not as it was written.
     """
     try:
@@ -132,9 +150,65 @@ def parse_manifest(content: bytes, checkpoint: Path | str, name: str = MANIFEST)
     if digest != _digest(tree):
         raise UserError(f"{checkpoint} is damaged: {name} does not have the hash that it states")
     try:
-        return Manifest(**tree)
+        manifest = Manifest(**tree)
     except TypeError as error:
         raise UserError(f"{checkpoint} is not a checkpoint: {name} has other fields than this version's") from error
+    for field_name, is_sound in _FIELDS.items():
+        if not is_sound(getattr(manifest, field_name)):
+            raise UserError(f"{checkpoint} is not a checkpoint: {name} has another kind of value for {field_name}")
+    for file, entry in manifest.files.items():
+        if not _is_file_name(file):
+            raise UserError(f"{checkpoint} is not a checkpoint: {name} lists {file!r}, which is no file name")
+        if not _is_fingerprint(entry):
+            raise UserError(f"{checkpoint} is not a checkpoint: {name} does not state the size and hash of {file}")
+    return manifest
+
+
+def _is_file_name(name: str) -> bool:
+    """Of a file that lies beside the manifest and is not it."""
+    return name == Path(name).name and name not in ("", "..", MANIFEST) and "\0" not in name
+
+
+def _is_fingerprint(entry: Any) -> bool:
+    match entry:
+        case [int(num_bytes), str(digest)]:
+            return _is_count(num_bytes) and _HASH.fullmatch(digest) is not None
+        case _:
+            return False
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_none_or(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_sound(value)
+
+
+def _is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "consumed_samples": _is_count,
+    "config": _is_a(dict),
+    "files": _is_a(dict),
+    "num_files": _is_none_or(_is_count),
+    "data": lambda value: isinstance(value, dict) and all(isinstance(each, str) for each in value.values()),
+    "data_digest": _is_none_or(_is_a(str)),
+    "num_updates": _is_count,
+    "stability": _is_a(dict),
+    "kinds": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    "heldout_loss": _is_none_or(_is_number),
+    "written_at": _is_none_or(_is_number),
+    "origin": _is_none_or(_is_a(str)),
+}
+"""Field of a manifest -> whether a value is one that it may have."""
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from trainer.checkpoint.manifest import sync_folder
 from trainer.config import UserError
+from trainer.urls import without_secrets
 
 TIMEOUT_SECONDS = 300.0  # of one operation; above the retries that drivers make by themselves
 PIECE_BYTES = 16 << 20
@@ -238,15 +239,6 @@ def _part_bytes(num_bytes: int, piece_bytes: int) -> int:
     """How large the parts of an upload are: a piece, or more where there would be too many of them."""
     least = -(-num_bytes // _MOST_PARTS)
     return piece_bytes if least <= piece_bytes else -(-least // _PART_UNIT_BYTES) * _PART_UNIT_BYTES
-
-
-def without_secrets(url: str) -> str:
-    """A URL as it may be shown: without the password and the query."""
-    scheme, separator, rest = url.partition("://")
-    place, slash, path = rest.partition("?")[0].partition("/")
-    user, at, host = place.rpartition("@")
-    user = f"{user.partition(':')[0]}:..." if ":" in user else user
-    return f"{scheme}{separator}{user}{at}{host}{slash}{path}"
 
 
 def one_line(error: BaseException) -> str:

@@ -24,8 +24,10 @@ import xxhash
 
 from trainer.checkpoint import store
 from trainer.checkpoint.manifest import (
+    ABSENT,
     MANIFEST,
     Manifest,
+    Unreadable,
     manifest_bytes,
     parse_manifest,
     read_manifest,
@@ -109,11 +111,6 @@ class Remote:
         manifest = parse_manifest(content, checkpoint)
         if manifest.step != step:
             raise UserError(f"{checkpoint} is not a checkpoint of its step: its {MANIFEST} is of step {manifest.step}")
-        for name in manifest.files:
-            if name != Path(name).name or name in ("", "..", MANIFEST):
-                raise UserError(
-                    f"{checkpoint} is not a checkpoint: its {MANIFEST} lists {name!r}, which is no file name"
-                )
         return manifest
 
     def prune(self, steps: Iterable[int]) -> None:
@@ -136,6 +133,7 @@ class Remote:
         Where something is sent for a step that exists there already, with other content, that one ceases to exist.
 
         Raises:
+            Unreadable: the system does not hand it out just now.
             UserError: the checkpoint is not what its manifest says.
             RemoteFailed: the store does; another call goes on from there.
         """
@@ -154,8 +152,10 @@ class Remote:
             self._objects.remove(_inside(manifest.step, stale))
         try:
             found = self._objects.put_file(path, folder / name)
+        except ABSENT as error:
+            raise UserError(f"{folder} is damaged: {name} is missing") from error
         except OSError as error:
-            raise UserError(f"{folder} is damaged: {name} cannot be read ({error.strerror})") from error
+            raise Unreadable(folder, name, error) from error
         if found != entry:
             raise UserError(f"{folder} is damaged: {name} does not have the size and hash that its manifest states")
         arrived = self._objects.size(path)

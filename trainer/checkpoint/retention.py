@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainer.checkpoint import store
-from trainer.checkpoint.manifest import OtherFormat
+from trainer.checkpoint.manifest import OtherFormat, Unreadable
 from trainer.config import CheckpointConfig, UserError
 
 
@@ -112,7 +112,6 @@ def _fate_without_manifest(step: int, error: UserError) -> Fate:
     """A damaged checkpoint goes; one that only cannot be read just now, as when a file system is away, stays."""
     if isinstance(error, OtherFormat):
         return Fate(step, "kept", "of another version of this software")
-    cause = error.__cause__
-    if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | NotADirectoryError):
-        return Fate(step, "stuck", f"its manifest cannot be read ({cause.strerror})")
+    if isinstance(error, Unreadable):
+        return Fate(step, "stuck", str(error))
     return Fate(step, "removed", "damaged: its manifest is not as it was written")

@@ -11,11 +11,14 @@
     ROOM/spare/rank-00000.safetensors    of a snapshot that went: memory that the next one need not ask for
 
 All that the two sides tell each other lies here as files, so that either may die at any moment and another goes on.
-A file that cannot be understood counts as not there. Folders are for their owner alone: others use the machine too.
+A file that cannot be understood counts as not there. Folders are for their owner alone, and one that somebody else has
+made, or may write to, is neither used nor believed: others are on the machine too.
 """
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +34,7 @@ from trainer.config import UserError
 
 _REQUEST, _WRITTEN, _SAVED, _FAILED, _COPIED = "request.json", "written", "saved", "failed", "copied"
 _UNFINISHED, _REMOVED = ".part", ".removed"
+_USERS_FOLDER = f"broadgauge-{os.getuid()}"
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,14 @@ class Snapshot:
         _write(self.path / _REQUEST, orjson.dumps({"facts": asdict(request.facts), "durable": request.durable}))
 
 
-def room_path(snapshots_in: Path, run_dir: Path, node: int) -> Path:
-    """Where the room of a run lies on its machine `node`: the same for every life of the run."""
-    run = xxhash.xxh3_64_hexdigest(str(run_dir.resolve()).encode())
-    return snapshots_in / f"broadgauge-{os.getuid()}" / run / f"node-{node:05d}"
+def room_path(snapshots_in: Path, run_dir: Path, run_id: str, node: int) -> Path:
+    """Where the room of a run lies on its machine `node`: the same for every life of the run.
+
+    Args:
+        run_id: as `RunDir.id`: what an earlier run of the same folder has left is none of this one's.
+    """
+    run = xxhash.xxh3_64_hexdigest(f"{run_id} {run_dir.resolve()}".encode())
+    return snapshots_in / _USERS_FOLDER / run / f"node-{node:05d}"
 
 
 class Room:
@@ -166,11 +174,14 @@ class Room:
 
     def snapshots(self) -> list[Snapshot]:
         """Oldest first."""
-        return [self._snapshot(step) for step in steps(self.path)]
+        return [self._snapshot(step) for step in steps(self.path)] if self._is_ours() else []
 
     def restartable(self) -> Iterator[Snapshot]:
         """Those from which the ranks of this machine may go on."""
         return (each for each in self.snapshots() if each.is_complete() and each.is_hashed())
+
+    def _is_ours(self) -> bool:
+        return _is_ours(_gate(self.path))
 
     def _snapshot(self, step: int) -> Snapshot:
         return Snapshot(self.path / folder_name(step), step, self.ranks)
@@ -186,14 +197,18 @@ class Room:
         return self._is_replicated and not all(snapshot.is_copied() for snapshot in self.snapshots()[-1:])
 
     def make(self) -> None:
-        """See that the room is there, and that others on the machine cannot look into it."""
+        """See that the room is there, and that others on the machine cannot look into it.
+
+        Raises:
+            OSError: it cannot be made, or others can write to it.
+        """
         _make_private(self.path)
 
     def begin_file(self, step: int, rank: int) -> Path:
         """Where a rank writes: a spare file, if there is one, to write over.
 
         Raises:
-            OSError: there is no room.
+            OSError: there is no room, or others can write to it.
         """
         path = self._snapshot(step).path / (file_name(rank) + _UNFINISHED)
         _make_private(path.parent)
@@ -214,7 +229,7 @@ class Room:
 
     def drop(self, step: int) -> None:
         """Give a snapshot up that cannot be finished, with its memory; for one rank, when none writes any more."""
-        shutil.rmtree(self._snapshot(step).path, ignore_errors=True)
+        self._give_back(self._snapshot(step).path)
         self.free_spare()
 
     def void_after(self, step: int) -> None:
@@ -260,28 +275,32 @@ class Room:
 
     def free_spare(self) -> None:
         """Give the memory back that waits for the next snapshot."""
-        shutil.rmtree(self._spare, ignore_errors=True)
+        self._give_back(self._spare)
 
     def clear_unfinished(self) -> None:
         """Remove snapshots that the ranks did not finish; none may be alive, and nobody fetch one."""
         self._clear_removed()
         for begun in self.path.glob("step-*.tmp"):
-            shutil.rmtree(begun, ignore_errors=True)
+            self._give_back(begun)
         for snapshot in self.snapshots():
             if not snapshot.is_complete():
                 self.retire(snapshot)
 
     def _clear_removed(self) -> None:
         """What a process that was killed was about to remove."""
-        for hidden in self.path.glob(f"step-*{_REMOVED}"):
+        for hidden in self.path.glob(f"step-*{_REMOVED}") if self._is_ours() else ():
             self._reclaim(hidden)
 
     def remove(self) -> None:
         """Give all memory back; nobody may use the room any more."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._give_back(self.path)
         for parent in self.path.parents[:2]:  # of the run and of the user, shared with other rooms
             with suppress(OSError):
                 parent.rmdir()
+
+    def _give_back(self, path: Path) -> None:
+        if self._is_ours():
+            shutil.rmtree(path, ignore_errors=True)
 
     @property
     def _spare(self) -> Path:
@@ -289,9 +308,30 @@ class Room:
 
 
 def _make_private(folder: Path) -> None:
+    """Make a folder and those that it is in.
+
+    Raises:
+        OSError: they cannot be made, or others were there first: anybody may make `/dev/shm/broadgauge-1000`.
+    """
     for each in (*reversed(folder.parents), folder):
         with suppress(FileExistsError):
             each.mkdir(mode=0o700)
+        if each == _gate(folder) and not _is_ours(each):
+            raise PermissionError(errno.EACCES, "not a folder of yours that you alone can write to", str(each))
+
+
+def _gate(folder: Path) -> Path:
+    """The folder that keeps others out of all that is in it."""
+    return next((each for each in folder.parents if each.name == _USERS_FOLDER), folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else may change what is in it; or it does not exist."""
+    try:
+        found = folder.lstat()  # not of what a symbolic link leads to
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from trainer.checkpoint import sharded, store
 from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.disk import reason_of
+from trainer.checkpoint.disk import fingerprint_on_disk, reason_of
 from trainer.checkpoint.manifest import Manifest, fingerprint
+from trainer.config import UserError
 from trainer.engine.engine import Engine
 
 
@@ -32,6 +33,8 @@ def save(engine: Engine, checkpoints: Path, facts: Manifest) -> Manifest:
         path = temporary / file_name(dist.get_rank())
         sharded.write(engine, path)
         mine[path.name] = fingerprint(path, durable=True)
+        if fingerprint_on_disk(path) != mine[path.name]:
+            raise store.SaveFailed(f"{path} reads back other than it was written")
 
     _agree(_attempt(write))
     parts: list[dict[str, list[Any]]] = [{} for _ in range(dist.get_world_size())]
@@ -50,7 +53,7 @@ def _attempt(action: Any) -> str | None:
         action()
     except OSError as error:
         return reason_of(error)
-    except store.SaveFailed as error:
+    except (store.SaveFailed, UserError) as error:
         return str(error)
     return None
 

@@ -5,17 +5,29 @@ written under a temporary name, made durable, and renamed: a folder with a valid
 not a checkpoint.
 """
 
+import errno
 import fcntl
 import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from trainer.checkpoint.chunk_file import incomplete, read_layout
-from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, sync_folder, write_manifest
+from trainer.checkpoint.manifest import (
+    ABSENT,
+    MANIFEST,
+    Manifest,
+    Unreadable,
+    fingerprint,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
 from trainer.config import UserError
 
 _NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # of each step exactly the name that `folder_name` gives it
@@ -108,20 +120,31 @@ def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
     """Check every file, or of a part of a checkpoint `only` those, against the manifest.
 
     Raises:
+        Unreadable: the system does not hand out what is there.
         UserError: names the first file that is missing or differs, or says why the manifest cannot be used.
     """
     manifest = read(checkpoint, part=only is not None)
     for name in manifest.files if only is None else only:
-        path = checkpoint / name
-        if not path.is_file():
-            raise UserError(f"{checkpoint} is damaged: {name} is missing")
-        try:
-            found = fingerprint(path)
-        except OSError as error:
-            raise UserError(f"{checkpoint} is damaged: {name} cannot be read ({error.strerror})") from error
-        if found != manifest.files[name]:
+        if _fingerprint_of(checkpoint, name) != manifest.files[name]:
             raise UserError(f"{checkpoint} is damaged: {name} does not have the size and hash that its manifest states")
     return manifest
+
+
+def _fingerprint_of(checkpoint: Path, name: str) -> list[Any]:
+    path = checkpoint / name
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            return fingerprint(path)
+    except ABSENT as error:
+        raise UserError(f"{checkpoint} is damaged: {name} is missing") from error
+    except OSError as error:
+        raise Unreadable(checkpoint, name, error) from error
+    if stat.S_ISLNK(mode):  # who removes, copies or uploads a checkpoint relies on its holding its files
+        raise UserError(
+            f"{checkpoint} is damaged: {name} is a symbolic link; copy what it leads to (cp -L) in its place"
+        )
+    raise UserError(f"{checkpoint} is damaged: {name} is missing")
 
 
 def newest_valid(checkpoints: Path, rejected: Callable[[str], None] = _log.warning) -> Path | None:
@@ -137,18 +160,28 @@ def newest_valid(checkpoints: Path, rejected: Callable[[str], None] = _log.warni
     return None
 
 
+def named(path: Path) -> list[Path]:
+    """The checkpoints that a path may mean, the best first, whether sound or not: itself, or those of a run."""
+    if (path / MANIFEST).is_file() and _NAME.fullmatch(path.resolve().name):
+        return [path]
+    for folder in (path / "checkpoints", path):
+        if found := steps(folder):
+            return [folder / folder_name(step) for step in reversed(found)]
+    return []
+
+
 def find(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the newest of a run or of a checkpoints folder.
 
     Raises:
         UserError: there is none.
     """
-    if (path / MANIFEST).is_file() and _NAME.fullmatch(path.resolve().name):
+    found = named(path)
+    if found == [path]:
         return path
-    for folder in (path / "checkpoints", path):
-        newest = newest_valid(folder)
-        if newest is not None:
-            return newest
+    newest = newest_valid(found[0].parent) if found else None
+    if newest is not None:
+        return newest
     raise UserError(f"{path} is no checkpoint and holds none; give a folder like runs/NAME/checkpoints/step-00000100")
 
 
@@ -157,12 +190,15 @@ def being_read(checkpoint: Path) -> Iterator[None]:
     """Keep a checkpoint from being removed while its files are read.
 
     Raises:
+        Unreadable: nobody knows whether it is.
         UserError: it is not there (any more).
     """
     try:
         handle = os.open(checkpoint / MANIFEST, os.O_RDONLY)
-    except OSError as error:
+    except ABSENT as error:
         raise UserError(f"{checkpoint} is not a checkpoint: no readable {MANIFEST}") from error
+    except OSError as error:
+        raise Unreadable(checkpoint, MANIFEST, error) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
         yield
@@ -171,10 +207,14 @@ def being_read(checkpoint: Path) -> Iterator[None]:
 
 
 def remove(checkpoint: Path) -> bool:
-    """Remove a checkpoint, unless somebody reads it; returns whether it is gone."""
+    """Remove a checkpoint, unless somebody reads it; returns whether it is gone.
+
+    Raises:
+        OSError: the system does not let go of it, or does not say whether it is read.
+    """
     try:
-        handle = os.open(checkpoint / MANIFEST, os.O_RDONLY)
-    except OSError:
+        handle = _open_to_lock(checkpoint / MANIFEST)
+    except ABSENT:
         _remove(checkpoint)
         return True
     try:
@@ -185,6 +225,16 @@ def remove(checkpoint: Path) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def _open_to_lock(path: Path) -> int:
+    """For writing, without which NFS gives no exclusive lock (`flock(2)`); for reading where it cannot be written."""
+    try:
+        return os.open(path, os.O_RDWR)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+            raise
+        return os.open(path, os.O_RDONLY)
 
 
 def leftovers(checkpoints: Path, before: int | None = None) -> list[Path]:

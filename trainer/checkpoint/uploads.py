@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.checkpoint import retention, store
 from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.manifest import Manifest, Unreadable
 from trainer.checkpoint.object_store import RemoteFailed
 from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.service import Machine, Record
@@ -45,14 +45,14 @@ class Uploader:
             return False
         try:
             is_done = self._send(step)
+        except (RemoteFailed, Unreadable) as error:
+            self._fail(step, str(error))
+            self._put_off()
+            return False
         except UserError as error:  # it was pruned meanwhile, or is damaged: another is sent instead
             self._done.add(step)
             self._fail(step, str(error))
             return True
-        except RemoteFailed as error:
-            self._fail(step, str(error))
-            self._put_off()
-            return False
         if is_done:
             self._done.add(step)
             self._failure, self._retry_seconds = None, _FIRST_RETRY_SECONDS
@@ -79,7 +79,8 @@ class Uploader:
         """Whether the checkpoint is there as a whole, or this machine has no more to do for it.
 
         Raises:
-            UserError: the checkpoint is gone or damaged.
+            Unreadable: the system does not hand the checkpoint out just now.
+            UserError: it is gone or damaged.
             RemoteFailed: the store does not do what it should.
         """
         started, folder = self._clock(), self._checkpoints / store.folder_name(step)

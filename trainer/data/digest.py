@@ -4,8 +4,7 @@ The digest of a sample is xxh3-64 of its token ids as little-endian int64, so th
 part; that of several samples is the sum of theirs modulo 2^64. A sum, unlike xor, also tells a sample that came twice
 from one that did not come. It finds mistakes, not forgery: xxh3 is no cryptographic hash.
 
-Replicas add up their digests in an int64 all-reduce, which wraps around as this sum does: they contribute `as_int64`,
-and `as_hex` takes the result as it comes, negative or not.
+Digests of replicas, and of steps, are added up the same way.
 """
 
 import numpy as np
@@ -26,13 +25,13 @@ def digest(tokens: torch.Tensor) -> int:
     return int(sample_digests(tokens).sum(dtype=np.uint64))
 
 
-def as_int64(value: int) -> int:
-    """The same bits as a signed number, as a tensor can hold it."""
-    return (value + _MODULUS // 2) % _MODULUS - _MODULUS // 2
+def together(*digests: int) -> int:
+    """The digest of all samples that these are of."""
+    return sum(digests) % _MODULUS
 
 
 def as_hex(value: int) -> str:
-    """16 hex digits, as events and manifests state it, of a digest or of any sum of digests, signed or not."""
+    """16 hex digits, as events and manifests state it, of a digest."""
     return f"{value % _MODULUS:016x}"
 
 

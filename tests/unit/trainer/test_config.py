@@ -34,6 +34,35 @@ def value_at(config: RunConfig, key: str) -> Any:
     return value
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://user:hunter2@host/bucket", "s3://user:...@host/bucket"),
+        ("s3://bucket/run?X-Amz-Signature=hunter2", "s3://bucket/run"),
+        ("https://hunter2@host/run", "https://...@host/run"),
+    ],
+)
+def test_credentials_in_a_url_are_refused_and_not_repeated(url: str, shown: str) -> None:
+    message = refusal({}, f"checkpoint.upload_to={url}")
+    assert f"holds credentials or a query, {shown}," in message and "AWS_SECRET_ACCESS_KEY" in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://bucket/run",
+        "gs://bucket/a:b@c",
+        "abfs://container@account.dfs.core.windows.net/run",
+        "sftp://user@host:22/run",
+        "file:///mnt/a@b:c",
+        "copies/what?",
+    ],
+)
+def test_urls_without_credentials_are_taken(url: str) -> None:
+    assert from_tree({"checkpoint": {"upload_to": url}}).checkpoint.upload_to == url
+
+
 # ----------------------------------------------------------------------------------------------------- unknown keys
 
 

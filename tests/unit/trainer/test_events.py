@@ -1,6 +1,8 @@
 """The record of a run survives what runs meet: several writers, a reader in the middle, and death in mid-line."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,78 @@ def test_a_line_is_one_write(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     log.write("step", text="x" * 100_000)
     log.write("step")
     assert len(written) == 2 and b"".join(written) == path.read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of eight pages."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        assert os.environ.get("CI") != "true", f"mounting is part of what is tested: {done.stderr}"
+        pytest.skip(f"mounting is not permitted: {done.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(path: Path) -> None:
+    with pytest.raises(OSError, match="No space"), open(path, "ab", buffering=0) as file:
+        while True:
+            file.write(bytes(1000))
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_it_does(small_disk: Path) -> None:
+    """Lines of 90 bytes: the last page takes a part of one."""
+    path, filler = small_disk / "events.jsonl", small_disk / "filler"
+    log, other = EventLog(path), EventLog(path)
+    log.write("step", step=0, text="x" * 40)
+    fill(filler)
+    for step in range(1, 100):
+        log.write("step", step=step, text="x" * 40)
+    assert not path.read_bytes().endswith(b"\n"), "a part of a line"
+    written = len(read_events(path))
+    assert 0 < written < 60
+    with pytest.raises(OSError, match="No space left"):
+        log.sync()
+    filler.unlink()
+    other.write("evaluated", step=0)  # behind the piece
+    log.write("step", step=100)
+    log.close(), other.close()
+    events = read_events(path)
+    assert [event["step"] for event in events if event["kind"] == "step"] == list(range(101))
+    assert [event["kind"] for event in events].index("evaluated") == written
+
+
+def test_a_disk_that_stays_full_is_an_error_in_the_end() -> None:
+    log = EventLog(Path("/dev/full"))
+    for _ in range(16):
+        log.write("step", text="x" * ((1 << 20) - 100))
+    with pytest.raises(OSError, match="No space left"):
+        log.write("step", text="x" * 10_000)
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+
+
+def test_other_trouble_with_the_file_is_an_error_at_once(path: Path) -> None:
+    log = EventLog(path)
+    os.dup2(os.open(path, os.O_RDONLY), log._fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        log.write("step")
+
+
+def test_a_piece_of_a_line_costs_not_the_line_behind_it(path: Path) -> None:
+    log = EventLog(path)
+    log.write("step", step=1, text="some text")
+    line = path.read_bytes()
+    for length in range(len(line)):
+        path.write_bytes(line[:length])
+        os.truncate(path, length)
+        log.write("step", step=2, of={"time": 3})
+        assert read_events(path)[-1]["step"] == 2, length
 
 
 def test_several_processes_never_mix_their_lines(path: Path) -> None:

@@ -23,6 +23,7 @@ from parity import reference_of
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint.huggingface import export, generation, model_card
 from trainer.checkpoint.huggingface.verification import ExportMismatch, check_logits
+from trainer.checkpoint.manifest import Manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data_config import TokenizerConfig
@@ -248,6 +249,30 @@ def test_model_card_tells_the_facts(exports: dict[str, Export], tmp_path: Path) 
         assert line in card.splitlines()
     assert card.endswith("## Verification\n\nLogits within 3.5e-07 over 4,096 tokens.\n")
     assert "  hidden_size: 32\n" in card, "the config"
+
+
+def test_model_card_says_nothing_of_where_things_lie() -> None:
+    places: dict[str, dict[str, Any]] = {
+        "data": {
+            "datasets": {"web": {"sources": ["https://secret:token@host/a.jsonl", "s3://b/secret?sig=secret"]}},
+            "quality": {"classifier": "/secret/classifier"},
+            "decontaminate": {"against": ["/secret/evaluations"]},
+            "tokenizer": {"path": "/secret/tokenizer"},
+        },
+        "checkpoint": {
+            "upload_to": "s3://secret/run",
+            "snapshots_in": "/secret",
+            "resume_from": "/secret/step-00000001",
+        },
+    }
+    config = from_tree({"name": "public", **places})
+    facts = [
+        model_card.training_facts(Manifest(3, 48, config.model_dump(mode="json"), origin=origin))
+        for origin in ("/secret/weights/theirs", "../secret/theirs", "somebody/theirs@main")
+    ]
+    assert [each["Weights began as"] for each in facts] == ["theirs", "theirs", "somebody/theirs@main"]
+    card = model_card.model_card(config, "GPT2LMHeadModel", torch.float32, facts[0], config)
+    assert "secret" not in card and "num_layers: 12\n" in card and "total_tokens" in card and "tensor: 1\n" in card
 
 
 def test_model_card_names_the_class_and_what_it_has_of_its_own(exports: dict[str, Export]) -> None:

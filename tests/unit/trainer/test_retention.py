@@ -1,5 +1,6 @@
 """Which checkpoints stay and which go, and that none is lost on the way."""
 
+import fcntl
 import os
 import select
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from made_checkpoints import fail_to_read
 from trainer.checkpoint import store
 from trainer.checkpoint.manifest import FORMAT, Manifest, fingerprint
 from trainer.checkpoint.retention import Fate, Present, plan, prune, reasons_to_keep
@@ -136,13 +138,11 @@ def test_a_checkpoint_of_another_version_is_not_ours_to_remove(tmp_path: Path) -
 
 
 def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(tmp_path: Path) -> None:
-    """A manifest that is a folder answers as a file system that fails does: not with its content."""
-    make(tmp_path, 10, 20)
-    manifest = tmp_path / "step-00000010" / "manifest.json"
-    manifest.unlink()
-    manifest.mkdir()
+    checkpoint = make(tmp_path, 10, 20).with_name("step-00000010")
+    fail_to_read(checkpoint / "manifest.json")
     fates = prune(tmp_path, 20, CheckpointConfig(keep_last=1))
     assert outcomes(fates) == {10: "stuck", 20: "kept"} and store.steps(tmp_path) == [10, 20]
+    assert fates[0].why == f"{checkpoint} cannot be read just now: manifest.json: Input/output error"
 
 
 def test_what_cannot_be_removed_is_said_and_stops_nothing(tmp_path: Path) -> None:
@@ -185,6 +185,25 @@ def test_the_one_being_read_by_another_process_stays_until_it_is_done(tmp_path: 
         assert store.verify(tmp_path / "step-00000010").step == 10
     assert outcomes(prune(tmp_path, 30, policy)) == {10: "removed", 30: "kept"}
     assert store.steps(tmp_path) == [30]
+
+
+def test_a_lock_for_removal_is_one_that_nfs_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux makes flock on NFS the record lock that `lockf` is: exclusive only on what is open for writing."""
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    make(tmp_path, 10, 20, 30)
+    with reader_of(tmp_path / "step-00000010"):
+        assert outcomes(prune(tmp_path, 30, CheckpointConfig(keep_last=1)))[10] == "being read"
+    assert outcomes(prune(tmp_path, 30, CheckpointConfig(keep_last=1))) == {10: "removed", 30: "kept"}
+
+
+def test_what_cannot_be_looked_at_is_not_removed(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 10)
+    manifest = checkpoint / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to(manifest)
+    with pytest.raises(OSError, match="symbolic links"):
+        store.remove(checkpoint)
+    assert store.steps(tmp_path) == [10]
 
 
 def test_a_reader_that_was_killed_holds_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -290,16 +291,22 @@ def test_rooms_of_runs_and_machines_are_told_apart_and_found_again(tmp_path: Pat
     memory, run = tmp_path / "memory", tmp_path / "run"
     run.mkdir()
     (tmp_path / "link").symlink_to(run)
-    mine = room_path(memory, run, 0)
-    assert mine == room_path(memory, tmp_path / "link", 0) == room_path(memory, tmp_path / "x" / ".." / "run", 0)
-    others = [room_path(memory, run, 1), room_path(memory, tmp_path / "run2", 0), room_path(memory, run / "run", 0)]
-    assert len({mine, *others}) == 4 and str(os.getuid()) in str(mine)
+    mine = room_path(memory, run, "id", 0)
+    assert mine == room_path(memory, tmp_path / "link", "id", 0)
+    assert mine == room_path(memory, tmp_path / "x" / ".." / "run", "id", 0)
+    others = [
+        room_path(memory, run, "id", 1),
+        room_path(memory, run, "another", 0),  # an earlier run of the same folder
+        room_path(memory, tmp_path / "run2", "id", 0),
+        room_path(memory, run / "run", "id", 0),
+    ]
+    assert len({mine, *others}) == 5 and str(os.getuid()) in str(mine)
 
 
 def test_removing_a_room_leaves_other_rooms_alone(tmp_path: Path) -> None:
     memory = tmp_path / "memory"
     rooms = [
-        Room(room_path(memory, tmp_path / run, node), range(1))
+        Room(room_path(memory, tmp_path / run, "id", node), range(1))
         for run, node in (("a", 0), ("a", 1), ("b", 0), ("c", 0))
     ]
     for room in rooms[:3]:
@@ -333,7 +340,49 @@ def test_others_on_the_machine_cannot_look_into_a_room(tmp_path: Path) -> None:
             assert mode == 0o600, path
 
 
+def _of_another_user(folder: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root gives folders away")
+    os.chown(folder, 12345, -1)
+
+
+def _through_a_link(folder: Path) -> None:
+    folder.symlink_to(folder.rename(folder.with_name("elsewhere")))
+
+
+TAKEN: list[Callable[[Path], None]] = [
+    _of_another_user,
+    _through_a_link,
+    lambda folder: folder.chmod(0o770),
+    lambda folder: folder.chmod(0o1707),
+]
+
+
+@pytest.mark.parametrize("take", TAKEN)
+def test_a_folder_that_others_may_write_to_is_neither_used_nor_believed(
+    tmp_path: Path, take: Callable[[Path], None]
+) -> None:
+    world = World(tmp_path)
+    (room,) = world.rooms
+    world.snapshot(10)
+    work_until_idle(world.service())
+    (room.path / "step-00000005.removed").mkdir()
+    (room.path / "step-00000006.tmp").mkdir()
+    before = sorted(room.path.rglob("*"))
+    take(tmp_path / "memory" / f"broadgauge-{os.getuid()}")
+    for attempt in (room.make, lambda: room.begin_file(20, 0)):
+        with pytest.raises(PermissionError, match="not a folder of yours that you alone can write to"):
+            attempt()
+    assert room.snapshots() == list(room.restartable()) == [] and not room.is_busy()
+    assert not world.service().work()
+    room.clear_unfinished()
+    room.free_spare()
+    room.drop(10)
+    room.remove()
+    assert sorted(room.path.rglob("*")) == before
+
+
 def test_a_room_that_cannot_be_made_is_an_error_of_the_system(tmp_path: Path) -> None:
     (tmp_path / "memory").write_text("no folder")
     with pytest.raises(OSError, match="memory"):
-        Room(room_path(tmp_path / "memory", tmp_path / "run", 0), range(1)).begin_file(10, 0)
+        Room(room_path(tmp_path / "memory", tmp_path / "run", "id", 0), range(1)).begin_file(10, 0)

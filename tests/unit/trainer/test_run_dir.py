@@ -1,6 +1,7 @@
 """A run folder belongs to one config and to one process at a time."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -29,12 +30,22 @@ def test_nothing_exists_before_create(run_dir: RunDir) -> None:
     assert not run_dir.path.parent.exists()
 
 
+def test_a_run_is_told_from_an_earlier_one_of_the_same_folder(run_dir: RunDir) -> None:
+    run_dir.create(RunConfig())
+    first = run_dir.id
+    run_dir.create(RunConfig())
+    assert run_dir.id == first and len(first) == 16
+    shutil.rmtree(run_dir.path)
+    run_dir.create(RunConfig())
+    assert run_dir.id != first
+
+
 def test_create_writes_the_resolved_config(run_dir: RunDir) -> None:
     config = config_of(preset="gpt1", data={"sources": ["x"]})
     run_dir.create(config)
     assert load(run_dir.config_path) == config
     assert run_dir.checkpoints.is_dir() and run_dir.logs.is_dir()
-    assert sorted(item.name for item in run_dir.path.iterdir()) == ["checkpoints", "config.yaml", "logs"]
+    assert sorted(item.name for item in run_dir.path.iterdir()) == ["checkpoints", "config.yaml", "logs", "run-id"]
 
 
 def test_create_again_with_the_same_config_leaves_everything(run_dir: RunDir) -> None:

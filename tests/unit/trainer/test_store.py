@@ -4,15 +4,16 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
+from made_checkpoints import fail_to_read
 from trainer.checkpoint import compatibility, store
-from trainer.checkpoint.manifest import FORMAT, Manifest, fingerprint, read_manifest
+from trainer.checkpoint.manifest import FORMAT, Manifest, Unreadable, fingerprint, read_manifest, write_manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 
@@ -176,11 +177,89 @@ def test_a_manifest_that_says_nothing_useful_makes_no_checkpoint(tmp_path: Path,
     assert store.newest_valid(tmp_path) is None
 
 
+def test_what_cannot_be_read_just_now_is_no_damage(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 7)
+    aside = fail_to_read(checkpoint / "manifest.json")
+    for check in (store.verify, store.read, read_manifest):
+        with pytest.raises(Unreadable, match=r"manifest\.json: Input/output error"):
+            check(checkpoint)
+    aside.replace(checkpoint / "manifest.json")
+    for missing in (tmp_path / "absent", checkpoint / "__1_0.distcp"):
+        with pytest.raises(UserError, match="is not a checkpoint: no readable manifest") as caught:
+            store.verify(missing)
+        assert not isinstance(caught.value, Unreadable)
+
+
 def test_a_manifest_without_files_vouches_for_nothing(tmp_path: Path) -> None:
     temporary = store.begin(tmp_path, 7)
     checkpoint = store.commit(temporary, Manifest(7, 112, RunConfig().model_dump(mode="json")))
     assert "is damaged: its manifest lists no files" in refusal(store.verify, checkpoint)
     assert store.newest_valid(tmp_path) is None
+
+
+def crafted(folder: Path, **changes: Any) -> Path:
+    """A checkpoint whose manifest says something else, and has the hash that goes with it."""
+    checkpoint = make(folder, 7)
+    write_manifest(checkpoint, replace(read_manifest(checkpoint), **changes))
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/b", "manifest.json", "..", ".", "", "a/", "nul\0"])
+def test_no_name_in_a_manifest_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    checkpoint = crafted(tmp_path, files={name: fingerprint(tmp_path / "secret")})
+    for check in (store.verify, store.read, read_manifest):
+        assert f"lists {name!r}, which is no file name" in refusal(check, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "entry", [None, 3, [], [5], [5, "0" * 32, 1], ["5", "0" * 32], [-1, "0" * 32], [True, "0" * 32]]
+)
+def test_a_file_without_size_and_hash_is_refused(tmp_path: Path, entry: Any) -> None:
+    assert "does not state the size and hash of short" in refusal(
+        read_manifest, crafted(tmp_path, files={"short": entry})
+    )
+
+
+WRONG: dict[str, tuple[Any, ...]] = {
+    "step": (-1, 7.0, "7", None, True),
+    "consumed_samples": (-1, None),
+    "config": (None, []),
+    "files": (None, ["short"]),
+    "num_files": (-1, "4"),
+    "data": (None, {"tokenizer": 3}),
+    "data_digest": (3,),
+    "num_updates": (None, 1.5),
+    "stability": (None, []),
+    "kinds": (None, "master", [3]),
+    "heldout_loss": ("low", True),
+    "written_at": ("now",),
+    "origin": (3,),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_field_with_another_kind_of_value_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
+    message = refusal(read_manifest, crafted(tmp_path, **{field: value}))
+    assert f"manifest.json has another kind of value for {field}" in message
+
+
+def test_every_field_of_a_manifest_is_looked_at() -> None:
+    assert {*WRONG, "format"} == {field.name for field in fields(Manifest)}
+
+
+def test_a_file_that_the_system_does_not_hand_out_is_no_damage(tmp_path: Path) -> None:
+    """A name that no file system takes stands for all that it may answer."""
+    checkpoint = crafted(tmp_path, files={"x" * 300: [5, "0" * 32]})
+    with pytest.raises(Unreadable, match=r"cannot be read just now: x+: File name too long"):
+        store.verify(checkpoint)
+
+
+def test_a_checkpoint_holds_its_files_itself(tmp_path: Path) -> None:
+    checkpoint = make(tmp_path, 7)
+    (checkpoint / "__1_0.distcp").rename(tmp_path / "elsewhere")
+    (checkpoint / "__1_0.distcp").symlink_to(tmp_path / "elsewhere")
+    assert "is damaged: __1_0.distcp is a symbolic link" in refusal(store.verify, checkpoint)
 
 
 def test_another_format_is_refused_by_number(tmp_path: Path) -> None:

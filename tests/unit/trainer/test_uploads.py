@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from made_checkpoints import write_checkpoint
+from made_checkpoints import fail_to_read, write_checkpoint
 from trainer.checkpoint import store
 from trainer.checkpoint.remote import Remote
 from trainer.checkpoint.service import Machine
@@ -139,6 +139,18 @@ def test_a_newer_checkpoint_takes_the_place_of_one_that_could_not_be_sent(world:
     uploader.retry_now()
     settle(uploader)
     assert world.remote.steps() == [20] and uploader.is_idle()
+
+
+def test_one_that_cannot_be_read_just_now_is_tried_again(world: World) -> None:
+    world.save(10)
+    uploader, manifest = world.uploader(), world.checkpoints / store.folder_name(10) / "manifest.json"
+    aside = fail_to_read(manifest)
+    assert not uploader.work() and not uploader.is_idle()
+    assert world.events == [("checkpoint_upload_failed", 10)] and "Input/output error" in world.reasons[0]
+    aside.replace(manifest)
+    assert not uploader.work()  # it waits a little before it tries again
+    world.now += 2.0
+    assert uploader.work() and world.remote.steps() == [10]
 
 
 def test_a_damaged_checkpoint_is_named_and_not_sent(world: World) -> None:

@@ -11,6 +11,7 @@ from trainer.config import RunConfig
 from trainer.plan import num_parameters
 
 CARD = "README.md"
+_RECIPE = {"preset", "seed", "model", "train", "optimizer", "stability", "parallel"}
 _TAG = "- broadgauge\n"  # in the card of every folder we write: only such a folder may be replaced
 
 
@@ -27,7 +28,7 @@ def trained_with(manifest: Manifest) -> RunConfig | None:
 
 def training_facts(manifest: Manifest) -> dict[str, object]:
     """What a checkpoint tells of its training, for the model card."""
-    facts: dict[str, object] = {"Weights began as": manifest.origin} if manifest.origin else {}
+    facts: dict[str, object] = {"Weights began as": _published(manifest.origin)} if manifest.origin else {}
     trained = trained_with(manifest)
     if trained is not None:
         facts["Trained on, tokens"] = manifest.consumed_samples * trained.model.seq_length
@@ -44,7 +45,7 @@ def model_card(
     """Markdown.
 
     Args:
-        trained: the config to print.
+        trained: the config of which to print what made the model.
     """
     model = config.model
     rows: dict[str, object] = {"Parameters": num_parameters(model), "Layers": model.num_layers}
@@ -66,13 +67,24 @@ def model_card(
         f"print(generate({config.generate.prompt!r}, max_new_tokens={config.generate.max_new_tokens}))\n"
         "```\n\n"
         f"## Model and training\n\n| | |\n|---|---|\n{table}"
-        + (f"\nThe config of the run:\n\n```yaml\n{config_file.dump(trained)}```\n" if trained else "")
+        + (f"\nHow it was trained:\n\n```yaml\n{_recipe(trained)}```\n" if trained else "")
     )
+
+
+def _recipe(trained: RunConfig) -> str:
+    """What of a config tells a stranger how a model came to be; where its data and its checkpoints lie is nobody's."""
+    return config_file.dump_tree(trained.model_dump(mode="json", include=_RECIPE))
 
 
 def add_verification(folder: Path, text: str) -> None:
     with open(folder / CARD, "a", encoding="utf-8") as card:
         card.write(f"\n## Verification\n\n{text}\n")
+
+
+def _published(origin: str) -> str:
+    """Of a folder the name alone; `owner/name` of the hub is a name."""
+    is_folder = origin.startswith((".", "/", "~")) or origin.count("/") > 1
+    return Path(origin).name if is_folder else origin
 
 
 def _formatted(value: object) -> str:

@@ -24,7 +24,7 @@ class Agreed:
     """Whether some rank was asked to save and end."""
 
 
-class Signals:
+class Agreement:
     """One rank's part in the agreement. Whether a save is due depends on a clock: rank 0 decides."""
 
     def __init__(
