@@ -107,7 +107,8 @@ def _has_spoken(agent: RawIOBase, seconds: float = 0.0) -> bool:
 
 def restart_delay(num_early_deaths: int) -> float:
     """Seconds until a service is replaced that died so many times in a row before it had lived long."""
-    return min(_FIRST_RESTART_SECONDS * 2.0**num_early_deaths, _LONGEST_RESTART_SECONDS)
+    num_doublings = min(max(num_early_deaths - 1, 0), 10)  # so that no number is too large
+    return min(_FIRST_RESTART_SECONDS * 2**num_doublings, _LONGEST_RESTART_SECONDS)
 
 
 class ServiceKeeper:
@@ -158,7 +159,7 @@ class ServiceKeeper:
                 num_deaths += 1
             self._record_death(code)
             num_early_deaths = 0 if time.monotonic() - started > _HEALTHY_SECONDS else num_early_deaths + 1
-            if self._is_draining.wait(restart_delay(num_early_deaths - 1)):
+            if self._is_draining.wait(restart_delay(num_early_deaths)):
                 time.sleep(_FIRST_RESTART_SECONDS)
 
     def _live(self) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 import ray
 
 from launcher.placement import Placement
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.replica import Fetch, Holder, Holding, plan
+from trainer.checkpoint.replica import Fetch, Held, Holder, Holding, plan
 from trainer.checkpoint.room import Room
 from trainer.config import UserError
 
@@ -29,18 +28,21 @@ class SnapshotPeer:
     def holdings(self) -> list[Holding]:
         return self._holder.holdings()
 
-    def manifest(self, step: int | None) -> Manifest | None:
-        return self._holder.manifest(step)
+    def newest(self) -> Held | None:
+        return self._holder.newest()
 
-    def read(self, step: int, name: str, position: int) -> bytes:
-        return self._holder.read(step, name, position)
+    def held(self, step: int, written_at: float | None) -> Held | None:
+        return self._holder.held(step, written_at)
+
+    def read(self, step: int, written_at: float | None, name: str, position: int) -> bytes:
+        return self._holder.read(step, written_at, name, position)
 
     def was_copied(self, step: int, written_at: float | None) -> None:
         self._holder.was_copied(step, written_at)
 
-    def fetch(self, peer: Any, step: int, files: tuple[str, ...]) -> None:
+    def fetch(self, peer: Any, step: int, written_at: float | None, files: tuple[str, ...]) -> None:
         """Bring files of another machine into this one's room."""
-        self._holder.fetch(_OtherMachine(peer), step, files)
+        self._holder.fetch(_OtherMachine(peer), step, written_at, files)
 
     def follow(self, neighbour: Any) -> None:
         """Keep a copy of the neighbour's newest snapshot, until `stop`."""
@@ -67,13 +69,17 @@ class _OtherMachine:
     def __init__(self, peer: Any) -> None:
         self._peer = peer
 
-    def manifest(self, step: int | None) -> Manifest | None:
-        found: Manifest | None = ray.get(self._peer.manifest.remote(step))
+    def newest(self) -> Held | None:
+        found: Held | None = ray.get(self._peer.newest.remote())
         return found
 
-    def read(self, step: int, name: str, position: int) -> bytes:
+    def held(self, step: int, written_at: float | None) -> Held | None:
+        found: Held | None = ray.get(self._peer.held.remote(step, written_at))
+        return found
+
+    def read(self, step: int, written_at: float | None, name: str, position: int) -> bytes:
         try:
-            content: bytes = ray.get(self._peer.read.remote(step, name, position))
+            content: bytes = ray.get(self._peer.read.remote(step, written_at, name, position))
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from error
         return content
@@ -86,7 +92,12 @@ def bring_together(peers: Sequence[Any], where: Placement) -> list[Fetch]:
     """Give every machine the newest snapshot of which nothing is lost; returns what was copied."""
     holdings = dict(enumerate(ray.get([peer.holdings.remote() for peer in peers])))
     fetches = plan(holdings, where.ranks_of)
-    ray.get([peers[each.to_node].fetch.remote(peers[each.from_node], each.step, each.files) for each in fetches])
+    ray.get(
+        [
+            peers[each.to_node].fetch.remote(peers[each.from_node], each.step, each.written_at, each.files)
+            for each in fetches
+        ]
+    )
     return fetches
 
 

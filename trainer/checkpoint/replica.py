@@ -6,16 +6,15 @@ which snapshot is the newest of which every rank's file is still held somewhere,
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from trainer.checkpoint import store
 from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import Manifest, read_manifest, write_manifest
-from trainer.checkpoint.room import Request, Room
-from trainer.config import UserError
+from trainer.checkpoint.manifest import Manifest, write_manifest
+from trainer.checkpoint.room import Request, Room, Snapshot
 
 PIECE_BYTES = 32 << 20
 _REPLICA = "replica"
@@ -38,17 +37,34 @@ class Fetch:
     to_node: int
     from_node: int
     step: int
+    written_at: float | None
     files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a machine has of a snapshot."""
+
+    manifest: Manifest
+    """Of the files that are there."""
+    durable: bool
+    """Whether it is to become a checkpoint, if it is not one already."""
+
+    def is_of(self, step: int, written_at: float | None) -> bool:
+        return (self.manifest.step, self.manifest.written_at) == (step, written_at)
 
 
 class Source(Protocol):
     """Another machine, as far as copying needs it."""
 
-    def manifest(self, step: int | None) -> Manifest | None:
-        """Of what it holds of a step, in its own room or as a replica; None means the newest of its own."""
+    def newest(self) -> Held | None:
+        """The newest snapshot in its own room."""
 
-    def read(self, step: int, name: str, position: int) -> bytes:
-        """At most PIECE_BYTES from `position` on; nothing at the end."""
+    def held(self, step: int, written_at: float | None) -> Held | None:
+        """What it has of a snapshot, in its own room and as a replica."""
+
+    def read(self, step: int, written_at: float | None, name: str, position: int) -> bytes:
+        """At most PIECE_BYTES of that snapshot's file from `position` on; nothing at the end."""
 
     def was_copied(self, step: int, written_at: float | None) -> None:
         """Its snapshot is safe elsewhere."""
@@ -61,24 +77,31 @@ class Holder:
         self._room = room
         self._replicas = room.path / _REPLICA
 
-    def manifest(self, step: int | None) -> Manifest | None:
-        if step is None:
-            newest = list(self._room.restartable())[-1:]
-            return _manifest_in(newest[0].path) if newest else None
-        found = [_manifest_in(folder) for folder in self._folders(step)]
-        merged = [each for each in found if each is not None]
-        if not merged:
-            return None
-        files = {name: facts for each in reversed(merged) for name, facts in each.files.items()}
-        return replace(merged[0], files=files)
+    def newest(self) -> Held | None:
+        newest = list(self._room.restartable())[-1:]
+        return _held_in(newest[0].path) if newest else None
 
-    def read(self, step: int, name: str, position: int) -> bytes:
-        for folder in self._folders(step):
-            if (folder / name).exists():
+    def held(self, step: int, written_at: float | None) -> Held | None:
+        found = [held for _, held in self._places(step, written_at)]
+        if not found:
+            return None
+        files = {name: facts for each in reversed(found) for name, facts in each.manifest.files.items()}
+        return replace(found[0], manifest=replace(found[0].manifest, files=files))
+
+    def read(self, step: int, written_at: float | None, name: str, position: int) -> bytes:
+        for folder, held in self._places(step, written_at):
+            if name in held.manifest.files:
                 with open(folder / name, "rb") as file:
                     file.seek(position)
                     return file.read(PIECE_BYTES)
         raise FileNotFoundError(f"{name} of step {step} is gone")
+
+    def _places(self, step: int, written_at: float | None) -> Iterator[tuple[Path, Held]]:
+        for place in (self._room.path, self._replicas):
+            folder = place / store.folder_name(step)
+            held = _held_in(folder)
+            if held is not None and held.is_of(step, written_at):
+                yield folder, held
 
     def was_copied(self, step: int, written_at: float | None) -> None:
         for snapshot in self._room.restartable():
@@ -90,7 +113,7 @@ class Holder:
         """Of its own room and of its neighbour's."""
         folders = [each.path for each in self._room.restartable()]
         folders += [self._replicas / store.folder_name(step) for step in store.steps(self._replicas)]
-        manifests = [each for each in map(_manifest_in, folders) if each is not None]
+        manifests = [each.manifest for each in map(_held_in, folders) if each is not None]
         return [Holding(each.step, each.written_at, tuple(each.files)) for each in manifests]
 
     def follow(self, neighbour: Source) -> bool:
@@ -100,49 +123,51 @@ class Holder:
             OSError: the memory is full.
             UserError: what came is not what the neighbour has vouched for.
         """
-        manifest = neighbour.manifest(None)
-        if manifest is None:
+        newest = neighbour.newest()
+        if newest is None:
             return False
-        held = _manifest_in(self._replicas / store.folder_name(manifest.step))
-        if held is not None and held.written_at == manifest.written_at:
+        manifest = newest.manifest
+        replica = self._replicas / store.folder_name(manifest.step)
+        held = _held_in(replica)
+        if held is not None and held.is_of(manifest.step, manifest.written_at):
             return False
         self._room.make()
         temporary = store.begin(self._replicas, manifest.step)
-        copied = _copy(neighbour, manifest, tuple(manifest.files), temporary)
-        if not copied:
+        if not _copy(neighbour, manifest, tuple(manifest.files), temporary):
             return False
         store.commit(temporary, manifest)
+        _write_request(replica, newest)
         neighbour.was_copied(manifest.step, manifest.written_at)
         for step in store.steps(self._replicas):
             if step != manifest.step:
                 store.remove(self._replicas / store.folder_name(step))
         return True
 
-    def fetch(self, source: Source, step: int, names: tuple[str, ...]) -> None:
+    def fetch(self, source: Source, step: int, written_at: float | None, names: tuple[str, ...]) -> None:
         """Bring files into the own room, so that its ranks can go on from the snapshot.
 
         Raises:
             UserError: what came is not what the source has vouched for.
         """
-        manifest = source.manifest(step)
-        if manifest is None:
+        found = source.held(step, written_at)
+        if found is None or not set(names) <= found.manifest.files.keys():
             return
         self._room.make()
         temporary = store.begin(self._room.path, step)
-        if not _copy(source, manifest, names, temporary):
+        if not _copy(source, found.manifest, names, temporary):
             return
-        files = {name: manifest.files[name] for name in names}
-        files |= self._link_own(manifest, temporary)
-        store.commit(temporary, replace(manifest, files=files))
-        self._room.request(step, Request(replace(manifest, files={}), durable=False))
+        files = {name: found.manifest.files[name] for name in names}
+        files |= self._link_own(found.manifest, temporary)
+        store.commit(temporary, replace(found.manifest, files=files))
+        _write_request(self._room.path / store.folder_name(step), found)
 
     def _link_own(self, manifest: Manifest, temporary: Path) -> dict[str, list[Any]]:
         """Keep what the room has of the snapshot already: other machines may be fetching it from here."""
         folder = self._room.path / store.folder_name(manifest.step)
-        held = _manifest_in(folder)
-        if held is None or held.written_at != manifest.written_at:
+        held = _held_in(folder)
+        if held is None or not held.is_of(manifest.step, manifest.written_at):
             return {}
-        linked = {name: facts for name, facts in held.files.items() if not (temporary / name).exists()}
+        linked = {name: facts for name, facts in held.manifest.files.items() if not (temporary / name).exists()}
         for name in linked:
             os.link(folder / name, temporary / name)
         return linked
@@ -152,16 +177,13 @@ class Holder:
         if not self._room.snapshots():
             self._room.remove()
 
-    def _folders(self, step: int) -> list[Path]:
-        return [place / store.folder_name(step) for place in (self._room.path, self._replicas)]
-
 
 def _copy(source: Source, manifest: Manifest, names: tuple[str, ...], folder: Path) -> bool:
     """Copy files and check them; False if the source has let go of them meanwhile."""
     for name in names:
         try:
             with open(folder / name, "wb") as file:
-                while piece := source.read(manifest.step, name, file.tell()):
+                while piece := source.read(manifest.step, manifest.written_at, name, file.tell()):
                     file.write(piece)
         except FileNotFoundError:
             shutil.rmtree(folder)
@@ -171,11 +193,19 @@ def _copy(source: Source, manifest: Manifest, names: tuple[str, ...], folder: Pa
     return True
 
 
-def _manifest_in(folder: Path) -> Manifest | None:
-    try:
-        return read_manifest(folder)
-    except UserError:
-        return None
+def _held_in(folder: Path) -> Held | None:
+    """What lies in a folder that is a snapshot or a replica of one, and says what is to become of it."""
+    step = store.step_of(folder.name)
+    assert step is not None
+    snapshot = Snapshot(folder, step, range(0))
+    request, manifest = snapshot.request(), snapshot.manifest()
+    return Held(manifest, request.durable) if request is not None and manifest is not None else None
+
+
+def _write_request(folder: Path, held: Held) -> None:
+    """Last: without it there is neither a snapshot nor a replica."""
+    step = held.manifest.step
+    Snapshot(folder, step, range(0)).write_request(Request(replace(held.manifest, files={}), held.durable))
 
 
 def plan(holdings: Mapping[int, Sequence[Holding]], ranks_of: Callable[[int], range]) -> list[Fetch]:
@@ -191,7 +221,7 @@ def plan(holdings: Mapping[int, Sequence[Holding]], ranks_of: Callable[[int], ra
     for snapshot in sorted(snapshots, key=lambda each: (each[0], each[1] or 0.0), reverse=True):
         places = _places(holdings, snapshot)
         if everything <= places.keys():
-            return [fetch for node in holdings for fetch in _lacking(node, wanted[node], places, snapshot[0])]
+            return [fetch for node in holdings for fetch in _lacking(node, wanted[node], places, *snapshot)]
     return []
 
 
@@ -206,10 +236,12 @@ def _places(holdings: Mapping[int, Sequence[Holding]], snapshot: tuple[int, floa
     return places
 
 
-def _lacking(node: int, wanted: set[str], places: Mapping[str, set[int]], step: int) -> list[Fetch]:
+def _lacking(
+    node: int, wanted: set[str], places: Mapping[str, set[int]], step: int, written_at: float | None
+) -> list[Fetch]:
     """What a machine must fetch, from as few machines as there are."""
     lacking: dict[int, list[str]] = {}
     for name in sorted(wanted):
         if node not in places[name]:
             lacking.setdefault(min(places[name]), []).append(name)
-    return [Fetch(node, holder, step, tuple(names)) for holder, names in lacking.items()]
+    return [Fetch(node, holder, step, written_at, tuple(names)) for holder, names in lacking.items()]

@@ -4,7 +4,8 @@
         rank-00000.safetensors       the state of a rank, whole; while it is being written it has another name
         request.json                 what is to become of the snapshot; one rank of the machine writes it
         manifest.json                the service has hashed the files: the snapshot can be restarted from
-        saved                        this machine has nothing more to do for the checkpoint
+        written                      this machine's part is on disk; whether it is committed the first machine decides
+        saved                        it is part of a committed checkpoint
         failed                       why it could not be written so far
         copied                       the next machine holds it too
     ROOM/spare/rank-00000.safetensors    of a snapshot that went: memory that the next one need not ask for
@@ -31,7 +32,7 @@ from trainer.checkpoint.manifest import Manifest, read_manifest
 from trainer.checkpoint.store import folder_name, steps
 from trainer.config import UserError
 
-_REQUEST, _SAVED, _FAILED, _COPIED = "request.json", "saved", "failed", "copied"
+_REQUEST, _WRITTEN, _SAVED, _FAILED, _COPIED = "request.json", "written", "saved", "failed", "copied"
 _UNFINISHED, _REMOVED = ".part", ".removed"
 _USERS_FOLDER = f"broadgauge-{os.getuid()}"
 
@@ -104,11 +105,14 @@ class Snapshot:
             return None
 
     def is_pending(self) -> bool:
-        """Whether it is still being written by ranks, hashed, or made a checkpoint."""
+        """Whether the ranks have to wait: it is still being written by them, hashed, or written to disk.
+
+        For the commit they wait on the first machine alone, which fails or gives up where there is none.
+        """
         request = self.request()
         if request is None or not self.is_hashed():
             return self.path.exists()  # else it was retired while we looked
-        return request.durable and not self.is_saved() and self.failure() is None
+        return self.is_owed() and not self._is_marked(_WRITTEN) and self.failure() is None
 
     def is_copied(self) -> bool:
         """Whether another machine holds it too."""
@@ -121,6 +125,14 @@ class Snapshot:
         """Whether it is to become a checkpoint and has not, even if that has failed so far."""
         request = self.request()
         return request is not None and request.durable and not self.is_saved()
+
+    def is_written(self) -> bool:
+        """Whether this machine has done its part, and the checkpoint is not there yet as far as is known here."""
+        return self.is_owed() and self._is_marked(_WRITTEN)
+
+    def mark_written(self, facts: Manifest) -> None:
+        _write(self.path / _WRITTEN, facts.identity.encode())
+        (self.path / _FAILED).unlink(missing_ok=True)
 
     def mark_saved(self, facts: Manifest) -> None:
         _write(self.path / _SAVED, facts.identity.encode())

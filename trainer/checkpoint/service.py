@@ -65,14 +65,17 @@ class CheckpointService:
     def work(self) -> bool:
         """One pass over the room; returns whether anything was done."""
         did_something = self._hash_all()
+        self._room.tidy()  # where a newer one is to be saved, one that the first machine gave up is not written again
         for snapshot in self._to_save():
             did_something |= self._attempt(snapshot, self._advance)
         self._room.tidy()
         return did_something
 
     def is_idle(self) -> bool:
-        """Whether no complete snapshot waits to be hashed or saved, but those that could not be."""
-        return not any(each.is_complete() and each.is_pending() for each in self._room.snapshots())
+        """Whether no complete snapshot waits to be hashed, saved or committed, but those that could not be."""
+        return not any(
+            each.is_complete() and (each.is_pending() or each.is_written()) for each in self._room.snapshots()
+        )
 
     def finish(self) -> None:
         """The ranks have ended: save what is there, once more what could not be, and give the memory back.
@@ -157,12 +160,12 @@ class CheckpointService:
         own, started = snapshot.manifest(), self._clock()
         if own is None:
             return False
+        own = replace(own, files={each: own.files[each] for each in snapshot.files if each in own.files})
         did_write = not self._is_written(own)
         if did_write:
             self._write(snapshot, own)
         if self._machine.node > 0:
-            self._mark_saved(snapshot, own)
-            return True
+            return self._await_commit(snapshot, own) or did_write
         committed = self._commit(own)
         if committed is None:
             return did_write
@@ -178,6 +181,21 @@ class CheckpointService:
             store.clear_leftovers(self._checkpoints, before=own.step)
             retention.prune(self._checkpoints, own.step, self._policy)
         self._mark_saved(snapshot, own)  # last: whoever takes over does all that was not done yet
+        return True
+
+    def _await_commit(self, snapshot: Snapshot, own: Manifest) -> bool:
+        """Of a machine whose part is written: see whether the first one has committed; returns whether that is news.
+
+        The ranks need not wait for that here. Until then the part is written again should it be cleared away, and the
+        snapshot stays, but where the first machine gave this checkpoint up and the ranks have come to the next.
+        """
+        if _found(self._checkpoints / store.folder_name(own.step), own) is not None:
+            self._mark_saved(snapshot, own)
+        elif not snapshot.is_written():
+            self._room.tidy(snapshot)
+            snapshot.mark_written(own)
+        else:
+            return False
         return True
 
     def _mark_saved(self, snapshot: Snapshot, own: Manifest) -> None:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -15,7 +17,10 @@ from launcher.agent import Agent, Job, NodeEnd, Round
 from launcher.fork_server import ServerOptions
 from launcher.job import first_failure
 from launcher.placement import Placement
+from made_checkpoints import write_checkpoint
 from trainer.config_file import from_tree
+from trainer.events import read_events
+from trainer.rank_spec import Task
 
 TESTS = Path(__file__).parents[2]
 SIX_RANKS = {"parallel": {"data": 6}, "train": {"global_batch_size": 6}}
@@ -29,17 +34,17 @@ class Bench:
         self.run_dir = run_dir
         self._rounds = 0
 
-    def agent(self, target: str = "fake_ranks:as_told", job_id: str = "job") -> Agent:
-        config = from_tree({**SIX_RANKS, "launch": {"nodes": 2, "threads_per_rank": 7}})
+    def agent(self, target: str = "fake_ranks:as_told", job_id: str = "job", **checkpoint: Any) -> Agent:
+        config = from_tree({**SIX_RANKS, "launch": {"nodes": 2, "threads_per_rank": 7}, "checkpoint": checkpoint})
         lock = self.run_dir / ".ranks.lock"
         ownership.claim(lock, "job", timeout_seconds=10)
         job = Job(job_id, config, self.run_dir, self.run_dir / "logs", lock, target, cwd=str(self.run_dir))
         return Agent(job, node=1, where=THREE_HERE)
 
-    def run(self, agent: Agent, behaviour: str) -> NodeEnd:
+    def run(self, agent: Agent, behaviour: str, task: Task = "evaluate") -> NodeEnd:
         (self.run_dir / "behaviour").write_text(behaviour)
         self._rounds += 1
-        return agent.run(Round("evaluate", f"file:///nowhere-{self._rounds}", Path("a/checkpoint"), Path("out")))
+        return agent.run(Round(task, f"file:///nowhere-{self._rounds}", Path("a/checkpoint"), Path("out")))
 
 
 @pytest.fixture
@@ -82,6 +87,23 @@ def test_the_first_rank_to_raise_is_named_and_the_others_are_killed(bench: Bench
     log = (bench.run_dir / "logs/rank-4.log").read_text()
     assert "Traceback" in log and "and this is the second line" in log
     assert_dead(bench.run_dir)
+
+
+def test_a_crash_is_reported_before_anything_is_uploaded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a store that hangs; the next life of the run sends it."""
+    (bench.run_dir / "sitecustomize.py").write_text(
+        "import unreliable_store\nunreliable_store.UnreliableStore.trouble.hangs_in = 'list'\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{bench.run_dir}:{TESTS}:{TESTS.parent}")
+    (bench.run_dir / "run-id").write_text("run")
+    weights = {"master/weight": np.zeros((6, 2), np.float32)}
+    write_checkpoint(bench.run_dir / "checkpoints", 10, weights, files=6)
+    upload_to = f"unreliable://{bench.run_dir}/remote"
+    agent = bench.agent(upload_to=upload_to, snapshots_in=str(bench.run_dir))
+    (failed,) = bench.run(agent, "second_raises", "train").failed
+    assert failed.rank == 4
+    events = read_events(bench.run_dir / "events.jsonl")
+    assert not events, "it hangs, and lives"
 
 
 def test_a_user_error_keeps_its_text(bench: Bench) -> None:

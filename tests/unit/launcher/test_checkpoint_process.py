@@ -107,7 +107,7 @@ def test_one_that_cannot_live_is_tried_less_and_less_often(bench: Bench, monkeyp
     assert "model" in (log / "checkpoints-0.log").read_text()
     monkeypatch.setattr("launcher.checkpoint_process._MOST_DEATHS", 1)
     keeper.drain()
-    assert [restart_delay(number) for number in (0, 1, 2)] == [0.2, 0.4, 0.8] and restart_delay(99) == 30.0
+    assert [restart_delay(number) for number in (0, 1, 2, 3)] == [0.2, 0.2, 0.4, 0.8] and restart_delay(10**6) == 30.0
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads

@@ -217,21 +217,71 @@ def test_a_part_that_never_comes_does_not_hold_the_run_up_for_ever(tmp_path: Pat
     written = world.snapshot(20)
     first, second = world.service(0), world.service(1)
     work_until_idle(first)
-    second.work()  # the ranks wait for machine 0
-    (world.checkpoints / "step-00000020.tmp" / "part-00001.manifest.json").unlink()
     world.now += service_module._OTHERS_SECONDS
     work_until_idle(first)
     assert world.rooms[0].is_busy() and not world.events
     world.now += 1
     work_until_idle(first)
-    assert not world.is_busy()
+    assert not world.rooms[0].is_busy()
     assert world.events == [
         {"kind": "checkpoint_failed", "step": 20, "reason": "after 600 s there is no part of machine 1"}
     ]
-    (world.rooms[1].path / "step-00000020" / "saved").unlink()
     world.now += service_module._RETRY_SECONDS
     work_until_idle(second, first)
     assert world.committed(20) == written
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_part_that_is_cleared_away_before_the_commit_is_written_again(tmp_path: Path, is_replaced: bool) -> None:
+    world = World(tmp_path, 2)
+    written = world.snapshot(20)
+    first, second = world.service(0), world.service(1)
+    work_until_idle(second)
+    assert not world.rooms[1].is_busy() and not second.is_idle()  # what it wrote the first machine may not have seen
+    store.clear_leftovers(world.checkpoints)
+    work_until_idle(first, world.service(1) if is_replaced else second)
+    assert world.committed(20) == written and not world.is_busy()
+    assert [each.is_saved() for room in world.rooms for each in room.snapshots()] == [True, True]
+
+
+def test_what_the_first_machine_gave_up_holds_nobody_up_and_goes_with_the_next(tmp_path: Path) -> None:
+    world = World(tmp_path, 2)
+    world.snapshot(20)
+    first, second = world.service(0), world.service(1)
+    work_until_idle(second)
+    (in_the_way := world.checkpoints / "step-00000020.tmp" / "rank-00000.safetensors").mkdir()
+    work_until_idle(first, second)
+    assert world.kinds() == [("checkpoint_failed", 20)] and not world.is_busy()
+    in_the_way.rmdir()
+    written = world.snapshot(30)
+    work_until_idle(second, first, second)
+    assert world.committed(30) == written and names(world.checkpoints) == ["step-00000030"]
+    assert [[each.step for each in room.snapshots()] for room in world.rooms] == [[30], [30]]
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_at_the_end_a_machine_gives_memory_back_when_the_first_has_committed(
+    tmp_path: Path, is_committed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or keeps it, after a time, for the next life of the run."""
+    world = World(tmp_path, 2)
+    written = world.snapshot(20)
+    first, second = world.service(0), world.service(1)
+    passes = []
+
+    def sleep(seconds: float) -> None:
+        passes.append(world.rooms[1].path.exists())
+        world.now += 1.0
+        if is_committed and len(passes) == 30:
+            first.work()
+
+    monkeypatch.setattr(service_module.time, "sleep", sleep)
+    second.finish()
+    assert all(passes) and len(passes) in ((30, 31) if is_committed else (60, 61))
+    assert world.rooms[1].path.exists() == (not is_committed)
+    assert (store.steps(world.checkpoints) == [20]) == is_committed
+    if is_committed:
+        assert world.committed(20) == written
 
 
 # ----------------------------------------------------------------------------------------- ranks that go back meanwhile

@@ -23,7 +23,7 @@ def rooms(folder: Path) -> list[Room]:
     return [Room(folder / f"node-{node}", ranks) for node, ranks in enumerate(RANKS)]
 
 
-def snapshot(all_rooms: list[Room], step: int, written_at: float = 1.0) -> None:
+def snapshot(all_rooms: list[Room], step: int, written_at: float = 1.0, durable: bool = False) -> None:
     """What ranks and services leave in every room."""
     files = spread({name: tensor + step for name, tensor in TENSORS.items()}, 6)
     for room in all_rooms:
@@ -31,7 +31,7 @@ def snapshot(all_rooms: list[Room], step: int, written_at: float = 1.0) -> None:
             write_file(room.begin_file(step, rank), files[rank], TENSORS)
             room.finish_file(step, rank)
         facts = Manifest(step, step, RunConfig().model_dump(mode="json"), num_files=6, written_at=written_at)
-        room.request(step, Request(facts, durable=False))
+        room.request(step, Request(facts, durable))
         newest = room.snapshots()[-1]
         write_manifest(
             newest.path, replace(facts, files={name: fingerprint(newest.path / name) for name in newest.files})
@@ -63,7 +63,7 @@ def test_others_on_a_machine_cannot_look_into_copies(machines: list[tuple[Room, 
     new = Room(tmp_path / "new", RANKS[0])
     assert Holder(new).follow(machines[0][1])
     fetched = Room(tmp_path / "fetched", RANKS[0])
-    Holder(fetched).fetch(machines[0][1], 10, tuple(map(file_name, RANKS[0])))
+    Holder(fetched).fetch(machines[0][1], 10, 1.0, tuple(map(file_name, RANKS[0])))
     assert [stat.S_IMODE(room.path.stat().st_mode) for room in (new, fetched)] == [0o700, 0o700]
     assert files_of(fetched, 10) == files_of(machines[0][0], 10)
 
@@ -74,7 +74,7 @@ def bring_together(machines: list[tuple[Room, Holder]], order: list[int]) -> lis
     holders = [Holder(room) for room, _ in placed]
     fetches = plan({node: holders[node].holdings() for _, node in placed}, lambda node: RANKS[node])
     for fetch in fetches:
-        holders[fetch.to_node].fetch(holders[fetch.from_node], fetch.step, fetch.files)
+        holders[fetch.to_node].fetch(holders[fetch.from_node], fetch.step, fetch.written_at, fetch.files)
     return fetches
 
 
@@ -89,6 +89,53 @@ def test_a_machine_that_was_lost_gets_its_snapshot_back(machines: list[tuple[Roo
         (found,) = room.restartable()
         assert found.step == 10 and set(read_manifest(found.path).files) == set(found.files)
         assert not found.is_pending()
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_was_to_become_a_checkpoint_still_is(tmp_path: Path, durable: bool) -> None:
+    """Else the first machine would wait for the part of the one that was lost."""
+    all_rooms = rooms(tmp_path)
+    snapshot(all_rooms, 10, durable=durable)
+    holders = [Holder(room) for room in all_rooms]
+    for node, holder in enumerate(holders):
+        assert holder.follow(holders[node - 1])
+    lose(all_rooms[1])
+    bring_together(list(zip(all_rooms, holders, strict=True)), [0, 1, 2])
+    (found,) = all_rooms[1].restartable()
+    request = found.request()
+    assert request is not None and (request.durable, request.facts.written_at) == (durable, 1.0)
+    assert found.is_pending() == found.is_owed() == durable
+
+
+def test_a_step_of_two_lives_is_given_out_as_it_was_in_each(tmp_path: Path) -> None:
+    """The neighbour's replica is of the first, the own room of the second."""
+    all_rooms = rooms(tmp_path)[:2]
+    holders = [Holder(room) for room in all_rooms]
+    for attempt, durable in ((1.0, True), (2.0, False)):
+        for room in all_rooms:
+            room.void_after(0)
+        snapshot(all_rooms, 10, attempt, durable)
+        if attempt == 1.0:
+            holders[1].follow(holders[0])
+    for attempt, ranks, durable in ((1.0, RANKS[0], True), (2.0, RANKS[1], False)):
+        held = holders[1].held(10, attempt)
+        assert held is not None and held.durable == durable
+        assert list(held.manifest.files) == list(map(file_name, ranks))
+    assert holders[1].held(10, 3.0) is None
+    with pytest.raises(FileNotFoundError):
+        holders[1].read(10, 2.0, file_name(0), 0)
+    new = Holder(Room(tmp_path / "new", RANKS[0]))
+    new.fetch(holders[1], 10, 2.0, (file_name(0), file_name(1)))  # which is not there any more
+    assert not new.holdings()
+    new.fetch(holders[1], 10, 1.0, (file_name(0), file_name(1)))
+    assert [(each.step, each.written_at) for each in new.holdings()] == [(10, 1.0)]
+
+
+def test_a_copy_without_word_of_what_it_was_for_is_made_again(machines: list[tuple[Room, Holder]]) -> None:
+    room, holder = machines[1]
+    (room.path / "replica" / store.folder_name(10) / "request.json").unlink()
+    assert [holding.files for holding in holder.holdings()] == [tuple(map(file_name, RANKS[1]))]
+    assert holder.follow(machines[0][1]) and len(holder.holdings()) == 2
 
 
 def test_machines_may_come_back_in_another_order(machines: list[tuple[Room, Holder]]) -> None:
@@ -106,7 +153,7 @@ def test_a_newer_snapshot_of_which_a_part_is_lost_gives_way_to_an_older_one(
     (machines[2][1]).follow(machines[1][1])  # of step 20 machine 1's part alone has a copy
     lose(all_rooms[0])
     assert plan({n: holder.holdings() for n, (_, holder) in enumerate(machines)}, lambda node: RANKS[node]) == [
-        Fetch(0, 1, 10, (file_name(0), file_name(1)))
+        Fetch(0, 1, 10, 1.0, (file_name(0), file_name(1)))
     ]
 
 
@@ -119,7 +166,7 @@ def test_snapshots_of_one_step_of_two_lives_are_never_mixed() -> None:
     found = plan({0: [held(1.0, 0), held(2.0, 0)], 1: [held(2.0, 0), held(1.0, 1)]}, ranks_of)
     assert found == []  # each machine has its part of the first life: nothing to copy
     found = plan({0: [held(1.0, 0), held(1.0, 1)], 1: []}, ranks_of)
-    assert found == [Fetch(1, 0, 10, (file_name(1),))]
+    assert found == [Fetch(1, 0, 10, 1.0, (file_name(1),))]
 
 
 def test_a_copy_is_made_once_and_replaces_the_older_one(machines: list[tuple[Room, Holder]]) -> None:
@@ -136,8 +183,8 @@ def test_a_copy_is_made_once_and_replaces_the_older_one(machines: list[tuple[Roo
 
 def test_what_arrives_damaged_is_no_copy(machines: list[tuple[Room, Holder]]) -> None:
     class Flipping(Holder):
-        def read(self, step: int, name: str, position: int) -> bytes:
-            content = super().read(step, name, position)
+        def read(self, step: int, written_at: float | None, name: str, position: int) -> bytes:
+            content = super().read(step, written_at, name, position)
             return content[:-1] + bytes([content[-1] ^ 1]) if content else content
 
     room, holder = machines[1]
