@@ -89,6 +89,7 @@ def _serve(agent: RawIOBase) -> None:
     uploads = Uploads(url, config, run_dir, ranks, log, machine) if url else None
     if uploads is not None:
         uploads.start()
+    room.sign(run_dir.path)
     presence = Presence(room)
     while not _has_spoken(agent):
         presence.show()
@@ -97,6 +98,7 @@ def _serve(agent: RawIOBase) -> None:
     service.finish()
     if uploads is not None and agent.readline() == _AT_THE_END:
         uploads.finish(may_wait=lambda: not _has_spoken(agent))
+    log.close()
 
 
 def _has_spoken(agent: RawIOBase, seconds: float = 0.0) -> bool:

@@ -8,6 +8,7 @@
         saved                        it is part of a committed checkpoint
         failed                       why it could not be written so far
         copied                       the next machine holds it too
+    ROOM/run                         the path of the run whose memory it is
     ROOM/spare/rank-00000.safetensors    of a snapshot that went: memory that the next one need not ask for
 
 All that the two sides tell each other lies here as files, so that either may die at any moment and another goes on.
@@ -33,7 +34,7 @@ from trainer.checkpoint.store import folder_name, steps
 from trainer.config import UserError
 
 _REQUEST, _WRITTEN, _SAVED, _FAILED, _COPIED = "request.json", "written", "saved", "failed", "copied"
-_UNFINISHED, _REMOVED = ".part", ".removed"
+_UNFINISHED, _REMOVED, _RUN = ".part", ".removed", "run"
 _USERS_FOLDER = f"broadgauge-{os.getuid()}"
 
 
@@ -203,6 +204,12 @@ class Room:
             OSError: it cannot be made, or others can write to it.
         """
         _make_private(self.path)
+
+    def sign(self, run_dir: Path) -> None:
+        """Say whose memory it is, for whoever finds it; for the service. Memory that is refused is not signed."""
+        with suppress(OSError):
+            self.make()
+            _write(self.path / _RUN, f"{run_dir.resolve()}\n".encode())
 
     def begin_file(self, step: int, rank: int) -> Path:
         """Where a rank writes: a spare file, if there is one, to write over.
