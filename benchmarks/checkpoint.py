@@ -31,12 +31,13 @@ import torch.distributed.checkpoint as dcp
 from launcher import ownership
 from launcher.checkpoint_process import ServiceKeeper, ServiceOptions
 from trainer import config_file, device, parallel
-from trainer.checkpoint import sharded, store
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.disk import copy_durably
-from trainer.checkpoint.manifest import Manifest, read_manifest
-from trainer.checkpoint.room import Room
+from trainer.checkpoint import sharded
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.disk import copy_durably
+from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.service.room import Room
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.engine.engine import Engine

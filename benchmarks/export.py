@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from trainer import config_file
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.huggingface import abridgement, configs, export, importing, verification
 from trainer.checkpoint.huggingface.checkpoint_weights import CheckpointWriter
 from trainer.checkpoint.huggingface.families.choice import family_of
-from trainer.checkpoint.manifest import Manifest
 from trainer.config import RunConfig
 from trainer.plan import num_parameters
 

@@ -15,7 +15,7 @@ from launcher.fork_server import Channel, Kill, Ready, ServerOptions, Start
 from launcher.forked_rank import RankEnd
 from launcher.placement import Placement
 from trainer import config_file
-from trainer.checkpoint.room import room_path
+from trainer.checkpoint.service.room import room_path
 from trainer.config import RunConfig
 from trainer.rank_spec import RankSpec, Task
 from trainer.run_dir import RunDir
@@ -41,7 +41,7 @@ class Job:
         return ServerOptions(self.target, self.logs, node, self.lock, self.id)
 
     def room_path(self, node: int) -> Path:
-        """See `trainer.checkpoint.room`."""
+        """See `trainer.checkpoint.service.room`."""
         return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, RunDir(self.run_dir).id, node)
 
     @property

@@ -89,7 +89,7 @@ def show(
     Example: `broadgauge checkpoint show runs/quickstart --stats decoder.final_layernorm.weight`
     """
     from launcher import checkpoint_report, checkpoints
-    from trainer.checkpoint.manifest import read_manifest
+    from trainer.checkpoint.format.manifest import read_manifest
 
     checkpoint = checkpoints.find_one(path)
     manifest = read_manifest(checkpoint)
@@ -113,7 +113,7 @@ def _statistics(checkpoint: Path, weight: str, names: list[str]) -> dict[str, An
     """Raises:
     UserError: there is no such weight.
     """
-    from trainer.checkpoint.comparison import statistics
+    from trainer.checkpoint.format.comparison import statistics
 
     wanted = [name for name in names if weight in (name, name.partition("/")[2])]
     if not wanted:

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from launcher import ownership
 from launcher.uploading import Uploads
-from trainer.checkpoint.presence import Presence
-from trainer.checkpoint.room import Room
-from trainer.checkpoint.service import CheckpointService, Machine
+from trainer.checkpoint.service.presence import Presence
+from trainer.checkpoint.service.room import Room
+from trainer.checkpoint.service.saving import CheckpointService, Machine
 from trainer.config_file import from_tree, parse_yaml
 from trainer.events import EventLog
 from trainer.run_dir import RunDir

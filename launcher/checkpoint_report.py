@@ -12,13 +12,13 @@ from rich.text import Text
 
 from launcher.checkpoints import Comparison, Entry, Pruned, Survey, Verdict, config_of, tokens_of
 from launcher.display import Display
-from trainer.checkpoint.chunk_file import Shape
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.format.chunk_file import Shape
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.config import UserError
 from trainer.plan import num_parameters
 
 if TYPE_CHECKING:
-    from trainer.checkpoint.comparison import Statistics
+    from trainer.checkpoint.format.comparison import Statistics
 
 _MOST_ROWS = 20  # of differences, for one screen; --json has all
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import ownership
 from trainer import config_file
-from trainer.checkpoint import retention, store
-from trainer.checkpoint.chunk_file import Shape, incomplete, read_layout
-from trainer.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from trainer.checkpoint.retention import Fate, Present
+from trainer.checkpoint.format import retention, store
+from trainer.checkpoint.format.chunk_file import Shape, incomplete, read_layout
+from trainer.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
+from trainer.checkpoint.format.retention import Fate, Present
 from trainer.config import CheckpointConfig, RunConfig, UserError
 from trainer.config_file import Difference
 from trainer.run_dir import RunDir
 from trainer.training_state import MASTER
 
 if TYPE_CHECKING:
-    from trainer.checkpoint.comparison import TensorDifference
+    from trainer.checkpoint.format.comparison import TensorDifference
 
 _LOOKS_LIKE_ONE = re.compile(r"step-\d+")
 
@@ -306,7 +306,7 @@ def diff(first: Path, second: Path, *, weights_only: bool) -> Comparison:
     Raises:
         UserError: one of them is none, or damaged.
     """
-    from trainer.checkpoint.comparison import compare
+    from trainer.checkpoint.format.comparison import compare
 
     with store.being_read(first), store.being_read(second):
         a, b = read_manifest(first), read_manifest(second)

@@ -7,9 +7,9 @@ from data_pipeline.pipeline import TOKENIZER_FOLDER, check_same_tokenizer, find_
 from data_pipeline.settings import Settings
 from data_pipeline.tokenization import Tokenizer
 from launcher.job import check_embedded
-from trainer.checkpoint import compatibility, store
-from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.remote import Remote
+from trainer.checkpoint.format import compatibility, store
+from trainer.checkpoint.format.manifest import read_manifest
+from trainer.checkpoint.remote.copies import Remote
 from trainer.config import RunConfig, UserError
 from trainer.data.blend import DatasetUse, epochs
 from trainer.data.prepared import fingerprints

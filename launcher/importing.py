@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_pipeline.tokenization import Tokenizer, install_tokenizer
 from trainer import config_file
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 from trainer.config import ModelConfig, RunConfig, UserError
 
 CONFIG_FILE = "config.yaml"

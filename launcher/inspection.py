@@ -19,8 +19,8 @@ from data_pipeline.pipeline import TOKENIZER_FOLDER
 from launcher import exporting, importing
 from launcher.job import Ranks, check_embedded, ready_ranks
 from trainer import config_file
-from trainer.checkpoint import compatibility, store
-from trainer.checkpoint.manifest import Manifest, read_manifest
+from trainer.checkpoint.format import compatibility, store
+from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.config import RunConfig, UserError
 from trainer.run_dir import RunDir
 

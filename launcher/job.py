@@ -25,8 +25,8 @@ from launcher.forked_rank import RankEnd
 from launcher.placement import Placement, place
 from launcher.replication import SnapshotPeer
 from launcher.session import session
-from trainer.checkpoint import store
-from trainer.checkpoint.room import Room
+from trainer.checkpoint.format import store
+from trainer.checkpoint.service.room import Room
 from trainer.config import RunConfig, UserError
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir

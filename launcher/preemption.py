@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ray._private.state import state as ray_state
 
-from trainer.checkpoint import store
-from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import MANIFEST
 from trainer.events import Event, read_events
 from trainer.run_dir import RunDir
 from trainer.stop import Preempted

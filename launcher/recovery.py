@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from trainer.checkpoint import store
-from trainer.checkpoint.object_store import RemoteFailed
-from trainer.checkpoint.remote import Remote
+from trainer.checkpoint.format import store
+from trainer.checkpoint.remote.copies import Remote
+from trainer.checkpoint.remote.object_store import RemoteFailed
 from trainer.config import RunConfig, UserError
 from trainer.config_file import differences, from_tree
 

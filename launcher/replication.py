@@ -8,8 +8,8 @@ from typing import Any
 import ray
 
 from launcher.placement import Placement
-from trainer.checkpoint.replica import Fetch, Held, Holder, Holding, plan
-from trainer.checkpoint.room import Room
+from trainer.checkpoint.service.replica import Fetch, Held, Holder, Holding, plan
+from trainer.checkpoint.service.room import Room
 from trainer.config import UserError
 
 _LOOK_SECONDS = 0.5
@@ -64,7 +64,7 @@ class SnapshotPeer:
 
 
 class _OtherMachine:
-    """`trainer.checkpoint.replica.Source` over an actor."""
+    """`trainer.checkpoint.service.replica.Source` over an actor."""
 
     def __init__(self, peer: Any) -> None:
         self._peer = peer

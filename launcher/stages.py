@@ -17,8 +17,8 @@ from launcher.display import Display, StageBar
 from launcher.job import JobFailed, Ranks, ready_ranks
 from launcher.preemption import Preemption, listening
 from launcher.recovery import fetch_newer
-from trainer.checkpoint import store
-from trainer.checkpoint.manifest import MANIFEST, read_manifest
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import MANIFEST, read_manifest
 from trainer.config import RunConfig
 from trainer.events import EventLog, EventReader, read_events
 from trainer.run_dir import RunDir

@@ -4,11 +4,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from trainer.checkpoint import store
-from trainer.checkpoint.object_store import RemoteFailed
-from trainer.checkpoint.remote import Remote
-from trainer.checkpoint.service import Machine
-from trainer.checkpoint.uploads import Uploader
+from trainer.checkpoint.format import store
+from trainer.checkpoint.remote.copies import Remote
+from trainer.checkpoint.remote.object_store import RemoteFailed
+from trainer.checkpoint.service.saving import Machine
+from trainer.checkpoint.service.uploads import Uploader
 from trainer.config import RunConfig, UserError
 from trainer.events import EventLog
 from trainer.run_dir import RunDir

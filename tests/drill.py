@@ -21,7 +21,7 @@ from launcher.embedded_ray import embedded_ray
 from launcher.job import JobFailed, NodeFailed, Ranks
 from launcher.session import session
 from launcher.stages import ClaimedRun
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 from trainer.stop import Preempted
 
 PATIENCE_SECONDS = 120  # only a broken program waits this long

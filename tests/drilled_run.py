@@ -10,10 +10,10 @@ import torch
 from data_pipeline.pipeline import prepare
 from small_run import BROADGAUGE, write_config
 from trainer import config_file
-from trainer.checkpoint import store
-from trainer.checkpoint.global_tensors import GlobalTensors
-from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.room import room_path
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.global_tensors import GlobalTensors
+from trainer.checkpoint.format.manifest import read_manifest
+from trainer.checkpoint.service.room import room_path
 from trainer.config import RunConfig
 from trainer.data.digest import as_hex, from_hex
 from trainer.data.ledger.audit import audit

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.checkpoint import store
-from trainer.checkpoint.chunk_file import Chunk, Shape, file_name, lay_out
-from trainer.checkpoint.manifest import Manifest, fingerprint
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_file import Chunk, Shape, file_name, lay_out
+from trainer.checkpoint.format.manifest import Manifest, fingerprint
 from trainer.config import RunConfig
 
 Arrays = Mapping[str, np.ndarray]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from made_checkpoints import Arrays, file_content, spread
-from trainer.checkpoint import store
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import MANIFEST, Manifest
-from trainer.checkpoint.room import Request, Room, room_path
-from trainer.checkpoint.service import CheckpointService, Machine
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.manifest import MANIFEST, Manifest
+from trainer.checkpoint.service.room import Request, Room, room_path
+from trainer.checkpoint.service.saving import CheckpointService, Machine
 from trainer.config import CheckpointConfig
 from trainer.events import Event, EventLog, read_events
 

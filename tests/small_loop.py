@@ -17,12 +17,12 @@ import torch.distributed as dist
 from data_pipeline.shards import ShardWriter, TokenBatch
 from ranks import run_on_ranks
 from trainer import loop
-from trainer.checkpoint import store
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import read_manifest, write_manifest
-from trainer.checkpoint.presence import Presence
-from trainer.checkpoint.room import Request, Room
-from trainer.checkpoint.service import CheckpointService, Machine
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.manifest import read_manifest, write_manifest
+from trainer.checkpoint.service.presence import Presence
+from trainer.checkpoint.service.room import Request, Room
+from trainer.checkpoint.service.saving import CheckpointService, Machine
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.data.ledger.audit import audit

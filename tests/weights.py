@@ -5,11 +5,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.huggingface.checkpoint_weights import CheckpointWriter
 from trainer.checkpoint.huggingface.configs import shapes_of
 from trainer.checkpoint.huggingface.families.choice import family_of
-from trainer.checkpoint.manifest import Manifest
 from trainer.config import RunConfig
 
 

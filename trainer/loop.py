@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 from trainer import parallel, stability
 from trainer.agreement import Agreed, Agreement
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.interval import read_history
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.room import Room
 from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.service.room import Room
 from trainer.config import RunConfig
 from trainer.data.batches import ReadAhead, TrainingData
 from trainer.data.digest import as_hex, together

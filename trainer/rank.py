@@ -16,7 +16,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
 
     from trainer import device as devices
     from trainer import loop, parallel
-    from trainer.checkpoint.room import Room
+    from trainer.checkpoint.service.room import Room
     from trainer.config import RunConfig
     from trainer.config_file import from_tree, parse_yaml
     from trainer.data.batches import TrainingData

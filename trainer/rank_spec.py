@@ -25,6 +25,6 @@ class RankSpec:
     checkpoint: Path | None = None
     """What the tasks `evaluate` and `logits` read."""
     room: Path | None = None
-    """Of this machine (`trainer.checkpoint.room`), where a checkpoint service is at work."""
+    """Of this machine (`trainer.checkpoint.service.room`), where a checkpoint service is at work."""
     output: Path | None = None
     """Where they write their result."""

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from trainer import parallel
-from trainer.checkpoint import compatibility, sharded, store
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.room import Room
+from trainer.checkpoint import sharded
+from trainer.checkpoint.format import compatibility, store
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.manifest import read_manifest
+from trainer.checkpoint.service.room import Room
 from trainer.config import RunConfig, UserError
 from trainer.data.digest import from_hex
 from trainer.data.prepared import fingerprints

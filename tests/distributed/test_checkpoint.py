@@ -14,11 +14,12 @@ from parity import EPS, LEARNING_RATE, assemble, global_batch
 from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer import parallel
-from trainer.checkpoint import sharded, store
-from trainer.checkpoint.chunk_reader import read_index
-from trainer.checkpoint.global_tensors import GlobalTensors
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.saving import save
+from trainer.checkpoint import sharded
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_reader import read_index
+from trainer.checkpoint.format.global_tensors import GlobalTensors
+from trainer.checkpoint.format.manifest import Manifest
+from trainer.checkpoint.waiting_save import save
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.batches import MicroBatch

@@ -14,9 +14,10 @@ from torch import Tensor
 from parity import EPS, LEARNING_RATE, global_batch
 from ranks import run_on_ranks
 from trainer import parallel
-from trainer.checkpoint import sharded, store
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.saving import save
+from trainer.checkpoint import sharded
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import Manifest
+from trainer.checkpoint.waiting_save import save
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.data.batches import MicroBatch

@@ -18,8 +18,8 @@ from data_pipeline.shards import ShardWriter, TokenBatch, token_dtype
 from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint import sharded
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.saving import save
+from trainer.checkpoint.format.manifest import Manifest
+from trainer.checkpoint.waiting_save import save
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.batches import TrainingData, heldout_windows

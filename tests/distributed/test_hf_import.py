@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ranks import run_on_ranks
 from trainer import parallel
-from trainer.checkpoint import sharded, store
-from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint import sharded
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.global_tensors import GlobalTensors
+from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.checkpoint.huggingface import checkpoint_weights, configs, export, importing
 from trainer.checkpoint.huggingface.families.choice import family_of
 from trainer.checkpoint.huggingface.verification import check_tensors
-from trainer.checkpoint.manifest import Manifest, read_manifest
-from trainer.checkpoint.saving import save
+from trainer.checkpoint.waiting_save import save
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.batches import MicroBatch

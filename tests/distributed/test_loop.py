@@ -16,8 +16,8 @@ import torch.distributed as dist
 from data_pipeline.shards import ShardWriter, TokenBatch
 from ranks import run_on_ranks
 from trainer import loop
-from trainer.checkpoint import store
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import read_manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.ledger.audit import audit

@@ -18,11 +18,12 @@ from made_snapshots import folder_in_memory, names
 from ranks import run_on_ranks
 from small_loop import NUM_STEPS, as_snapshot, config_of, die_at, of_kind, prepare_data, results, services, train
 from trainer.agreement import Agreement
-from trainer.checkpoint import saver, sharded, store
+from trainer.checkpoint import saver, sharded
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import MANIFEST, read_manifest, write_manifest
 from trainer.checkpoint.interval import FailureHistory
-from trainer.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
-from trainer.checkpoint.presence import Presence
-from trainer.checkpoint.room import Request, Room, room_path
+from trainer.checkpoint.service.presence import Presence
+from trainer.checkpoint.service.room import Request, Room, room_path
 from trainer.config import RunConfig, UserError
 from trainer.data.digest import as_hex, from_hex
 from trainer.engine.engine import Engine

@@ -15,7 +15,7 @@ from data_pipeline.shards import ShardWriter, TokenBatch
 from parity import EPS, LEARNING_RATE, global_batch
 from ranks import run_on_ranks
 from trainer import loop, parallel
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.data.batches import MicroBatch, TrainingData

@@ -7,7 +7,7 @@ import pytest
 from launcher import checks
 from launcher.cli import main
 from small_run import NUM_STEPS, broadgauge, write_config
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 from trainer.config_file import load
 from trainer.events import EventLog
 from trainer.run_dir import RunDir

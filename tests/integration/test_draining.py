@@ -18,7 +18,7 @@ from launcher import job as jobs
 from launcher import ownership, stages
 from launcher.embedded_ray import isolated
 from launcher.session import session
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 from trainer.stop import Preempted
 
 

@@ -15,7 +15,7 @@ from launcher.job import RankFailed, Ranks
 from launcher.session import session
 from small_run import NUM_STEPS, broadgauge, write_config
 from trainer import config_file
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 from trainer.config import RunConfig
 from trainer.events import read_events, surviving_steps
 from trainer.run_dir import RunDir

@@ -12,7 +12,7 @@ import drill
 from deeds import Deed, Doer, Done, find, kill
 from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_nothing_left, expect_sound_resumes
 from launcher.job import RankFailed
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 
 NUM_STEPS = 8
 SNAPSHOTS_ALONE = {"every_steps": 100, "snapshot_every_steps": 1}  # but for the checkpoint at the end

@@ -14,8 +14,8 @@ import drill
 from deeds import Deed, Doer, Done, kill
 from drilled_run import NUM_STEPS, DrilledRun, SmallJob, expect_as_if_undisturbed, history, last_checkpoint
 from launcher.job import JobFailed
-from trainer.checkpoint import store
-from trainer.checkpoint.room import Room
+from trainer.checkpoint.format import store
+from trainer.checkpoint.service.room import Room
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from trainer import parallel
-from trainer.checkpoint import retention, saving, sharded, store
-from trainer.checkpoint.disk import reason_of
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.presence import is_served
-from trainer.checkpoint.room import Request, Room
+from trainer.checkpoint import sharded
+from trainer.checkpoint import waiting_save as saving
+from trainer.checkpoint.format import retention, store
+from trainer.checkpoint.format.disk import reason_of
+from trainer.checkpoint.format.manifest import Manifest
+from trainer.checkpoint.service.presence import is_served
+from trainer.checkpoint.service.room import Request, Room
 from trainer.config import CheckpointConfig
 from trainer.engine.engine import Engine
 

@@ -15,10 +15,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from trainer import parallel
-from trainer.checkpoint.chunk_file import Chunk, file_name, lay_out, read_layout
-from trainer.checkpoint.chunk_reader import ChunkReader, OpenFiles, blocks_of, fill, read_index
-from trainer.checkpoint.compatibility import check_architecture
-from trainer.checkpoint.manifest import Manifest, read_manifest
+from trainer.checkpoint.format.chunk_file import Chunk, file_name, lay_out, read_layout
+from trainer.checkpoint.format.chunk_reader import ChunkReader, OpenFiles, blocks_of, fill, read_index
+from trainer.checkpoint.format.compatibility import check_architecture
+from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.engine.engine import Engine
 from trainer.engine.state import Fragment
 from trainer.model.sharding import placements

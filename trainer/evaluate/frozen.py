@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer import parallel
-from trainer.checkpoint import compatibility, sharded
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint import sharded
+from trainer.checkpoint.format import compatibility
+from trainer.checkpoint.format.manifest import read_manifest
 from trainer.config import RunConfig
 from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions

@@ -12,7 +12,7 @@ import pytest
 from launcher import ownership
 from launcher.cli import main
 from made_checkpoints import spread, write_checkpoint
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.run_dir import RunDir

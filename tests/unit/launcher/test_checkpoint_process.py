@@ -16,7 +16,7 @@ from launcher import ownership
 from launcher.checkpoint_process import ServiceKeeper, ServiceOptions, restart_delay
 from made_checkpoints import write_checkpoint
 from made_snapshots import World, names
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
 from trainer.config_file import dump, from_tree
 from trainer.events import Event, read_events
 from trainer.run_dir import RunDir

@@ -18,9 +18,9 @@ from launcher import exporting, importing
 from launcher.job import Ranks
 from small_run import BROADGAUGE
 from trainer import config_file
-from trainer.checkpoint import store
-from trainer.checkpoint.global_tensors import GlobalTensors
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.global_tensors import GlobalTensors
+from trainer.checkpoint.format.manifest import read_manifest
 from trainer.config import UserError
 from trainer.config_file import from_tree
 from trainer.data_config import TokenizerConfig

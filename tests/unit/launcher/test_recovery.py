@@ -9,8 +9,8 @@ import pytest
 
 from launcher.recovery import fetch_newer
 from made_checkpoints import write_checkpoint
-from trainer.checkpoint import store
-from trainer.checkpoint.remote import Remote
+from trainer.checkpoint.format import store
+from trainer.checkpoint.remote.copies import Remote
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 

@@ -10,8 +10,8 @@ import pytest
 from launcher import uploading
 from launcher.uploading import Uploads
 from made_checkpoints import write_checkpoint
-from trainer.checkpoint.remote import Remote
-from trainer.checkpoint.service import Machine
+from trainer.checkpoint.remote.copies import Remote
+from trainer.checkpoint.service.saving import Machine
 from trainer.config import RunConfig
 from trainer.events import EventLog, read_events
 from trainer.run_dir import RunDir

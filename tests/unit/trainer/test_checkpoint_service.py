@@ -12,9 +12,9 @@ import pytest
 
 from effects import before_effect, killed_at, killed_here
 from made_snapshots import World, folder_in_memory, names, work_until_idle
-from trainer.checkpoint import service as service_module
-from trainer.checkpoint import store
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import read_manifest
+from trainer.checkpoint.service import saving as service_module
 
 MOST_EFFECTS = 400
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 
 from made_checkpoints import boxes, place_of, spread, write_checkpoint, write_file
 from peak_memory import peak_growth_mb
-from trainer.checkpoint.chunk_file import PAGE_BYTES, Chunk, FileLayout, incomplete, lay_out, read_layout
-from trainer.checkpoint.chunk_reader import ChunkReader, OpenFiles, StoredChunk, blocks_of, fill, read_index
-from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.format.chunk_file import PAGE_BYTES, Chunk, FileLayout, incomplete, lay_out, read_layout
+from trainer.checkpoint.format.chunk_reader import ChunkReader, OpenFiles, StoredChunk, blocks_of, fill, read_index
+from trainer.checkpoint.format.global_tensors import GlobalTensors
 from trainer.config import UserError
 
 Cut = tuple[int, ...]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from made_checkpoints import write_checkpoint
 from peak_memory import peak_growth_mb
-from trainer.checkpoint import comparison
-from trainer.checkpoint.comparison import TensorDifference, compare, parts, statistics
+from trainer.checkpoint.format import comparison
+from trainer.checkpoint.format.comparison import TensorDifference, compare, parts, statistics
 
 
 def drawn(*shape: int, seed: int = 0) -> np.ndarray:

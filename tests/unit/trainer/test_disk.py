@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from made_snapshots import folder_in_memory
-from trainer.checkpoint import disk
-from trainer.checkpoint.disk import copy_durably, fingerprint_on_disk, reason_of
-from trainer.checkpoint.manifest import fingerprint
+from trainer.checkpoint.format import disk
+from trainer.checkpoint.format.disk import copy_durably, fingerprint_on_disk, reason_of
+from trainer.checkpoint.format.manifest import fingerprint
 
 PAGE, PIECE = 4096, 8 << 20
 SIZES = [

@@ -21,9 +21,9 @@ from torch import Tensor
 from data_pipeline.tokenization import train_tokenizer
 from parity import reference_of
 from reference_gpt import ReferenceGPT
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.huggingface import export, generation, model_card
 from trainer.checkpoint.huggingface.verification import ExportMismatch, check_logits
-from trainer.checkpoint.manifest import Manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data_config import TokenizerConfig

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from parity import reference_of
 from ranks import run_on_ranks
-from trainer.checkpoint import store
-from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.global_tensors import GlobalTensors
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.huggingface import export
 from trainer.checkpoint.huggingface.families.choice import FAMILIES, family_of
 from trainer.checkpoint.huggingface.families.shapes import shape_of
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.saving import save
+from trainer.checkpoint.waiting_save import save
 from trainer.config import ModelConfig, RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.engine.engine import Engine

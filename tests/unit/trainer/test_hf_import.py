@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.format.global_tensors import GlobalTensors
 from trainer.checkpoint.huggingface import configs, importing
 from trainer.config import UserError
 from trainer.config_file import from_tree

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from parity import reference_of
-from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.format.global_tensors import GlobalTensors
+from trainer.checkpoint.format.manifest import read_manifest
 from trainer.checkpoint.huggingface import configs, export, importing
 from trainer.checkpoint.huggingface.families.choice import family_of
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
 from trainer.training_state import MASTER

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from parity import reference_of
-from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.format.global_tensors import GlobalTensors
 from trainer.checkpoint.huggingface import export
 from trainer.checkpoint.huggingface.abridgement import abridge, kept_layers
 from trainer.checkpoint.huggingface.verification import ExportMismatch, check_logits, check_tensors

@@ -5,8 +5,8 @@ import signal
 import stat
 from pathlib import Path
 
-from trainer.checkpoint.presence import Presence, is_served
-from trainer.checkpoint.room import Room
+from trainer.checkpoint.service.presence import Presence, is_served
+from trainer.checkpoint.service.room import Room
 
 
 def test_a_service_is_seen_from_its_first_pass_to_its_end(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ import fsspec
 import orjson
 import pytest
 
-from trainer.checkpoint import store
-from trainer.checkpoint.manifest import Manifest, fingerprint, read_manifest
-from trainer.checkpoint.object_store import RemoteFailed, _part_bytes
-from trainer.checkpoint.remote import Remote
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import Manifest, fingerprint, read_manifest
+from trainer.checkpoint.remote.copies import Remote
+from trainer.checkpoint.remote.object_store import RemoteFailed, _part_bytes
 from trainer.config import UserError
 from unreliable_store import Trouble, UnreliableStore
 
@@ -522,7 +522,7 @@ def test_a_process_that_a_store_holds_up_can_end(tmp_path: Path) -> None:
     """As the service does when its time is over: threads that hang in a driver must not keep it."""
     program = f"""
 from unreliable_store import Trouble, UnreliableStore
-from trainer.checkpoint.remote import Remote, RemoteFailed
+from trainer.checkpoint.remote.copies import Remote, RemoteFailed
 UnreliableStore.trouble = Trouble(hangs_in="list")
 try:
     Remote.open("unreliable://{tmp_path}", timeout_seconds=0.1).steps()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from made_checkpoints import spread, write_file
-from trainer.checkpoint import store
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import Manifest, fingerprint, read_manifest, write_manifest
-from trainer.checkpoint.replica import PIECE_BYTES, Fetch, Holder, Holding, plan
-from trainer.checkpoint.room import Request, Room
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.manifest import Manifest, fingerprint, read_manifest, write_manifest
+from trainer.checkpoint.service.replica import PIECE_BYTES, Fetch, Holder, Holding, plan
+from trainer.checkpoint.service.room import Request, Room
 from trainer.config import RunConfig, UserError
 
 RANKS = [range(2), range(2, 4), range(4, 6)]  # of three machines

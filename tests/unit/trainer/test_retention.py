@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from made_checkpoints import fail_to_read
-from trainer.checkpoint import store
-from trainer.checkpoint.manifest import FORMAT, Manifest, fingerprint
-from trainer.checkpoint.retention import Fate, Present, plan, prune, reasons_to_keep
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import FORMAT, Manifest, fingerprint
+from trainer.checkpoint.format.retention import Fate, Present, plan, prune, reasons_to_keep
 from trainer.config import CheckpointConfig
 
 FILES = {"rank-00000.safetensors": b"weights", "rank-00001.safetensors": b"more weights"}

@@ -9,8 +9,8 @@ import pytest
 
 from effects import before_effect, killed_at
 from made_snapshots import World, names, work_until_idle
-from trainer.checkpoint.manifest import Manifest, write_manifest
-from trainer.checkpoint.room import Room, Snapshot, room_path
+from trainer.checkpoint.format.manifest import Manifest, write_manifest
+from trainer.checkpoint.service.room import Room, Snapshot, room_path
 
 MOST_EFFECTS = 200
 

@@ -12,8 +12,8 @@ import orjson
 import pytest
 
 from made_checkpoints import fail_to_read
-from trainer.checkpoint import compatibility, store
-from trainer.checkpoint.manifest import FORMAT, Manifest, Unreadable, fingerprint, read_manifest, write_manifest
+from trainer.checkpoint.format import compatibility, store
+from trainer.checkpoint.format.manifest import FORMAT, Manifest, Unreadable, fingerprint, read_manifest, write_manifest
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 

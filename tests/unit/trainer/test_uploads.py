@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from made_checkpoints import fail_to_read, write_checkpoint
-from trainer.checkpoint import store
-from trainer.checkpoint.remote import Remote
-from trainer.checkpoint.service import Machine
-from trainer.checkpoint.uploads import Uploader
+from trainer.checkpoint.format import store
+from trainer.checkpoint.remote.copies import Remote
+from trainer.checkpoint.service.saving import Machine
+from trainer.checkpoint.service.uploads import Uploader
 from trainer.config import CheckpointConfig
 from unreliable_store import Trouble, UnreliableStore
 

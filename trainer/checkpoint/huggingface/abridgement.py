@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.huggingface.checkpoint_weights import CheckpointWeights, CheckpointWriter
 from trainer.checkpoint.huggingface.configs import write_configs
 from trainer.checkpoint.huggingface.families.choice import family_of
 from trainer.checkpoint.huggingface.safetensors_files import Entry, StoredTensors, WeightsWriter
-from trainer.checkpoint.manifest import Manifest
 from trainer.config import ModelConfig, ParallelConfig, RunConfig
 
 

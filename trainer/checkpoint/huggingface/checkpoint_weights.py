@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import store
-from trainer.checkpoint.chunk_file import Chunk, FileLayout, file_name, incomplete, lay_out, read_layout
-from trainer.checkpoint.chunk_reader import read_index
-from trainer.checkpoint.global_tensors import GlobalTensors
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_file import Chunk, FileLayout, file_name, incomplete, lay_out, read_layout
+from trainer.checkpoint.format.chunk_reader import read_index
+from trainer.checkpoint.format.global_tensors import GlobalTensors
+from trainer.checkpoint.format.manifest import Manifest, fingerprint
 from trainer.checkpoint.huggingface.families.family import Slab
 from trainer.checkpoint.huggingface.rounding import MISSES
 from trainer.checkpoint.huggingface.safetensors_files import MAX_SHARD_BYTES
-from trainer.checkpoint.manifest import Manifest, fingerprint
 from trainer.config import ModelConfig
 from trainer.training_state import MASTER
 

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from trainer.checkpoint.format.manifest import read_manifest
 from trainer.checkpoint.huggingface.checkpoint_weights import CheckpointWeights
 from trainer.checkpoint.huggingface.configs import write_configs
 from trainer.checkpoint.huggingface.families.choice import family_of
 from trainer.checkpoint.huggingface.families.family import Slab
 from trainer.checkpoint.huggingface.model_card import CARD, is_ours, model_card, trained_with
 from trainer.checkpoint.huggingface.safetensors_files import MAX_SHARD_BYTES, Entry, FileWriter, WeightsWriter
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import ModelConfig, RunConfig, UserError
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import store
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.huggingface.checkpoint_weights import CheckpointWriter
 from trainer.checkpoint.huggingface.configs import base_prefix, shapes_of
 from trainer.checkpoint.huggingface.export import ROUNDING_FILE
 from trainer.checkpoint.huggingface.families.family import Family, Part, Slab
 from trainer.checkpoint.huggingface.safetensors_files import MAX_SHARD_BYTES, StoredTensors, file_tensors
-from trainer.checkpoint.manifest import Manifest
 from trainer.config import ModelConfig, RunConfig, UserError
 
 _BUFFERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from trainer import config_file
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.config import RunConfig
 from trainer.plan import num_parameters
 

@@ -19,13 +19,13 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer.checkpoint.format.manifest import read_manifest
 from trainer.checkpoint.huggingface.configs import shapes_of
 from trainer.checkpoint.huggingface.families.choice import family_of
 from trainer.checkpoint.huggingface.families.family import Part, Slab
 from trainer.checkpoint.huggingface.generation import quiet
 from trainer.checkpoint.huggingface.rounding import MISSES
 from trainer.checkpoint.huggingface.safetensors_files import INDEX, LONE_FILE
-from trainer.checkpoint.manifest import read_manifest
 from trainer.config import ModelConfig
 from trainer.training_state import MASTER
 

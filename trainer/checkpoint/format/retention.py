@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.checkpoint import store
-from trainer.checkpoint.manifest import OtherFormat, Unreadable
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import OtherFormat, Unreadable
 from trainer.config import CheckpointConfig, UserError
 
 

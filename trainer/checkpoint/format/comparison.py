@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from trainer.checkpoint.chunk_file import Chunk, Shape
-from trainer.checkpoint.chunk_reader import ChunkReader, blocks_of, fill
+from trainer.checkpoint.format.chunk_file import Chunk, Shape
+from trainer.checkpoint.format.chunk_reader import ChunkReader, blocks_of, fill
 
 _PART_ELEMENTS = 1 << 24  # 64 MB of fp32
 

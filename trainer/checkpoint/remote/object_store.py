@@ -21,7 +21,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-from trainer.checkpoint.manifest import sync_folder
+from trainer.checkpoint.format.manifest import sync_folder
 from trainer.config import UserError
 from trainer.urls import without_secrets
 

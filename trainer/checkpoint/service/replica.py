@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.checkpoint import store
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import Manifest, write_manifest
-from trainer.checkpoint.room import Request, Room, Snapshot
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.manifest import Manifest, write_manifest
+from trainer.checkpoint.service.room import Request, Room, Snapshot
 
 PIECE_BYTES = 32 << 20
 _REPLICA = "replica"

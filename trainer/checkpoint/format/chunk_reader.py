@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.futures import Future
 
-from trainer.checkpoint.chunk_file import Chunk, Shape, incomplete, read_layout
-from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.format.chunk_file import Chunk, Shape, incomplete, read_layout
+from trainer.checkpoint.format.manifest import read_manifest
 from trainer.config import UserError
 
 

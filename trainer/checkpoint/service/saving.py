@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import retention, store
-from trainer.checkpoint.disk import copy_durably, fingerprint_on_disk, reason_of
-from trainer.checkpoint.manifest import MANIFEST, Manifest, fingerprint, read_manifest, write_manifest
-from trainer.checkpoint.room import Room, Snapshot
+from trainer.checkpoint.format import retention, store
+from trainer.checkpoint.format.disk import copy_durably, fingerprint_on_disk, reason_of
+from trainer.checkpoint.format.manifest import MANIFEST, Manifest, fingerprint, read_manifest, write_manifest
+from trainer.checkpoint.service.room import Room, Snapshot
 from trainer.config import CheckpointConfig, UserError
 
 Record = Callable[..., None]

@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.checkpoint import retention, store
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import MANIFEST, Manifest, Unreadable
-from trainer.checkpoint.object_store import RemoteFailed, one_line
-from trainer.checkpoint.remote import Remote
-from trainer.checkpoint.service import Machine, Record
+from trainer.checkpoint.format import retention, store
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.manifest import MANIFEST, Manifest, Unreadable
+from trainer.checkpoint.remote.copies import Remote
+from trainer.checkpoint.remote.object_store import RemoteFailed, one_line
+from trainer.checkpoint.service.saving import Machine, Record
 from trainer.config import CheckpointConfig, UserError
 
 _FIRST_RETRY_SECONDS = 2.0

@@ -7,7 +7,7 @@ import fcntl
 import os
 from contextlib import suppress
 
-from trainer.checkpoint.room import Room
+from trainer.checkpoint.service.room import Room
 
 
 class Presence:

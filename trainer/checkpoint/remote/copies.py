@@ -22,8 +22,8 @@ from uuid import uuid4
 
 import xxhash
 
-from trainer.checkpoint import store
-from trainer.checkpoint.manifest import (
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import (
     ABSENT,
     MANIFEST,
     Manifest,
@@ -32,7 +32,7 @@ from trainer.checkpoint.manifest import (
     parse_manifest,
     read_manifest,
 )
-from trainer.checkpoint.object_store import PIECE_BYTES, TIMEOUT_SECONDS, ObjectStore, RemoteFailed
+from trainer.checkpoint.remote.object_store import PIECE_BYTES, TIMEOUT_SECONDS, ObjectStore, RemoteFailed
 from trainer.config import UserError
 
 _HASH = ".xxh3-"

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from trainer.checkpoint.chunk_file import PAGE_BYTES
+from trainer.checkpoint.format.chunk_file import PAGE_BYTES
 
 _PIECE_BYTES = 8 << 20
 

@@ -28,9 +28,9 @@ from pathlib import Path
 import orjson
 import xxhash
 
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.manifest import Manifest, read_manifest
-from trainer.checkpoint.store import folder_name, steps
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.manifest import Manifest, read_manifest
+from trainer.checkpoint.format.store import folder_name, steps
 from trainer.config import UserError
 
 _REQUEST, _WRITTEN, _SAVED, _FAILED, _COPIED = "request.json", "written", "saved", "failed", "copied"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.format.manifest import Manifest
 from trainer.config import ModelConfig, RunConfig, UserError
 from trainer.config_file import differences, from_tree
 from trainer.schedule import Schedule

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from trainer.checkpoint.chunk_file import Chunk, Shape
-from trainer.checkpoint.chunk_reader import ChunkReader, blocks_of, fill
+from trainer.checkpoint.format.chunk_file import Chunk, Shape
+from trainer.checkpoint.format.chunk_reader import ChunkReader, blocks_of, fill
 from trainer.training_state import MASTER
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainer.checkpoint import sharded, store
-from trainer.checkpoint.chunk_file import file_name
-from trainer.checkpoint.disk import fingerprint_on_disk, reason_of
-from trainer.checkpoint.manifest import Manifest, fingerprint
+from trainer.checkpoint import sharded
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.chunk_file import file_name
+from trainer.checkpoint.format.disk import fingerprint_on_disk, reason_of
+from trainer.checkpoint.format.manifest import Manifest, fingerprint
 from trainer.config import UserError
 from trainer.engine.engine import Engine
 

@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.chunk_file import incomplete, read_layout
-from trainer.checkpoint.manifest import (
+from trainer.checkpoint.format.chunk_file import incomplete, read_layout
+from trainer.checkpoint.format.manifest import (
     ABSENT,
     MANIFEST,
     Manifest,
