@@ -8,8 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from trainer import parallel
-from trainer.checkpoint import sharded
-from trainer.checkpoint import waiting_save as saving
+from trainer.checkpoint import sharded, waiting_save
 from trainer.checkpoint.format import retention, store
 from trainer.checkpoint.format.disk import reason_of
 from trainer.checkpoint.format.manifest import Manifest
@@ -172,12 +171,12 @@ class Saver:
 
     def _save_and_wait(self, facts: Manifest, started: float) -> float | None:
         try:
-            manifest = saving.save(self._engine, self._checkpoints, replace(facts, written_at=round(time.time(), 3)))
+            manifest = waiting_save.save(
+                self._engine, self._checkpoints, replace(facts, written_at=round(time.time(), 3))
+            )
         except store.SaveFailed as error:
             self._record("checkpoint_failed", step=facts.step, reason=str(error))
             return None
-        if dist.get_rank() == 0:
-            retention.prune(self._checkpoints, facts.step, self._policy)
         seconds = time.perf_counter() - started
         self._record(
             "checkpoint_saved",
@@ -186,4 +185,6 @@ class Saver:
             bytes=manifest.num_bytes,
             seconds=round(seconds, 6),
         )
+        if dist.get_rank() == 0:
+            retention.prune(self._checkpoints, facts.step, self._policy)
         return seconds
