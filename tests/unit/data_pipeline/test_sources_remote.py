@@ -76,7 +76,7 @@ def test_a_file_that_vanishes_from_a_store_fails_its_split(memory: Any) -> None:
 @pytest.mark.parametrize(
     ("source", "rule"),
     [
-        ("s3://bucket/a.jsonl", r"s3://bucket/a.jsonl needs a driver that is not installed; pip install s3fs"),
+        ("gs://bucket/a.jsonl", r"gs://bucket/a.jsonl needs a driver that is not installed; pip install gcsfs"),
         ("gs://bucket/*.jsonl", r"pip install gcsfs"),
         ("zzz://bucket/a.jsonl", r"cannot be used \(Protocol not known: zzz.*check the URL"),
         ("memory://nowhere", r"memory://nowhere does not exist"),
