@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -148,7 +149,7 @@ class Doer:
     def _see(self, deed: Deed) -> bool:
         where, pattern = deed.sign.split(" ", 1)
         folder = {"room": self._run.room, "checkpoints": self._run.run_dir.checkpoints}.get(where)
-        before = set(folder.glob(pattern)) if folder else set()
+        before = found(folder, pattern)
         seen, num_events = set[Path](), 0
         while num_events + len(seen) < deed.count:
             if self._life_ends.wait(_LOOK_SECONDS):
@@ -156,8 +157,15 @@ class Doer:
             for event in self._events.new_events():
                 self._step = event["step"] if event["kind"] in ("step", "training_started") else self._step
                 num_events += where == "event" and event["kind"] == pattern
-            seen |= set(folder.glob(pattern)) - before if folder else set()
+            seen |= found(folder, pattern) - before
         return True
+
+
+def found(folder: Path | None, pattern: str) -> set[Path]:
+    """What matches in a folder in which others are at work: folders may go while they are looked into."""
+    with suppress(FileNotFoundError):
+        return set(folder.glob(pattern)) if folder else set()
+    return set()
 
 
 def find(run: DrilledRun, target: Target, rank: int = 0) -> int | None:
