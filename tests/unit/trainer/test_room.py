@@ -10,6 +10,7 @@ import pytest
 from effects import before_effect, killed_at
 from made_snapshots import World, names, work_until_idle
 from trainer.checkpoint.format.manifest import Manifest, write_manifest
+from trainer.checkpoint.service.presence import is_served
 from trainer.checkpoint.service.room import Room, Snapshot, room_path
 
 MOST_EFFECTS = 200
@@ -301,6 +302,17 @@ def test_rooms_of_runs_and_machines_are_told_apart_and_found_again(tmp_path: Pat
         room_path(memory, run / "run", "id", 0),
     ]
     assert len({mine, *others}) == 5 and str(os.getuid()) in str(mine)
+
+
+def test_memory_in_what_is_no_folder_holds_nothing_and_takes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    room = Room(room_path(tmp_path / "file", tmp_path / "run", "id", 0), range(2))
+    assert room.snapshots() == [] and not room.is_busy() and not is_served(room)
+    room.clear_unfinished()
+    room.tidy()
+    room.sign(tmp_path / "run")
+    with pytest.raises(NotADirectoryError):
+        room.begin_file(10, 0)
 
 
 def test_removing_a_room_leaves_other_rooms_alone(tmp_path: Path) -> None:

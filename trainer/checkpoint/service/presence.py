@@ -38,7 +38,7 @@ class Presence:
     def _is_of_this_room(self, descriptor: int) -> bool:
         try:
             return os.path.samestat(os.fstat(descriptor), os.stat(self._room.path))
-        except FileNotFoundError:
+        except OSError:
             return False
 
     def end(self) -> None:

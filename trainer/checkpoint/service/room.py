@@ -338,6 +338,8 @@ def _is_ours(folder: Path) -> bool:
         found = folder.lstat()  # not of what a symbolic link leads to
     except FileNotFoundError:
         return True
+    except OSError:  # what it should be in is no folder, or is closed to us
+        return False
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
