@@ -57,6 +57,8 @@ def show_survey(survey: Survey, display: Display) -> None:
             written_by.setdefault(_layout(entry.manifest), []).append(entry.step)
     for layout, steps in written_by.items():
         display.line(f"  written by {layout}" + (f": {_some(steps)}" if len(written_by) > 1 else ""))
+    if survey.saves:
+        display.line(f"  in all lives of the run: {survey.saves}")
     if survey.leftovers:
         names = ", ".join(path.name for path in survey.leftovers)
         display.line(f"  unfinished or left by a crash: {names}")

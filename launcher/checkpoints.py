@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import ownership
+from launcher.save_counts import SaveCounts
 from trainer import config_file
 from trainer.checkpoint.format import retention, store
 from trainer.checkpoint.format.chunk_file import Shape, incomplete, read_layout
@@ -16,6 +17,7 @@ from trainer.checkpoint.format.manifest import MANIFEST, Manifest, read_manifest
 from trainer.checkpoint.format.retention import Fate, Present
 from trainer.config import CheckpointConfig, RunConfig, UserError
 from trainer.config_file import Difference
+from trainer.events import read_events
 from trainer.run_dir import RunDir
 from trainer.training_state import MASTER
 
@@ -82,6 +84,8 @@ class Survey:
     newest: int | None
     """Step of the one that a run would go on from, as far as can be seen."""
     leftovers: tuple[Path, ...]
+    saves: SaveCounts | None
+    """How saving went, where the folder is a run's."""
 
 
 def survey(path: Path) -> Survey:
@@ -101,7 +105,7 @@ def survey(path: Path) -> Survey:
         present = [Present(each.step, each.manifest.heldout_loss) for each in entries if each.manifest]
         reasons = retention.reasons_to_keep(policy, present, newest)
     listed = (Entry(e.path, e.step, e.manifest, e.problem, reasons.get(e.step, ())) for e in entries)
-    return Survey(folder, tuple(listed), newest, tuple(store.leftovers(folder)))
+    return Survey(folder, tuple(listed), newest, tuple(store.leftovers(folder)), _saves(folder))
 
 
 def _look(folder: Path, step: int) -> Entry:
@@ -134,6 +138,11 @@ def _policy(folder: Path, entries: Iterable[Entry]) -> CheckpointConfig | None:
         return config_of(manifests[-1]).checkpoint if manifests else None
     except UserError:  # a config of another version; the list is worth showing all the same
         return None
+
+
+def _saves(folder: Path) -> SaveCounts | None:
+    events = RunDir(folder.resolve().parent).events_path
+    return SaveCounts.of(read_events(events)) if events.is_file() else None
 
 
 def _without(path: Path, error: UserError) -> str:

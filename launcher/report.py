@@ -8,6 +8,7 @@ from statistics import median
 
 from rich.table import Table
 
+from launcher.save_counts import SaveCounts
 from trainer.config import RunConfig
 from trainer.events import Event, read_events, surviving_steps
 from trainer.plan import model_flops_per_token, num_parameters
@@ -28,6 +29,7 @@ class RunHistory:
     """By step; the last one where a step was evaluated again."""
     stage_seconds: dict[str, float]
     """Including what was done before an interruption."""
+    saves: SaveCounts
     export: Event | None
 
     @classmethod
@@ -41,6 +43,7 @@ class RunHistory:
             rollbacks=[event for event in events if event["kind"] == "rolled_back"],
             evaluations=sorted(evaluated.values(), key=lambda event: event["step"]),
             stage_seconds=_stage_seconds(events),
+            saves=SaveCounts.of(events),
             export=_last(events, "export_verified"),
         )
 
@@ -143,6 +146,7 @@ def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
         "perplexity": f"{perplexity(before['loss'])} -> {perplexity(after['loss'])} (uniform "
         f"{perplexity(after['uniform_loss'])}, unigram {perplexity(after['unigram_loss'])})",
         "speed": f"{rate:,.0f} tokens/s, {rate * model_flops_per_token(config.model) / 1e9:,.1f} model GFLOP/s",
+        "saves": str(history.saves),
         "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in history.stage_seconds.items()),
     }
     if history.export is not None:

@@ -30,6 +30,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     checkpoint_saved    step, path, bytes, seconds (to write it; training stood still where there was no snapshot)
     checkpoint_skipped  step, durable, reason: one was due and was left out, as `checkpoint.when_busy` says (snapshots
                         that only serve restarts never wait)
+    checkpoint_waited   step, seconds: one was due, and training stood still until the one before had ended
     checkpoint_failed   step, reason: it could not be written; those before it are as they were
     checkpoint_uploaded step, url, bytes, seconds
     checkpoint_upload_failed    step, reason: it will be tried again, unless a newer one is there by then

@@ -12,10 +12,22 @@ import pytest
 
 import drill
 from deeds import Deed, Doer, Done, kill
-from drilled_run import NUM_STEPS, DrilledRun, SmallJob, expect_as_if_undisturbed, history, last_checkpoint
-from launcher.job import JobFailed
+from drilled_run import (
+    NUM_STEPS,
+    DrilledRun,
+    SmallJob,
+    expect_as_if_undisturbed,
+    expect_nothing_left,
+    expect_sound_resumes,
+    history,
+    last_checkpoint,
+)
+from launcher.checkpoints import survey
+from launcher.job import JobFailed, RankFailed
 from trainer.checkpoint.format import store
+from trainer.checkpoint.interval import FIRST_INTERVAL_SECONDS, optimal_seconds, read_history
 from trainer.checkpoint.service.room import Room
+from trainer.data.ledger.audit import audit
 
 
 @pytest.fixture
@@ -91,6 +103,8 @@ def test_saves_are_skipped_and_counted_while_one_is_slow(
     taken, skipped = steps_of(run, "checkpoint_snapshot"), steps_of(run, "checkpoint_skipped")
     assert len(skipped) >= 5 and sorted(taken + skipped) == list(range(1, NUM_STEPS + 1))
     assert steps_of(run, "checkpoint_saved")[-1] == NUM_STEPS
+    counted = survey(run.run_dir.path).saves
+    assert counted is not None and counted.num_skipped + counted.num_skipped_snapshots == len(skipped)
 
 
 @pytest.mark.slow
@@ -104,7 +118,36 @@ def test_saves_wait_for_one_that_is_slow(
     expect_as_if_undisturbed(run, undisturbed())
     every = list(range(2, NUM_STEPS + 1, 2))
     assert steps_of(run, "checkpoint_snapshot") == steps_of(run, "checkpoint_saved") == every
-    assert max(event["seconds"] for event in run.events("checkpoint_snapshot")) > seconds / 2
+    assert max(event["seconds"] for event in run.events("checkpoint_waited")) > seconds / 2
+    counted = survey(run.run_dir.path).saves
+    assert counted is not None and counted.num_waited == len(steps_of(run, "checkpoint_waited"))
+
+
+@pytest.mark.slow
+def test_auto_saves_after_a_minute_and_then_as_seldom_as_a_save_is_cheap(
+    small_job: SmallJob, ray_folder: Path, tmp_path: Path
+) -> None:
+    """The first save comes when a minute is over, and costs so little that none is due before the end; killed after
+    it, the run goes on from it and has kept the measure."""
+    num_steps = 2000
+    run = small_job.new_run(tmp_path, num_steps, every_steps=None, every_seconds="auto", snapshot_every_steps=None)
+    done: list[Done] = []
+    with drill.supervised(run, ray_folder) as supervisor:
+        with pytest.raises(RankFailed), Doer(run, deque([kill("rank", "event checkpoint_saved", rank=2)]), done):
+            supervisor.train()
+        supervisor.train()
+    assert len(done) == 1
+    first_life, second_life = run.events("training_started")
+    first, last = run.events("checkpoint_snapshot")
+    assert second_life["step"] == first["step"] and last["step"] == num_steps
+    before = [event["time"] for event in run.events("step") if event["step"] == first["step"] - 1]
+    assert before[0] - first_life["time"] < FIRST_INTERVAL_SECONDS + 0.1 <= first["time"] - first_life["time"] + 0.2
+    seen = read_history(run.events())
+    assert seen.stall_seconds == (first["seconds"], last["seconds"])
+    assert optimal_seconds(seen, run.config.parallel.num_ranks) > 10 * FIRST_INTERVAL_SECONDS
+    expect_sound_resumes(run)
+    assert not audit(run.run_dir).findings
+    expect_nothing_left(run)
 
 
 # ---------------------------------------------------------------------------------------------------------- a sick disk

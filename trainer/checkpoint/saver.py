@@ -38,6 +38,8 @@ class _Moment:
     """Why no snapshot may begin."""
     is_abandoned: bool = False
     """Whether nobody is there who would save one."""
+    waited_seconds: float = 0.0
+    """Until the saves before had ended; zero if they had."""
 
 
 class Saver:
@@ -63,6 +65,8 @@ class Saver:
             return self._save_and_wait(facts, started) if durable else None
         wait = must or (durable and self._policy.when_busy == "wait")
         moment = self._wait_for_services(self._room, wait, for_restarts=not durable)
+        if moment.waited_seconds:
+            self._record("checkpoint_waited", step=facts.step, seconds=round(moment.waited_seconds, 6))
         if moment.hindrance or (moment.is_abandoned and not durable):
             reason = moment.hindrance or _ABANDONED
             self._record("checkpoint_skipped", step=facts.step, durable=durable, reason=reason)
@@ -110,6 +114,7 @@ class Saver:
         Args:
             for_restarts: what is to begin is a snapshot for restarts, before which the last one must have its copies.
         """
+        began: float | None = None  # to wait
         while True:
             is_copying = for_restarts and room.is_copying()
             now = time.time_ns() if dist.get_rank() == 0 else 0
@@ -117,9 +122,11 @@ class Saver:
                 int(room.is_busy()), int(is_copying), int(self._is_abandoned(room)), now
             )
             if num_abandoned or not (num_busy or num_copying):
-                return _Moment(nanoseconds / 1e9, is_abandoned=num_abandoned > 0)
+                waited_seconds = 0.0 if began is None else time.perf_counter() - began
+                return _Moment(nanoseconds / 1e9, is_abandoned=num_abandoned > 0, waited_seconds=waited_seconds)
             if not wait:
                 return _Moment(nanoseconds / 1e9, hindrance=_BUSY if num_busy else _COPYING)
+            began = time.perf_counter() if began is None else began
             time.sleep(_POLL_SECONDS)
 
     def _is_abandoned(self, room: Room) -> bool:

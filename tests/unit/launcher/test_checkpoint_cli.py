@@ -15,6 +15,7 @@ from made_checkpoints import spread, write_checkpoint
 from trainer.checkpoint.format import store
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
+from trainer.events import EventLog
 from trainer.run_dir import RunDir
 
 MODEL = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "vocab_size": 120, "seq_length": 16}
@@ -103,6 +104,23 @@ def test_list_for_machines(run: RunDir, command: Command) -> None:
     assert found[30]["problem"] and "consumed_tokens" not in found[30]
     assert (found[20]["consumed_tokens"], found[20]["heldout_loss"]) == (5120, 3.0)
     assert found[20]["layout"]["tensor"] == 2 and found[40]["kept_for"] == ["newest", "last 2"]
+
+
+def test_list_counts_how_the_saves_of_a_run_went(run: RunDir, command: Command) -> None:
+    log = EventLog(run.events_path)
+    for step in LOSSES:
+        log.write("checkpoint_saved", step=step, path=str(at(run, step)), bytes=1, seconds=0.1)
+    for step, durable in ((15, True), (16, False), (17, False)):
+        log.write("checkpoint_skipped", step=step, durable=durable, reason="the one before is still being written")
+    for seconds in (0.25, 0.5):
+        log.write("checkpoint_waited", step=20, seconds=seconds)
+    log.write("checkpoint_failed", step=25, reason="No space left on device")
+    log.close()
+    counted = (
+        "in all lives of the run: 4 saved; 1 left out while the one before was being written; 2 snapshots for restarts "
+        "left out; 2 waited for the one before, 0.8 s in all; 1 failed"
+    )
+    assert counted in command("list", run.path)[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- verify
