@@ -6,7 +6,7 @@ import subprocess
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import dropwhile
 from pathlib import Path
 
@@ -145,8 +145,10 @@ class Campaign:
                 train_by_command(run, planned, self.done)
             else:
                 train_to_the_end(run, ray, planned, self.done)
-            assert len(self.done) > before, f"the run ended before {planned[0]}"
             expect_as_if_undisturbed(run, self.undisturbed)
+            if len(self.done) == before:  # a sign that lasts a millisecond is not always seen so often
+                assert planned[0].count > 1, f"the run ended before {planned[0]}"
+                planned[0] = replace(planned[0], count=1)
             self.lines += [summary(run, each) for each in self.done[before:]]
             shutil.rmtree(run.run_dir.path.parent)
 
