@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from launcher import ownership
-from launcher.checkpoint_process import ServiceKeeper, ServiceOptions
+from launcher.node import ownership
+from launcher.node.checkpoint_process import ServiceKeeper, ServiceOptions
 from trainer import config_file, device, parallel
 from trainer.checkpoint import sharded
 from trainer.checkpoint.format import store

@@ -45,7 +45,7 @@ def prepare(
     """Make sure that `out` holds the prepared data of these settings; does nothing where it already does.
 
     The sources are not looked at again once prepared. Files damaged since are made anew, from the same text only.
-    `workers` are so many processes on this machine, one a core if it is None, or others' (`launcher.ray_workers`).
+    `workers` are so many processes on this machine, one a core if it is None, or others' (`launcher.job.ray_workers`).
 
     Raises:
         UserError: a source, the tokenizer or the vocabulary cannot be used; the text is too small for a batch of

@@ -176,9 +176,9 @@ def find(run: DrilledRun, target: Target, rank: int = 0) -> int | None:
     if target == "driver" and not any(BROADGAUGE in line for line in processes_of(run).values()):
         return os.getpid()
     command, name = {
-        "rank": ("launcher.fork_server", f"rank {rank}"),  # a fork has the command line of its parent
-        "fork server": ("launcher.fork_server", None),
-        "service": ("launcher.checkpoint_process", None),
+        "rank": ("launcher.node.fork_server", f"rank {rank}"),  # a fork has the command line of its parent
+        "fork server": ("launcher.node.fork_server", None),
+        "service": ("launcher.node.checkpoint_process", None),
         "job": (BROADGAUGE, None),
         "driver": (BROADGAUGE, None),
         "job and service": (BROADGAUGE, None),

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from deeds import Deed, Doer, Done
 from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed
-from launcher import job as jobs
-from launcher import stages
-from launcher.display import Display
-from launcher.embedded_ray import embedded_ray
-from launcher.job import JobFailed, NodeFailed, Ranks
-from launcher.session import session
-from launcher.stages import ClaimedRun
+from launcher.job import ranks as jobs
+from launcher.job.embedded_ray import embedded_ray
+from launcher.job.ranks import JobFailed, NodeFailed, Ranks
+from launcher.job.session import session
+from launcher.report.display import Display
+from launcher.verbs import stages
+from launcher.verbs.stages import ClaimedRun
 from trainer.checkpoint.format import store
 from trainer.stop import Preempted
 

@@ -15,7 +15,7 @@ import yaml
 from trainer.config_file import from_tree
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-c", "from launcher.cli import main; main()", "prepare"]
+COMMAND = [sys.executable, "-c", "from launcher.cli.main import main; main()", "prepare"]
 VOCAB_SIZE = 300
 SEQ_LENGTH = 16
 _SYLLABLES = [*map("".join, itertools.product("bdfgklmnprstvz", "aeiou"))]

@@ -69,11 +69,11 @@ def _timed(run: Callable[[], None]) -> float:
 
 @contextmanager
 def _ray(scratch: Path) -> Iterator[Workers]:
-    """A cluster of two processors on this machine, with the environment that `launcher.ray_workers` gives its tasks."""
+    """A cluster of two processors here, with the environment that `launcher.job.ray_workers` gives its tasks."""
     import ray
 
-    from launcher.embedded_ray import isolated
-    from launcher.ray_workers import RayWorkers
+    from launcher.job.embedded_ray import isolated
+    from launcher.job.ray_workers import RayWorkers
 
     with isolated(), tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray.init(

@@ -94,7 +94,7 @@ def _our_command(corpus: Corpus, scratch: Path, engine: str, workers: int) -> Ca
         },
     }
     config.write_text(yaml.safe_dump(tree))
-    main = "from launcher.cli import main; main()"
+    main = "from launcher.cli.main import main; main()"
     command = [sys.executable, "-c", main, "prepare", str(config), "--workers", str(workers), "--out"]
     return lambda folder: process_tree.run([*command, str(folder / "data")], {"PYTHONPATH": str(_ROOT)})
 

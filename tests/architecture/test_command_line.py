@@ -4,7 +4,7 @@ import click
 import pytest
 import typer
 
-from launcher.cli import app, spread_settings
+from launcher.cli.main import app, spread_settings
 
 SURFACE = {
     "run": ["CONFIG", "--run-dir", "--set"],

@@ -16,7 +16,7 @@ def test_import_contracts_hold() -> None:
 def test_reading_a_config_and_asking_for_help_import_nothing_heavy() -> None:
     """The command line answers in a fraction of a second only as long as these stay out of it."""
     code = (
-        "import sys, launcher.cli\n"
+        "import sys, launcher.cli.main\n"
         "heavy = {'torch', 'megatron', 'deepspeed', 'ray', 'transformers', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imports {sorted(heavy)}' if heavy else 0)"
     )

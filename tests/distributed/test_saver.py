@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launcher.save_counts import SaveCounts
+from launcher.verbs.save_counts import SaveCounts
 from made_snapshots import folder_in_memory, names
 from ranks import run_on_ranks
 from small_loop import NUM_STEPS, as_snapshot, config_of, die_at, of_kind, prepare_data, results, services, train

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher import checks
-from launcher.cli import main
+from launcher.cli.main import main
+from launcher.verbs import checks
 from small_run import NUM_STEPS, broadgauge, write_config
 from trainer.checkpoint.format import store
 from trainer.config_file import load

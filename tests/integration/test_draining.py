@@ -14,10 +14,11 @@ from ray.core.generated import autoscaler_pb2
 import drill
 from deeds import Deed, Doer
 from drilled_run import DrilledRun, SmallJob, expect_nothing_left
-from launcher import job as jobs
-from launcher import ownership, stages
-from launcher.embedded_ray import isolated
-from launcher.session import session
+from launcher.job import ranks as jobs
+from launcher.job.embedded_ray import isolated
+from launcher.job.session import session
+from launcher.node import ownership
+from launcher.verbs import stages
 from trainer.checkpoint.format import store
 from trainer.stop import Preempted
 

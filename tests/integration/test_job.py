@@ -17,10 +17,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from launcher import job, ownership
-from launcher.embedded_ray import isolated
-from launcher.job import NodeFailed, RankFailed, Ranks, ready_ranks, run_ranks
-from launcher.session import session
+from launcher.job import ranks as job
+from launcher.job.embedded_ray import isolated
+from launcher.job.ranks import NodeFailed, RankFailed, Ranks, ready_ranks, run_ranks
+from launcher.job.session import session
+from launcher.node import ownership
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree, parse_yaml
 from trainer.run_dir import RunDir
@@ -176,7 +177,7 @@ class TestRoundsOnOneRay:
 DRIVER = """
 import sys
 from pathlib import Path
-from launcher.job import run_ranks
+from launcher.job.ranks import run_ranks
 from trainer.config_file import load
 from trainer.run_dir import RunDir
 path = Path(sys.argv[1])

@@ -14,7 +14,7 @@ import pytest
 import drill
 from deeds import Deed, Doer, Done, Target, find, kill
 from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed, processes_of
-from launcher.stages import is_finished
+from launcher.verbs.stages import is_finished
 from small_run import BROADGAUGE, write_config
 from trainer import config_file
 from trainer.events import Event

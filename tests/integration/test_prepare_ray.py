@@ -12,8 +12,8 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from launcher.embedded_ray import isolated
-from launcher.session import session
+from launcher.job.embedded_ray import isolated
+from launcher.job.session import session
 from prepare_command import COMMAND, content_of, environment, prepared, write_config, write_corpus
 
 PATIENCE_SECONDS = 60  # only a broken program waits this long

@@ -9,10 +9,11 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from launcher import job, ownership
-from launcher.embedded_ray import isolated
-from launcher.job import RankFailed, Ranks
-from launcher.session import session
+from launcher.job import ranks as job
+from launcher.job.embedded_ray import isolated
+from launcher.job.ranks import RankFailed, Ranks
+from launcher.job.session import session
+from launcher.node import ownership
 from small_run import NUM_STEPS, broadgauge, write_config
 from trainer import config_file
 from trainer.checkpoint.format import store

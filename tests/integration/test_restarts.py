@@ -11,7 +11,7 @@ import pytest
 import drill
 from deeds import Deed, Doer, Done, find, kill
 from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_nothing_left, expect_sound_resumes
-from launcher.job import RankFailed
+from launcher.job.ranks import RankFailed
 from trainer.checkpoint.format import store
 
 NUM_STEPS = 8

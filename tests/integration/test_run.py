@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from launcher.cli import main
+from launcher.cli.main import main
 from small_run import BROADGAUGE, NUM_STEPS, broadgauge, write_config
 from trainer.events import Event, EventReader, read_events, surviving_steps
 

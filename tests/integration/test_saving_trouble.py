@@ -22,8 +22,8 @@ from drilled_run import (
     history,
     last_checkpoint,
 )
-from launcher.checkpoints import survey
-from launcher.job import JobFailed, RankFailed
+from launcher.job.ranks import JobFailed, RankFailed
+from launcher.verbs.checkpoints import survey
 from trainer.checkpoint.format import store
 from trainer.checkpoint.interval import FIRST_INTERVAL_SECONDS, optimal_seconds, read_history
 from trainer.checkpoint.service.room import Room

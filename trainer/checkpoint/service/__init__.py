@@ -8,5 +8,5 @@
 | `uploads`  | checkpoints on their way to an object store                                                    |
 | `replica`  | snapshots in the memory of other machines                                                      |
 
-`launcher.checkpoint_process` runs it.
+`launcher.node.checkpoint_process` runs it.
 """

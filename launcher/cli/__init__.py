@@ -1,0 +1,1 @@
+"""The verbs of `broadgauge`, as a person types them: arguments in, text and exit codes out."""

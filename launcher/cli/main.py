@@ -1,0 +1,210 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 something the user can mend, 75 preempted, 130 interrupted."""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from launcher.cli import checkpoint as checkpoint_cli
+from launcher.cli import data as data_cli
+from launcher.cli import prepare as prepare_cli
+from launcher.cli.options import ConfigFile, DataOption, RunDirOption, SetOption, run_dir_of
+from launcher.report.display import Display
+from trainer import config_file
+from trainer.config import UserError
+from trainer.stop import Preempted
+
+_INTERRUPTED = 130
+_PREEMPTED = 75  # EX_TEMPFAIL of <sysexits.h>: try again
+
+app = typer.Typer(
+    name="broadgauge",
+    help="Train GPT-scale language models: raw text to a trained, evaluated, exported model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+config_app = typer.Typer(help="Look at configs.", no_args_is_help=True)
+app.add_typer(prepare_cli.app, name="prepare")
+app.add_typer(data_cli.app, name="data")
+app.add_typer(checkpoint_cli.app, name="checkpoint")
+app.add_typer(config_app, name="config")
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """`--debug` is read by `main`, before or after the command's name."""
+
+
+@app.command()
+def run(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
+    """Do a whole run: prepare, train, evaluate, export, generate. Run it again to go on after an interruption.
+
+    Example: `broadgauge run configs/quickstart.yaml --run-dir runs/fp32 --set train.precision=fp32 seed=7`
+    """
+    from launcher.verbs import stages
+
+    config = config_file.load(path, settings or ())
+    stages.run(config, run_dir_of(config, run_dir), _display())
+
+
+@app.command()
+def train(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
+    """Train on prepared data, from the newest checkpoint if there is one.
+
+    Example: `broadgauge train configs/quickstart.yaml --set data.prepared=data/stdlib`
+    """
+    from launcher.verbs import checks, stages
+
+    config = config_file.load(path, settings or ())
+    where = run_dir_of(config, run_dir)
+    checks.check_train(config, where)
+    with stages.claim(config, where, _display()) as claimed:
+        stages.train(claimed)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
+    data: DataOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Held-out loss and perplexity of a checkpoint, beside the uniform and unigram baselines, as JSON.
+
+    Example: `broadgauge eval runs/quickstart --set parallel.tensor=1 parallel.pipeline=1`
+    """
+    from launcher.verbs import inspection
+
+    print(json.dumps(inspection.evaluate(path, data, settings or ()), indent=2))
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Hugging Face folder to write.", show_default=False)],
+    data: DataOption = None,
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+    verify: Annotated[
+        Literal["auto", "full", "sample", "none"],
+        typer.Option(help="Compare all of it with the trained model, or tensors and layers drawn; auto: as it fits."),
+    ] = "auto",
+    settings: SetOption = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder and check it against the trained model.
+
+    Example: `broadgauge export runs/quickstart/checkpoints/step-00000200 --out exports/step-200 --dtype bf16`
+    """
+    from launcher.verbs import inspection
+
+    verified = inspection.export(path, out, data, settings or (), dtype, verify)
+    print(f"{out}: {verified.summary}")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A Hugging Face folder, or a name on the hub.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.", show_default=False)],
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit on the hub; its main branch if not given.")
+    ] = None,
+) -> None:
+    """Make a model of Hugging Face a checkpoint to train on from, with its config and tokenizer.
+
+    Example: `broadgauge import openai-community/gpt2 --out imports/gpt2`
+    """
+    from launcher.verbs import importing
+
+    imported = importing.import_model(source, out, revision)
+    print(f"{imported.checkpoint}: a {imported.architecture}; train on from it with {imported.config_path}")
+    if imported.tokenizer_problem:
+        print(f"no data can be prepared with its tokenizer: {imported.tokenizer_problem}")
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a Hugging Face folder.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt with an exported model.
+
+    Example: `broadgauge generate runs/quickstart --prompt "The list is" --max-new-tokens 32`
+    """
+    from launcher.verbs import inspection
+
+    print(prompt + inspection.generate(path, prompt, max_new_tokens, seed))
+
+
+@config_app.command("show")
+def show_config(path: ConfigFile, settings: SetOption = None) -> None:
+    """The resolved config: preset and overrides filled in, every value written out.
+
+    Example: `broadgauge config show configs/quickstart.yaml --set train.precision=fp32`
+    """
+    print(config_file.dump(config_file.load(path, settings or ())), end="")
+
+
+@config_app.command("schema")
+def show_schema() -> None:
+    """The JSON schema of a config: every key with its type, unit and meaning.
+
+    Example: `broadgauge config schema`
+    """
+    print(json.dumps(config_file.json_schema(), indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = spread_settings([argument for argument in arguments if argument != "--debug"])
+    try:
+        app(arguments)
+    except SystemExit as end:  # how the parser ends, also on Ctrl-C
+        if end.code == _INTERRUPTED:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
+    except Preempted as error:
+        print(f"preempted: {error}", file=sys.stderr)
+        sys.exit(_PREEMPTED)
+    except UserError as error:
+        _complain(f"error: {error}", debug)
+        sys.exit(2)
+    except Exception as error:
+        _complain(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", debug)
+        sys.exit(1)
+
+
+def _complain(line: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def spread_settings(arguments: Sequence[str]) -> list[str]:
+    """`--set a=1 b=2` -> `--set a=1 --set b=2`: the parser takes one value an option."""
+    spread: list[str] = []
+    in_settings = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            in_settings = argument == "--set"
+            if not in_settings:
+                spread.append(argument)
+        elif in_settings and "=" in argument:
+            spread += ["--set", argument]
+        else:
+            in_settings = False
+            spread.append(argument)
+    return spread
+
+
+def _display() -> Display:
+    return Display(Console())

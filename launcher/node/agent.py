@@ -1,0 +1,202 @@
+"""The job's presence on one machine: a Ray actor that has the machine's ranks forked and watches them."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from launcher import placement
+from launcher.node import fork_server
+from launcher.node.checkpoint_process import ServiceKeeper, ServiceOptions
+from launcher.node.fork_server import Channel, Kill, Ready, ServerOptions, Start
+from launcher.node.forked_rank import RankEnd
+from launcher.placement import Placement
+from trainer import config_file
+from trainer.checkpoint.service.room import room_path
+from trainer.config import RunConfig
+from trainer.rank_spec import RankSpec, Task
+from trainer.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every agent of a job knows."""
+
+    id: str
+    """Told apart from every other job by this."""
+    config: RunConfig
+    run_dir: Path
+    logs: Path
+    lock: Path
+    """See `launcher.node.ownership`."""
+    target: str
+    """What a rank runs, `module:function`."""
+    cwd: str
+    """Where relative paths in the config start."""
+
+    def server_options(self, node: int) -> ServerOptions:
+        return ServerOptions(self.target, self.logs, node, self.lock, self.id)
+
+    def room_path(self, node: int) -> Path:
+        """See `trainer.checkpoint.service.room`."""
+        return room_path(Path(self.config.checkpoint.snapshots_in), self.run_dir, RunDir(self.run_dir).id, node)
+
+    @property
+    def server_env(self) -> dict[str, str]:
+        """What must be set before torch is imported."""
+        threads = str(placement.threads_per_rank(self.config, num_cores()))
+        cpu_only = {"CUDA_VISIBLE_DEVICES": ""} if self.config.launch.device == "cpu" else {}
+        return {
+            "OMP_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS would start its threads on import, and so before the fork
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # looking for CUDA must not initialise it before the fork
+            **cpu_only,
+        }
+
+
+@dataclass(frozen=True)
+class Round:
+    """One task for all ranks."""
+
+    task: Task
+    rendezvous: str
+    checkpoint: Path | None
+    output: Path | None
+
+
+@dataclass(frozen=True)
+class NodeEnd:
+    """How a machine's part of a round ended; all its ranks have."""
+
+    failed: tuple[RankEnd, ...]
+    """Ranks that failed by themselves, not those killed because of them."""
+    problem: str | None = None
+    """What befell the fork server or the agent, to follow "node 3: "."""
+
+    @property
+    def went_wrong(self) -> bool:
+        return bool(self.failed or self.problem)
+
+
+class Agent:
+    """One per machine. Ranks end with their fork server, the fork server with the agent or the driver."""
+
+    def __init__(self, job: Job, node: int, where: Placement, socket_path: Path | None = None) -> None:
+        """Connect to the fork server that listens at `socket_path`, or start one, which begins to import at once."""
+        self._job, self._node, self._where = job, node, where
+        self._ready: Ready | None = None
+        self._server: Channel | None = None
+        self._problem = "the fork server died, and its ranks with it"
+        try:
+            self._server = fork_server.connect(socket_path) if socket_path else self._spawn()
+        except OSError as error:
+            self._problem = f"the fork server does not start: {error}"
+
+    def _spawn(self) -> Channel:
+        with tempfile.TemporaryDirectory(prefix="broadgauge-") as folder:  # needed until connected
+            socket_path = Path(folder) / "fork.sock"
+            self._process = fork_server.spawn(
+                self._job.server_options(self._node), socket_path, self._job.server_env, self._job.cwd
+            )
+            return fork_server.connect(socket_path)
+
+    def pick_rendezvous(self) -> str:
+        """An address on this machine at which rank 0 can meet the others."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return f"tcp://{host}:{probe.getsockname()[1]}"
+
+    def run(self, task: Round) -> NodeEnd:
+        """Fork this machine's ranks and return when all have ended; when one fails, the others are killed at once.
+
+        What they have left to be saved is saved then, and uploaded too unless they failed: whoever goes on is not kept
+        waiting by a network.
+        """
+        if self._server is None:
+            return NodeEnd((), self._problem)
+        saves = task.task == "train" and self._job.config.checkpoint.needs_service
+        keeper = self._checkpoint_service() if saves else None
+        end = NodeEnd((), self._problem)
+        try:
+            end = self._run_ranks(self._server, task, keeper)
+        except (EOFError, OSError):
+            pass  # it is the problem already
+        finally:
+            if keeper is not None:
+                keeper.drain(is_at_the_end=not end.went_wrong)
+        return end
+
+    def _run_ranks(self, server: Channel, task: Round, keeper: ServiceKeeper | None) -> NodeEnd:
+        """Raises:
+        EOFError, OSError: the fork server died.
+        """
+        self._ready = self._ready or server.recv()
+        if self._ready.problem:
+            return NodeEnd((), self._ready.problem)
+        if keeper is not None:
+            keeper.start()
+        server.send(Start(self._specs(task), self._rank_env()))
+        return NodeEnd(self._watch(server))
+
+    def _checkpoint_service(self) -> ServiceKeeper:
+        ranks = self._where.ranks_of(self._node)
+        options = ServiceOptions(
+            room=str(self._job.room_path(self._node)),
+            run_dir=str(self._job.run_dir),
+            config_yaml=config_file.dump(self._job.config),
+            first_rank=ranks.start,
+            num_ranks=len(ranks),
+            node=self._node,
+            num_nodes=self._where.nodes,
+            lock=str(self._job.lock),
+            job_id=self._job.id,
+        )
+        return ServiceKeeper(options, self._job.logs / f"checkpoints-{self._node}.log", self._job.cwd)
+
+    def _watch(self, server: Channel) -> tuple[RankEnd, ...]:
+        failed: list[RankEnd] = []
+        for _ in range(self._where.ranks_per_node):
+            end: RankEnd = server.recv()
+            if end.error is None or end.killed:
+                continue
+            if not failed:
+                server.send(Kill())
+            failed.append(end)
+        return tuple(failed)
+
+    def _specs(self, task: Round) -> list[RankSpec]:
+        ranks = self._where.ranks_of(self._node)
+        has_room = task.task == "train" and self._job.config.checkpoint.asynchronous
+        return [
+            RankSpec(
+                rank=rank,
+                world_size=self._where.num_ranks,
+                local_rank=rank - ranks.start,
+                local_world_size=len(ranks),
+                rendezvous=task.rendezvous,
+                config_yaml=config_file.dump(self._job.config),
+                run_dir=self._job.run_dir,
+                task=task.task,
+                threads=placement.threads_per_rank(self._job.config, num_cores()),
+                checkpoint=task.checkpoint,
+                output=task.output,
+                room=self._job.room_path(self._node) if has_room else None,
+            )
+            for rank in ranks
+        ]
+
+    def _rank_env(self) -> Mapping[str, str]:
+        """What is known only now that Ray has placed the agent."""
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._where.gpus_per_node else ""
+        loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if self._where.nodes == 1 else {}
+        return {"CUDA_VISIBLE_DEVICES": gpus, **loopback}
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,1 @@
+"""How things look to a person: progress, tables, pictures, verdicts."""

@@ -1,0 +1,123 @@
+"""Verbs that look at what a run has made: evaluate or export a checkpoint, generate from an export.
+
+They work beside a run, never in its folder, so they may be used while it trains.
+"""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from data_pipeline.manifest import Manifest as DataManifest
+from data_pipeline.pipeline import TOKENIZER_FOLDER
+from launcher.job.ranks import Ranks, check_embedded, ready_ranks
+from launcher.verbs import exporting, importing
+from trainer import config_file
+from trainer.checkpoint.format import compatibility, store
+from trainer.checkpoint.format.manifest import Manifest, read_manifest
+from trainer.config import RunConfig, UserError
+from trainer.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint with the config it is read under, whose `data.prepared` is set."""
+
+    checkpoint: Path
+    manifest: Manifest
+    config: RunConfig
+
+
+def find(path: Path, data: Path | None, settings: Sequence[str]) -> Found:
+    """The checkpoint that `path` means, with its run's config and data, changed by `settings`.
+
+    Raises:
+        UserError: there is no checkpoint, or no data is known for it.
+    """
+    checkpoint = store.find(path)
+    manifest = store.verify(checkpoint)
+    tree = manifest.config | {"preset": None}
+    run_dir = RunDir(checkpoint.resolve().parent.parent)
+    recorded = tree["data"].get("prepared")
+    prepared = data or (Path(recorded) if recorded else run_dir.data)
+    config = config_file.override(tree, [*settings, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"])
+    compatibility.check_architecture(manifest, config, checkpoint)
+    check_embedded(config)
+    data_manifest = DataManifest.load(prepared)
+    data_manifest.verify(prepared)
+    if manifest.data:  # not of imported weights whose tokenizer is none of ours
+        found = {"tokenizer": data_manifest.tokenizer_fingerprint}
+        compatibility.check_tokenizer(manifest, found, checkpoint)
+    return Found(checkpoint.resolve(), manifest, config)
+
+
+def find_to_export(path: Path, data: Path | None, settings: Sequence[str]) -> tuple[Found, Path]:
+    """As `find`, and the tokenizer's folder; weights just imported have it beside them, and need no data."""
+    checkpoint = store.find(path)
+    imported = checkpoint.parent / importing.TOKENIZER_FOLDER
+    was_trained_here = read_manifest(checkpoint).step > 0
+    if data or was_trained_here or not imported.is_dir():
+        found = find(path, data, settings)
+        return found, Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
+    manifest = store.verify(checkpoint)
+    config = config_file.override(manifest.config | {"preset": None}, settings)
+    compatibility.check_architecture(manifest, config, checkpoint)
+    check_embedded(config)
+    return Found(checkpoint.resolve(), manifest, config), imported
+
+
+@contextmanager
+def scratch_run() -> Iterator[RunDir]:
+    """A run folder for ranks that only read; it stays when they fail, for their logs."""
+    run_dir = RunDir(Path(tempfile.mkdtemp(prefix="broadgauge-")))
+    run_dir.logs.mkdir()
+    yield run_dir
+    shutil.rmtree(run_dir.path)
+
+
+def evaluate(path: Path, data: Path | None, settings: Sequence[str]) -> dict[str, Any]:
+    found = find(path, data, settings)
+    with scratch_run() as run_dir, store.being_read(found.checkpoint):
+        output = run_dir.path / "heldout.json"
+        with ready_ranks(found.config, run_dir) as ranks:
+            ranks.run("evaluate", lambda: None, checkpoint=found.checkpoint, output=output)
+        result = orjson.loads(output.read_bytes())
+    return {
+        "checkpoint": str(found.checkpoint),
+        "step": found.manifest.step,
+        **result,
+        "perplexity": math.exp(result["loss"]),
+    }
+
+
+def export(
+    path: Path, out: Path, data: Path | None, settings: Sequence[str], dtype: exporting.Dtype, verify: exporting.Verify
+) -> exporting.Verified:
+    from trainer.checkpoint.huggingface import export, model_card
+
+    found, tokenizer = find_to_export(path, data, settings)
+    export.check_export(found.config, tokenizer, out)
+    facts = model_card.training_facts(found.manifest)
+    with scratch_run() as run_dir, ExitStack() as resources, store.being_read(found.checkpoint):
+
+        def ranks() -> Ranks:
+            return resources.enter_context(ready_ranks(found.config, run_dir))
+
+        return exporting.export_checkpoint(
+            found.config, run_dir, ranks, found.checkpoint, tokenizer, out, facts, dtype, verify
+        )
+
+
+def generate(path: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
+    from trainer.checkpoint.huggingface import generation
+
+    folder = path / "export" if (path / "export").is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path} is no Hugging Face folder and no run that has one; run `broadgauge export` first")
+    return generation.generate(folder, prompt, max_new_tokens, seed)

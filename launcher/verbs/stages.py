@@ -1,0 +1,270 @@
+"""The stages of a run, each usable alone: prepare, train, export, generate; and `run`, which is all of them.
+
+A stage looks at the run's folder first and does only what is missing, so running again after an interruption, at
+whatever moment, goes on from there.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from data_pipeline.manifest import Manifest
+from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
+from data_pipeline.tasks import Workers
+from launcher.job.preemption import Preemption, listening
+from launcher.job.ranks import JobFailed, Ranks, ready_ranks
+from launcher.job.recovery import fetch_newer
+from launcher.report import data as data_report
+from launcher.report import training as report
+from launcher.report.display import Display, StageBar
+from launcher.verbs import checks, exporting
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import MANIFEST, read_manifest
+from trainer.config import RunConfig
+from trainer.events import EventLog, EventReader, read_events
+from trainer.run_dir import RunDir
+from trainer.schedule import Schedule
+from trainer.stop import Preempted
+
+WARNINGS = {
+    "checkpoint_rejected": "{reason}",
+    "step_skipped": "step {step} skipped: {reason}",
+    "rolled_back": "rolled back from step {from_step} to {to_step}: {reason}",
+    "checkpoint_failed": "the checkpoint of step {step} could not be written: {reason}",
+    "checkpoint_upload_failed": "the checkpoint of step {step} could not be uploaded: {reason}",
+    "checkpoint_service_died": "the checkpoint service died (exit code {code}) and is replaced; see {log}",
+    "checkpoint_skipped": "no checkpoint of step {step}: {reason}",
+}
+"""Kind of event that a person should see at once -> what to say of it."""
+
+
+@dataclass
+class ClaimedRun:
+    """One command at work on one run."""
+
+    config: RunConfig
+    run_dir: RunDir
+    display: Display
+    log: EventLog
+    preemption: Preemption
+    resources: ExitStack = field(default_factory=ExitStack)
+    _ranks: Ranks | None = None
+
+    def ranks(self) -> Ranks:
+        """The run's warm agents, started when first needed and kept for the stages that follow."""
+        if self._ranks is None:
+            self._ranks = self.resources.enter_context(ready_ranks(self.config, self.run_dir))
+        return self._ranks
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageBar]:
+        """Show and record a stage."""
+        self.log.write("stage_started", stage=name)
+        started = time.monotonic()
+        with self.display.stage(name) as bar:
+            yield bar
+        self.log.write("stage_finished", stage=name, seconds=round(time.monotonic() - started, 3), result=bar.result)
+
+
+@contextmanager
+def claim(config: RunConfig, run_dir: RunDir, display: Display) -> Iterator[ClaimedRun]:
+    """Claim the run's folder for this process; what it started is stopped when it ends.
+
+    Raises:
+        UserError: the folder belongs to another run, or another process works in it.
+    """
+    run_dir.check(config)
+    preemption = Preemption(run_dir, config.checkpoint.grace_seconds)
+    with run_dir.locked(), listening(preemption), ExitStack() as resources:
+        run_dir.create(config)
+        log = EventLog(run_dir.events_path)
+        resources.callback(log.close)
+        written = EventReader(run_dir.events_path)
+        written.skip_to_end()
+        try:
+            yield ClaimedRun(config, run_dir, display, log, preemption, resources)
+        except Preempted as end:
+            if not any(event["kind"] == "preempted" for event in written.new_events()):  # by the ranks
+                log.write("preempted", reason=str(end))
+            raise
+        except Exception as error:
+            log.write("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            preemption.is_over = True
+
+
+# ----------------------------------------------------------------------------------------------------------- whole run
+
+
+def run(config: RunConfig, run_dir: RunDir, display: Display) -> None:
+    """Raw text to a trained, evaluated, exported, sampled model."""
+    checks.check_run(config, run_dir)
+    with claim(config, run_dir, display) as claimed:
+        if is_finished(run_dir):
+            display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")
+            return
+        claimed.log.write("run_started", resumed=bool(store.steps(run_dir.checkpoints)))
+        started = time.monotonic()
+        prepare_data(claimed)
+        checks.check_prompt(config, run_dir)
+        train(claimed)
+        export(claimed)
+        generate_sample(claimed)
+        claimed.log.write("run_finished", seconds=round(time.monotonic() - started, 3))
+        display.console.print(report.summary(config, run_dir, report.RunHistory.read(config, run_dir.events_path)))
+
+
+def is_finished(run_dir: RunDir) -> bool:
+    if not (run_dir.events_path.exists() and (run_dir.export / "config.json").exists() and run_dir.loss_plot.exists()):
+        return False
+    return any(event["kind"] == "run_finished" for event in read_events(run_dir.events_path))
+
+
+def is_trained(config: RunConfig, run_dir: RunDir) -> bool:
+    """Whether the last checkpoint is there, whole, and evaluated."""
+    last = Schedule(config).num_steps
+    evaluated = any(
+        event["kind"] == "evaluated" and event["step"] == last for event in read_events(run_dir.events_path)
+    )
+    newest = store.newest_valid(run_dir.checkpoints) if evaluated and run_dir.loss_plot.exists() else None
+    return newest is not None and newest.name == store.folder_name(last)
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+def prepare_data(claimed: ClaimedRun, workers: Workers | int | None = None) -> None:
+    """Text -> tokenizer and shards, unless the run uses a folder that was prepared before."""
+    config, run_dir = claimed.config, claimed.run_dir
+    if config.data.prepared:
+        checks.check_prepared(config, run_dir)
+        return
+    with claimed.stage("prepare") as bar:
+        manifest = prepare(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            seq_length=config.model.seq_length,
+            out=run_dir.data,
+            min_train_tokens=config.tokens_per_step + 1,
+            workers=workers,
+            progress=bar,
+        )
+        bar.result = data_report.describe(manifest)
+    data_report.show(manifest, claimed.display)
+    claimed.log.write(
+        "data_prepared",
+        documents={name: portion.documents for name, portion in manifest.portions.items()},
+        tokens={name: portion.tokens for name, portion in manifest.portions.items()},
+        vocab_size=manifest.vocab_size,
+        dropped=manifest.dropped,
+        repaired=manifest.repaired,
+    )
+
+
+def train(claimed: ClaimedRun) -> None:
+    """Train to the end of the run from its newest checkpoint, with a held-out evaluation before and after."""
+    config, run_dir = claimed.config, claimed.run_dir
+    schedule = Schedule(config)
+    if is_trained(config, run_dir):
+        claimed.display.line(f"train     trained already, to step {schedule.num_steps}")
+        return
+    uses = checks.planned_epochs(config, Manifest.load(run_dir.data_for(config)))
+    data_report.show_epochs(uses, claimed.display)
+    claimed.log.write("blend", datasets={use.name: {"share": use.share, "epochs": use.epochs} for use in uses})
+    with claimed.stage("train") as bar:
+        events = EventReader(run_dir.events_path)
+        events.skip_to_end()
+
+        def show_progress() -> None:
+            for event in events.new_events():
+                if event["kind"] == "step":
+                    rate = report.step_tokens(schedule, event) / event["seconds"]
+                    doing = f"train: loss {event['loss']:.3f}, {rate:,.0f} tokens/s"
+                    bar.update(doing, event["step"], schedule.num_steps, "steps")
+                elif event["kind"] == "evaluated":
+                    bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], schedule.num_steps, "steps")
+                elif event["kind"] in WARNINGS and event.get("durable", True):
+                    claimed.display.line(f"  warning: {WARNINGS[event['kind']].format_map(event)}")
+
+        bar.update("train: starting ranks", 0, schedule.num_steps, "steps")
+        _train_ranks(claimed, show_progress)
+        history = report.RunHistory.read(config, run_dir.events_path)
+        report.plot_losses(history, run_dir.loss_plot)
+        bar.result = report.verdict(history.evaluations[0], history.evaluations[-1])
+
+
+def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None:
+    """Run the ranks to the end of training.
+
+    Raises:
+        Preempted: they were asked to end before.
+        JobFailed: they failed, or the last checkpoint could not be written.
+    """
+    config, run_dir, preemption = claimed.config, claimed.run_dir, claimed.preemption
+    fetch_newer(config, run_dir.checkpoints, claimed.log.write)
+    ranks = claimed.ranks()
+
+    def on_poll() -> None:
+        show_progress()
+        preemption.look_at_nodes(ranks.node_ids)
+        preemption.check_deadline()
+
+    with preemption.of_training():
+        try:
+            ranks.run("train", on_poll)
+        except JobFailed as error:
+            if preemption.reason is None:
+                raise
+            raise Preempted(  # machines that are to leave do, and others with them
+                f"{preemption.reason}, then {error}; the same command goes on from the newest checkpoint"
+            ) from error
+    events = read_events(run_dir.events_path)
+    last = next(event for event in reversed(events) if event["kind"] in ("training_started", "preempted"))
+    if last["kind"] == "preempted":
+        raise Preempted(
+            f"{preemption.reason or last['reason']}: stopped after step {last['step']}, saved at step "
+            f"{last['saved_step']}; the same command goes on from there"
+        )
+    if preemption.reason is not None:
+        raise Preempted(f"{preemption.reason}: training had come to its end; the same command goes on from there")
+    checkpoint = run_dir.checkpoints / store.folder_name(Schedule(config).num_steps)
+    if not (checkpoint / MANIFEST).exists():
+        reasons = [event["reason"] for event in events if event["kind"] == "checkpoint_failed"]
+        raise JobFailed(
+            f"training has ended, but its last checkpoint {checkpoint} could not be written: "
+            f"{reasons[-1] if reasons else 'no reason was recorded'}; mend that and run the same command again"
+        )
+
+
+def export(claimed: ClaimedRun) -> None:
+    """The final checkpoint as a Hugging Face folder, checked against the trained model before it appears."""
+    from trainer.checkpoint.huggingface import model_card  # seconds to import: not before a stage needs it
+
+    config, run_dir = claimed.config, claimed.run_dir
+    with claimed.stage("export") as bar:
+        last = Schedule(config).num_steps
+        checkpoint = run_dir.checkpoints / store.folder_name(last)
+        history = report.RunHistory.read(config, run_dir.events_path)
+        facts = model_card.training_facts(read_manifest(checkpoint))
+        facts["Held-out loss, nats per token"] = history.evaluations[-1]["loss"]
+        tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER
+        verified = exporting.export_checkpoint(
+            config, run_dir, claimed.ranks, checkpoint, tokenizer, run_dir.export, facts
+        )
+        difference, tokens = verified.largest_difference, verified.num_tokens
+        claimed.log.write("export_verified", how=verified.how, largest_difference=difference, tokens=tokens)
+        bar.result = f"{run_dir.export}: {verified.summary}"
+
+
+def generate_sample(claimed: ClaimedRun) -> None:
+    """Continue the run's prompt with the exported model."""
+    from trainer.checkpoint.huggingface import generation
+
+    config, run_dir = claimed.config, claimed.run_dir
+    with claimed.stage("generate") as bar:
+        prompt = config.generate.prompt
+        text = generation.generate(run_dir.export, prompt, config.generate.max_new_tokens, config.seed)
+        claimed.log.write("generated", prompt=prompt, text=text)
+        bar.result = f"{prompt}|{text}".replace("\n", "\\n")

@@ -1,0 +1,131 @@
+"""Who is asked to end, until when, and what a signal does outside of training."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.job.preemption import Preemption, listening
+from made_checkpoints import write_checkpoint
+from trainer.events import EventLog
+from trainer.run_dir import RunDir
+from trainer.stop import Preempted
+
+GRACE_SECONDS = 60.0
+
+
+class Clock:
+    seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def preemption(tmp_path: Path, clock: Clock) -> Preemption:
+    return Preemption(RunDir(tmp_path), GRACE_SECONDS, clock)
+
+
+def test_ranks_are_asked_once_and_given_the_grace_period(preemption: Preemption, clock: Clock, tmp_path: Path) -> None:
+    with preemption.of_training():
+        preemption.hear()
+        assert (tmp_path / "stop").read_text() == "SIGTERM"
+        clock.seconds += GRACE_SECONDS - 1
+        preemption.hear()  # does not begin it anew
+        preemption.check_deadline()
+        clock.seconds += 2
+        with pytest.raises(Preempted, match=r"^SIGTERM: the ranks did not end in time \(checkpoint.grace_seconds 60\)"):
+            preemption.check_deadline()
+    assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize(("seconds", "allowed"), [(5.0, 5.0), (600.0, GRACE_SECONDS), (None, GRACE_SECONDS)])
+def test_a_notice_may_leave_less_than_the_grace_period(
+    seconds: float | None, allowed: float, preemption: Preemption, clock: Clock
+) -> None:
+    with preemption.of_training():
+        preemption.ask("the node goes", seconds)
+        clock.seconds += allowed
+        preemption.check_deadline()
+        clock.seconds += 0.1
+        with pytest.raises(Preempted, match="the node goes: the ranks did not end in time"):
+            preemption.check_deadline()
+
+
+def test_nobody_who_was_not_asked_is_late(preemption: Preemption, clock: Clock) -> None:
+    clock.seconds += 1e9
+    preemption.check_deadline()
+
+
+def test_a_request_to_an_earlier_life_is_void(preemption: Preemption, tmp_path: Path) -> None:
+    (tmp_path / "stop").touch()
+    with preemption.of_training():
+        assert not (tmp_path / "stop").exists()
+
+
+def test_outside_of_training_the_first_signal_ends_the_command_and_the_next_do_not_disturb_its_end(
+    preemption: Preemption, tmp_path: Path
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with listening(preemption):
+        with pytest.raises(Preempted, match="SIGTERM; the same command goes on"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "stop").exists()
+
+
+def test_nothing_is_raised_while_a_command_that_has_ended_cleans_up(preemption: Preemption) -> None:
+    preemption.is_over = True
+    preemption.hear()
+
+
+def test_nothing_on_the_way_swallows_it(preemption: Preemption) -> None:
+    with pytest.raises(Preempted):
+        try:
+            preemption.hear()
+        except Exception:
+            pytest.fail("swallowed")
+
+
+def test_a_disk_that_takes_no_file_does_not_make_a_failure_of_it(clock: Clock, tmp_path: Path) -> None:
+    """The ranks cannot be asked, and are killed in time."""
+    preemption = Preemption(RunDir(tmp_path / "gone"), GRACE_SECONDS, clock)
+    with preemption.of_training():
+        preemption.hear()
+        clock.seconds += GRACE_SECONDS + 1
+        with pytest.raises(Preempted):
+            preemption.check_deadline()
+
+
+@pytest.mark.parametrize(
+    ("ended", "saved", "words"),
+    [
+        (False, True, "the ranks did not end in time"),
+        (True, False, "stopped after step 7, but its checkpoint was not on disk"),
+        (True, True, "stopped after step 7, saved at step 6 here and not yet uploaded"),
+    ],
+)
+def test_what_was_still_to_be_done_is_told_apart(
+    ended: bool, saved: bool, words: str, preemption: Preemption, clock: Clock, tmp_path: Path
+) -> None:
+    """The request of an earlier life, or one that no rank heard of, says nothing about this one."""
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("preempted", reason="SIGTERM", step=5, saved_step=5)
+    log.write("training_started", step=5)
+    log.write("preempted", reason="SIGTERM, in another stage")
+    if ended:
+        log.write("preempted", reason="SIGTERM", step=7, saved_step=6)
+    if saved:
+        write_checkpoint(tmp_path / "checkpoints", 6, {"master/weight": np.zeros((2, 2), np.float32)}, files=1)
+    with preemption.of_training():
+        preemption.hear()
+        clock.seconds += GRACE_SECONDS + 1
+        with pytest.raises(Preempted, match=f"^SIGTERM: {words}"):
+            preemption.check_deadline()
