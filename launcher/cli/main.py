@@ -13,7 +13,7 @@ from rich.console import Console
 from launcher.cli import checkpoint as checkpoint_cli
 from launcher.cli import data as data_cli
 from launcher.cli import prepare as prepare_cli
-from launcher.cli.options import ConfigFile, DataOption, RunDirOption, SetOption, run_dir_of
+from launcher.cli.options import ConfigFile, DataOption, RayOption, RunDirOption, SetOption, run_dir_of
 from launcher.report.display import Display
 from trainer import config_file
 from trainer.config import UserError
@@ -42,7 +42,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 
 @app.command()
-def run(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
+def run(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None, settings: SetOption = None) -> None:
     """Do a whole run: prepare, train, evaluate, export, generate. Run it again to go on after an interruption.
 
     Example: `broadgauge run configs/quickstart.yaml --run-dir runs/fp32 --set train.precision=fp32 seed=7`
@@ -50,11 +50,11 @@ def run(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = No
     from launcher.verbs import stages
 
     config = config_file.load(path, settings or ())
-    stages.run(config, run_dir_of(config, run_dir), _display())
+    stages.run(config, run_dir_of(config, run_dir), _display(), ray)
 
 
 @app.command()
-def train(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = None) -> None:
+def train(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None, settings: SetOption = None) -> None:
     """Train on prepared data, from the newest checkpoint if there is one.
 
     Example: `broadgauge train configs/quickstart.yaml --set data.prepared=data/stdlib`
@@ -63,8 +63,8 @@ def train(path: ConfigFile, run_dir: RunDirOption = None, settings: SetOption = 
 
     config = config_file.load(path, settings or ())
     where = run_dir_of(config, run_dir)
-    checks.check_train(config, where)
-    with stages.claim(config, where, _display()) as claimed:
+    checks.check_train(config, where, on_cluster=ray is not None)
+    with stages.claim(config, where, _display(), ray) as claimed:
         stages.train(claimed)
 
 

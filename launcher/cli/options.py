@@ -15,6 +15,9 @@ RunDirOption = Annotated[
 DataOption = Annotated[
     Path | None, typer.Option("--data", metavar="DIR", help="Prepared data; the run's own if not given.")
 ]
+RayOption = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster instead; `auto` finds the local one.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=c ...", help="Override config values; takes several at once."),

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from launcher.cli.options import ConfigFile, RunDirOption, SetOption, run_dir_of
+from launcher.cli.options import ConfigFile, RayOption, RunDirOption, SetOption, run_dir_of
 from launcher.report.display import Display
 from trainer import config_file
 from trainer.config import UserError
@@ -44,9 +44,7 @@ def corpus(
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Processes on this machine; one a core if not given.")
     ] = None,
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster instead; `auto` finds the local one.")
-    ] = None,
+    ray: RayOption = None,
     settings: SetOption = None,
 ) -> None:
     """Turn text into a tokenizer and shards. With --out, name the folder in `data.prepared` afterwards.

@@ -18,7 +18,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launcher.job import replication
+from launcher.job import cluster, replication
 from launcher.job.embedded_ray import embedded_ray
 from launcher.job.replication import SnapshotPeer
 from launcher.job.session import session
@@ -193,20 +193,28 @@ def check_embedded(config: RunConfig) -> None:
 
 
 @contextmanager
-def ready_ranks(config: RunConfig, run_dir: RunDir, target: str = RANK_TARGET) -> Iterator[Ranks]:
+def ready_ranks(
+    config: RunConfig, run_dir: RunDir, target: str = RANK_TARGET, *, on_cluster: bool = False
+) -> Iterator[Ranks]:
     """Agents on this machine, in a Ray of their own; they, their ranks and Ray are gone when this ends.
 
     Args:
         run_dir: has been created.
         target: what ranks run, `module:function`.
+        on_cluster: use the cluster to which this process is connected instead; its machines share the run's folder.
 
     Raises:
         UserError: the machine is too small for the run, or processes of a killed job refuse to end.
     """
-    check_embedded(config)
+    if not on_cluster:
+        check_embedded(config)
     job = _new_job(config, run_dir, target)
     with session() as folder, _owned(job):
         store.clear_leftovers(run_dir.checkpoints)
+        if on_cluster:
+            with ranks_on_cluster(job, folder) as ranks:
+                yield ranks
+            return
         socket_path = folder / "fork.sock"
         # Before Ray, so that the imports of the ranks (4 s) overlap with Ray's start (3 s).
         server = fork_server.spawn(job.server_options(0), socket_path, job.server_env, job.cwd)
@@ -226,7 +234,7 @@ def ranks_on_cluster(job: Job, folder: Path, socket_path: Path | None = None) ->
         folder: of the session.
         socket_path: where the fork server of this machine listens, if it has been spawned already.
     """
-    where = place(job.config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    where = place(job.config, cluster.machines())
     group = placement_group([where.bundle] * where.nodes, strategy="STRICT_SPREAD")
     try:
         if not group.wait(_PLACEMENT_SECONDS):

@@ -4,22 +4,21 @@ Only task descriptions and counts pass through Ray: text is read from the source
 folder by the workers themselves.
 """
 
-import os
-import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
 
 from data_pipeline.tasks import MAX_TRIES, Advance, Done, Failed, Outcome, Report, Task, describe_failure
+from launcher.job.cluster import connected
 from trainer.config import UserError
 
 _AHEAD = 2  # tasks queued for every CPU, so that none waits for the driver
 _POLL_SECONDS = 0.2
-_ANSWER_SECONDS = 10.0  # that a cluster may take to accept a connection
+WORKER_ENV = {"RAYON_NUM_THREADS": "1"}
+"""For processes in which tasks run: the cluster's CPUs are shared by tasks, not by threads."""
 
 
 @contextmanager
@@ -29,38 +28,8 @@ def ray_workers(address: str) -> Iterator["RayWorkers"]:
     Raises:
         UserError: there is none to connect to.
     """
-    assert not ray.is_initialized()
-    try:
-        ray.init(
-            address=_listening(address),
-            log_to_driver=False,
-            configure_logging=False,
-            runtime_env={"env_vars": {"RAYON_NUM_THREADS": "1"} | _path_of_this_code()},
-        )
-    except (OSError, RayError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out"
-        ) from error
-    try:
+    with connected(address, WORKER_ENV):
         yield RayWorkers()
-    finally:
-        ray.shutdown()
-
-
-def _listening(address: str) -> str:
-    """The cluster's host:port, where something answers: Ray itself would try for minutes.
-
-    Raises:
-        OSError: nothing does, or there is no cluster to find.
-    """
-    found = canonicalize_bootstrap_address_or_die(address)
-    host, _, port = found.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-    except OSError as error:
-        raise ConnectionError(f"nothing answers at {found}: {error.strerror or error}") from error
-    return found
 
 
 class RayWorkers:
@@ -116,9 +85,3 @@ def _outcome(reference: ray.ObjectRef) -> Outcome:
     except RayError as error:
         return Failed(f"the worker died ({type(error).__name__}: {str(error).splitlines()[0]})")
     return outcome
-
-
-def _path_of_this_code() -> dict[str, str]:
-    """Where a driver found its packages by PYTHONPATH, so do its workers, whatever folder they run in."""
-    paths = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))} if paths else {}

@@ -16,7 +16,7 @@ from trainer.data.prepared import fingerprints
 from trainer.run_dir import RunDir
 
 
-def check_run(config: RunConfig, run_dir: RunDir) -> None:
+def check_run(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -> None:
     """Everything that a whole run needs.
 
     Raises:
@@ -25,7 +25,7 @@ def check_run(config: RunConfig, run_dir: RunDir) -> None:
     from trainer.checkpoint.huggingface import export
 
     export.check_exportable(config)
-    check_start(config, run_dir)
+    check_start(config, run_dir, on_cluster=on_cluster)
     if config.data.prepared:
         check_prepared(config, run_dir)
     else:
@@ -35,23 +35,24 @@ def check_run(config: RunConfig, run_dir: RunDir) -> None:
         check_prompt(config, run_dir)
 
 
-def check_train(config: RunConfig, run_dir: RunDir) -> None:
+def check_train(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -> None:
     """What training alone needs.
 
     Raises:
         UserError: says what and how to mend it.
     """
-    check_start(config, run_dir)
+    check_start(config, run_dir, on_cluster=on_cluster)
     check_prepared(config, run_dir)
     check_start_from(config, run_dir)
 
 
-def check_start(config: RunConfig, run_dir: RunDir) -> None:
+def check_start(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -> None:
     """Raises:
     UserError: this machine cannot hold the layout, the folder belongs to another run, or checkpoints cannot be
         uploaded to where they should be.
     """
-    check_embedded(config)
+    if not on_cluster:  # `launcher.verbs.stages.claim` asks the cluster
+        check_embedded(config)
     run_dir.check(config)
     if config.checkpoint.upload_to:
         Remote.open(config.checkpoint.upload_to).check()

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
+from launcher.job import cluster
 from launcher.job.preemption import Preemption, listening
 from launcher.job.ranks import JobFailed, Ranks, ready_ranks
+from launcher.job.ray_workers import WORKER_ENV, RayWorkers
 from launcher.job.recovery import fetch_newer
+from launcher.placement import place
 from launcher.report import data as data_report
 from launcher.report import training as report
 from launcher.report.display import Display, StageBar
@@ -48,13 +51,17 @@ class ClaimedRun:
     display: Display
     log: EventLog
     preemption: Preemption
+    on_cluster: bool = False
+    """Whether Ray is connected to a cluster; else the run has a Ray of its own when ranks start."""
     resources: ExitStack = field(default_factory=ExitStack)
     _ranks: Ranks | None = None
 
     def ranks(self) -> Ranks:
         """The run's warm agents, started when first needed and kept for the stages that follow."""
         if self._ranks is None:
-            self._ranks = self.resources.enter_context(ready_ranks(self.config, self.run_dir))
+            self._ranks = self.resources.enter_context(
+                ready_ranks(self.config, self.run_dir, on_cluster=self.on_cluster)
+            )
         return self._ranks
 
     @contextmanager
@@ -68,22 +75,29 @@ class ClaimedRun:
 
 
 @contextmanager
-def claim(config: RunConfig, run_dir: RunDir, display: Display) -> Iterator[ClaimedRun]:
+def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = None) -> Iterator[ClaimedRun]:
     """Claim the run's folder for this process; what it started is stopped when it ends.
 
+    Args:
+        ray: address of the cluster on which the run's ranks are to live; without one, on this machine.
+
     Raises:
-        UserError: the folder belongs to another run, or another process works in it.
+        UserError: the folder belongs to another run, another process works in it, or the cluster is not there or too
+            small.
     """
     run_dir.check(config)
     preemption = Preemption(run_dir, config.checkpoint.grace_seconds)
     with run_dir.locked(), listening(preemption), ExitStack() as resources:
+        if ray is not None:
+            resources.enter_context(cluster.connected(ray, WORKER_ENV))
+            place(config, cluster.machines())
         run_dir.create(config)
         log = EventLog(run_dir.events_path)
         resources.callback(log.close)
         written = EventReader(run_dir.events_path)
         written.skip_to_end()
         try:
-            yield ClaimedRun(config, run_dir, display, log, preemption, resources)
+            yield ClaimedRun(config, run_dir, display, log, preemption, ray is not None, resources)
         except Preempted as end:
             if not any(event["kind"] == "preempted" for event in written.new_events()):  # by the ranks
                 log.write("preempted", reason=str(end))
@@ -98,16 +112,16 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display) -> Iterator[Clai
 # ----------------------------------------------------------------------------------------------------------- whole run
 
 
-def run(config: RunConfig, run_dir: RunDir, display: Display) -> None:
-    """Raw text to a trained, evaluated, exported, sampled model."""
-    checks.check_run(config, run_dir)
-    with claim(config, run_dir, display) as claimed:
+def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = None) -> None:
+    """Raw text to a trained, evaluated, exported, sampled model; `ray` as for `claim`."""
+    checks.check_run(config, run_dir, on_cluster=ray is not None)
+    with claim(config, run_dir, display, ray) as claimed:
         if is_finished(run_dir):
             display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")
             return
         claimed.log.write("run_started", resumed=bool(store.steps(run_dir.checkpoints)))
         started = time.monotonic()
-        prepare_data(claimed)
+        prepare_data(claimed, RayWorkers() if claimed.on_cluster else None)
         checks.check_prompt(config, run_dir)
         train(claimed)
         export(claimed)

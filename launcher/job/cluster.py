@@ -1,0 +1,70 @@
+"""A Ray cluster that is there already: connecting to it, and what it has."""
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
+from ray.exceptions import RayError
+
+from launcher.placement import Resources
+from trainer.config import UserError
+
+_ANSWER_SECONDS = 10.0  # that a cluster may take to accept a connection
+
+
+@contextmanager
+def connected(address: str, env: Mapping[str, str]) -> Iterator[None]:
+    """Be a driver of the cluster at an address; `auto` means the one that runs on this machine.
+
+    Args:
+        env: environment of every process that the cluster starts for this one.
+
+    Raises:
+        UserError: there is none to connect to.
+    """
+    assert not ray.is_initialized()
+    try:
+        ray.init(
+            address=_listening(address),
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={"env_vars": {**env, **_path_of_this_code()}},
+        )
+    except (OSError, RayError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def machines() -> list[Resources]:
+    """What each living machine of the cluster has in all, whoever uses it."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _listening(address: str) -> str:
+    """The cluster's host:port, where something answers: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nothing does, or there is no cluster to find.
+    """
+    found = canonicalize_bootstrap_address_or_die(address)
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers at {found}: {error.strerror or error}") from error
+    return found
+
+
+def _path_of_this_code() -> dict[str, str]:
+    """Where a driver found its packages by PYTHONPATH, so do its workers, whatever folder they run in."""
+    paths = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))} if paths else {}
