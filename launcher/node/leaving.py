@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from trainer.run_dir import RunDir
@@ -61,7 +62,7 @@ def _of_run(run_dir: RunDir, found: Sequence[Process]) -> list[Process]:
 
 def _is_driver(process: Process) -> bool:
     names = [os.path.basename(argument) for argument in process.arguments]
-    return any(pair in {("broadgauge", "run"), ("broadgauge", "train")} for pair in zip(names, names[1:], strict=False))
+    return any(pair in {("broadgauge", "run"), ("broadgauge", "train")} for pair in pairwise(names))
 
 
 def _is_driver_of(process: Process, run_dir: RunDir) -> bool:

@@ -1,1 +1,1 @@
-"""Runs that are started somewhere else: what a cluster is to be told so that it does there what `broadgauge run` does."""
+"""Runs that are started somewhere else: how a cluster is told to do what `broadgauge run` does."""

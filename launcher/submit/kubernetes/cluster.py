@@ -15,7 +15,7 @@ from lightkube.core.exceptions import ConfigError
 from lightkube.generic_resource import create_namespaced_resource
 from lightkube.models.meta_v1 import ObjectMeta
 from lightkube.resources.core_v1 import Pod
-from lightkube.types import CascadeType
+from lightkube.types import CascadeType, PatchType
 
 from launcher.submit.kubernetes import names
 from launcher.submit.kubernetes.state import JobState
@@ -62,8 +62,16 @@ class Cluster:
             UserError: the cluster refuses it, or a field of it is somebody else's.
             Unreachable: it does not answer.
         """
-        with _in_words(f"rayjob {rayjob['metadata']['name']}"):
-            made = self._client.apply(RayJob(rayjob), namespace=self.namespace, field_manager=FIELD_MANAGER)
+        name = rayjob["metadata"]["name"]
+        with _in_words(f"rayjob {name}"):
+            made = self._client.patch(
+                RayJob,
+                name,
+                dict(rayjob),
+                namespace=self.namespace,
+                patch_type=PatchType.APPLY,
+                field_manager=FIELD_MANAGER,
+            )
         return JobState.of(made)
 
     def delete(self, name: str) -> None:
@@ -92,15 +100,15 @@ class Cluster:
         described = [pod.metadata or ObjectMeta() for pod in pods]
         return [each.name or "" for each in sorted(described, key=lambda each: str(each.creationTimestamp))]
 
-    def log(self, pod: str) -> Iterator[str]:
-        """Lines of a pod's log, as they are written, until its container ends.
+    def log(self, pod: str, since_seconds: int | None = None) -> Iterator[str]:
+        """Lines of a pod's log, as they are written, until its container ends: all, or those of the last seconds.
 
         Raises:
             UserError: this may not be looked at.
             Unreachable: the pod has not started yet, or the cluster does not answer.
         """
         with _in_words(f"the log of pod {pod}"):
-            yield from self._client.log(pod, namespace=self.namespace, follow=True, newlines=False)
+            yield from self._client.log(pod, namespace=self.namespace, follow=True, newlines=False, since=since_seconds)
 
 
 @contextmanager
@@ -133,7 +141,8 @@ def _in_words(what: str) -> Iterator[None]:
     except ApiError as error:
         raise _as_ours(error, what) from error
     except (httpx2.HTTPError, ConfigError) as error:
-        raise Unreachable(f"the cluster does not answer: {' '.join(str(error).split()) or type(error).__name__}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Unreachable(f"the cluster does not answer: {reason}") from error
 
 
 def _as_ours(error: ApiError, what: str) -> Exception:
@@ -146,8 +155,12 @@ def _as_ours(error: ApiError, what: str) -> Exception:
             "its manager, and remove it from the overlay"
         )
     code = status.code or 0
+    if "typed patch object" in message:  # a server's 500 for a field that is not in its schema
+        return UserError(f"{what}: {message}; the cluster's KubeRay is older than the template, or the overlay is wrong")
     if code == 429 or code >= 500:
         return Unreachable(f"{what}: {message}")
+    if code == 404:
+        return UserError(f"{what}: there is no such thing on the cluster")
     if code in (401, 403):
         return UserError(f"{what}: {message}; bind the role broadgauge-submitter of k8s/base/namespace to you")
     return UserError(f"{what}: the cluster refuses it: {message}; mend the config or the overlay")

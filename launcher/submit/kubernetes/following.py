@@ -5,12 +5,10 @@ sleeps loses every connection.
 """
 
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from launcher.submit.kubernetes.cluster import Cluster, Unreachable
+from launcher.submit.kubernetes.pace import Pace, Say
 from launcher.submit.kubernetes.state import JobState
 from trainer.config import UserError
 from trainer.stop import Preempted
@@ -18,20 +16,9 @@ from trainer.stop import Preempted
 _SILENCE_SECONDS = 600.0
 """For which a cluster may not answer before it is given up on; the run there goes on."""
 
-Say = Callable[[str], None]
-
 
 class RunFailed(RuntimeError):
     """The run has ended on the cluster without reaching its goal."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How often the cluster is asked, by which clock."""
-
-    seconds: float = 2.0
-    sleep: Callable[[float], None] = time.sleep
-    clock: Callable[[], float] = time.monotonic
 
 
 def follow(cluster: Cluster, begun: JobState, say: Say, pace: Pace) -> None:
@@ -45,7 +32,7 @@ def follow(cluster: Cluster, begun: JobState, say: Say, pace: Pace) -> None:
         RunFailed: it has failed.
         Unreachable: the cluster has not answered for ten minutes.
     """
-    log = _Log(cluster, begun.name, say)
+    log = _Log(cluster, begun.name, say, pace)
     last = begun
     for state in states(cluster, begun, pace):
         log.look()
@@ -89,8 +76,8 @@ class _Log:
 
     _LAST_LINES_SECONDS = 10.0  # for what is on its way when the run has ended
 
-    def __init__(self, cluster: Cluster, name: str, say: Say) -> None:
-        self._cluster, self._name, self._say = cluster, name, say
+    def __init__(self, cluster: Cluster, name: str, say: Say, pace: Pace) -> None:
+        self._cluster, self._name, self._say, self._pace = cluster, name, say, pace
         self._seen: set[str] = set()
         self._reader: threading.Thread | None = None
         self._is_there = True
@@ -117,7 +104,18 @@ class _Log:
             self._reader.join(self._LAST_LINES_SECONDS)
 
     def _read(self, pod: str) -> None:
-        with suppress(Unreachable, UserError):  # read from the start at the next look, if nothing has been read yet
-            for line in self._cluster.log(pod):
-                self._seen.add(pod)
-                self._say(line)
+        """To its end. A log that breaks off is gone on with, where a line may be said twice rather than lost."""
+        last: float | None = None
+        while True:
+            try:
+                for line in self._cluster.log(pod, None if last is None else int(self._pace.clock() - last) + 1):
+                    last = self._pace.clock()
+                    self._seen.add(pod)
+                    self._say(line)
+                return
+            except UserError:  # the pod is gone
+                return
+            except Unreachable:
+                if last is None:
+                    return  # it has not started: there will be another look
+                self._pace.sleep(self._pace.seconds)

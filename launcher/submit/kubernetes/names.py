@@ -6,7 +6,7 @@ from typing import Any
 from trainer.config import RunConfig, UserError
 
 LONGEST = 47
-"""Characters of a RayJob's name (KubeRay's MaxRayJobNameLength: names of clusters, services and pods are made of it)."""
+"""Characters of a RayJob's name: KubeRay's MaxRayJobNameLength, since names of clusters and pods are made of it."""
 
 MANAGED_BY = "app.kubernetes.io/managed-by"
 PART_OF = "app.kubernetes.io/part-of"

@@ -10,10 +10,12 @@ from typing import Any
 
 from trainer.config import UserError
 
-_SUFFIXES = {"": 1, "m": Decimal("0.001"), "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15} | {
-    f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGTP", 1)
+_SUFFIXES = {"": Decimal(1), "m": Decimal("0.001")} | {
+    f"{letter}{binary}": Decimal(base**power)
+    for power, letter in enumerate("kMGTP", 1)
+    for base, binary in ((1000, ""), (1024, "i"))
 }
-_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)([mkMGTP]|[KMGTP]i)?")
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|[kMGTP]|[KMGTP]i)?")
 _LABEL = re.compile(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?")  # RFC 1035, and KubeRay's 47 characters
 
 
@@ -97,8 +99,8 @@ def check_run_dir(job: Mapping[str, Any], run_dir: str) -> None:
         lasting = list(_lasting_mounts(group["template"]["spec"]))
         if not any(f"{run_dir}/".startswith(f"{mount.rstrip('/')}/") for mount in lasting):
             raise UserError(
-                f"--run-dir {run_dir} is on no volume that outlives the pods, and would be lost with them; use a folder "
-                f"in {' or '.join(lasting) or 'a volume of the overlay'}"
+                f"--run-dir {run_dir} is on no volume that outlives the pods, and would be lost with them; use one in "
+                f"{' or '.join(lasting) or 'a volume of the overlay'}"
             )
 
 
@@ -119,4 +121,4 @@ def amount(quantity: object) -> Decimal:
     match = _QUANTITY.fullmatch(str(quantity))
     if match is None:
         raise UserError(f"{quantity!r} is no quantity such as 96, 500m or 1536Gi")
-    return Decimal(match[1]) * _SUFFIXES[match[2] or ""]
+    return Decimal(match[1]) * _SUFFIXES[(match[2] or "").replace("K", "k")]

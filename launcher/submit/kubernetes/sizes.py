@@ -1,7 +1,7 @@
 """How large the pods of a run must be: arithmetic on the config, in whole CPUs and GiB.
 
-What a run holds is counted (`trainer.plan`); what processes take besides is an allowance, rounded up, from runs on CPUs;
-those for CUDA are estimates that no run has confirmed yet. A pod's memory includes what lies in its /dev/shm.
+What a run holds is counted (`trainer.plan`); what processes take besides is an allowance. Those for CUDA are estimates
+that no run has confirmed yet. A pod's memory includes what lies in its /dev/shm.
 """
 
 from dataclasses import dataclass

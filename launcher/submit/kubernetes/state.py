@@ -16,7 +16,7 @@ class Deed(Enum):
 
     CREATE = "create"
     REPLACE = "replace"
-    """Delete the ended RayJob, wait until its pods are gone, and create a new one: the run goes on from its checkpoint."""
+    """Delete the ended RayJob, wait until its pods are gone, create a new one: the run goes on from its checkpoint."""
     NOTHING = "nothing"
 
 

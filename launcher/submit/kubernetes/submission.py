@@ -5,7 +5,7 @@ from typing import Any
 
 from launcher.submit.kubernetes import names
 from launcher.submit.kubernetes.cluster import Cluster
-from launcher.submit.kubernetes.following import Pace, Say
+from launcher.submit.kubernetes.pace import Pace, Say
 from launcher.submit.kubernetes.state import Deed, JobState, decide
 from trainer.config import UserError
 

@@ -1,6 +1,7 @@
 """The RayJob that a run's is made from: `k8s/base/rayjob`, or an overlay of it, which `kubectl` renders."""
 
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,26 @@ def only_rayjob(text: str, source: Path) -> dict[str, Any]:
     if len(found) != 1:
         raise UserError(f"{source} holds {len(found)} RayJobs, and a run is one; leave one of them")
     return found[0]
+
+
+def dump(rayjob: Mapping[str, Any]) -> str:
+    """As YAML for a person, or for `kubectl apply`: texts of several lines as such."""
+    return yaml.dump(dict(rayjob), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """With texts of several lines as blocks, and no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _kustomize(folder: Path) -> str:
