@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -96,3 +97,26 @@ def overlay_template(overlay: str | None) -> dict[str, Any]:
     if overlay is not None:
         need_tool("kubectl")
     return template.load(overlay)
+
+
+class ApiServer:
+    """A Kubernetes API server for custom resources, on loopback, with nobody behind it: tests play operator and Kueue."""
+
+    def __init__(self, scripts: Path, folder: Path, crds: list[Path]) -> None:
+        need_tool("kubectl", "openssl", "curl", "xz")
+        self._scripts, self._folder = scripts, folder
+        command = [str(scripts / "start"), str(folder), *map(str, crds)]
+        started = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if started.returncode:
+            self.stop()
+            raise RuntimeError(f"{' '.join(command)} failed: {started.stderr}")
+        self.kubeconfig = Path(started.stdout.split()[-1])
+
+    def stop(self) -> None:
+        subprocess.run([str(self._scripts / "stop"), str(self._folder)], check=False, timeout=30)
+
+
+def api_server(folder: Path, *crds: str) -> ApiServer:
+    """With these CRDs, by the names of their files."""
+    scripts = outside("BROADGAUGE_APISERVER", "apiserver", "API server for tests (`start` and `stop`)")
+    return ApiServer(scripts, folder, [crd_folder() / crd for crd in crds])

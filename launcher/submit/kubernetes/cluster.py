@@ -48,7 +48,7 @@ class Cluster:
             try:
                 return JobState.of(self._client.get(RayJob, name, namespace=self.namespace))
             except ApiError as error:
-                if error.status.code != 404:
+                if _code(error) != 404:
                     raise
                 # a 404 that names no object is of a cluster that has no such kind
                 if error.status.details is None or error.status.details.name != name:
@@ -85,7 +85,7 @@ class Cluster:
             try:
                 self._client.delete(RayJob, name, namespace=self.namespace, cascade=CascadeType.FOREGROUND)
             except ApiError as error:
-                if error.status.code != 404:
+                if _code(error) != 404:
                     raise
 
     def submitter_pods(self, name: str) -> list[str]:
@@ -154,7 +154,7 @@ def _as_ours(error: ApiError, what: str) -> Exception:
             f"{what}: {', '.join(str(field) for field in conflicts)} is set by another ({message}); leave the field to "
             "its manager, and remove it from the overlay"
         )
-    code = status.code or 0
+    code = _code(error)
     if "typed patch object" in message:  # a server's 500 for a field that is not in its schema
         return UserError(f"{what}: {message}; the cluster's KubeRay is older than the template, or the overlay is wrong")
     if code == 429 or code >= 500:
@@ -164,3 +164,8 @@ def _as_ours(error: ApiError, what: str) -> Exception:
     if code in (401, 403):
         return UserError(f"{what}: {message}; bind the role broadgauge-submitter of k8s/base/namespace to you")
     return UserError(f"{what}: the cluster refuses it: {message}; mend the config or the overlay")
+
+
+def _code(error: ApiError) -> int:
+    """Of the answer: not all have one of their own in them."""
+    return error.response.status_code
