@@ -1,4 +1,4 @@
-"""What tests of Kubernetes need from outside: kubectl, CRDs as data, and an API server. Where they are, and what if not."""
+"""What tests of Kubernetes need from outside: kubectl, CRDs as data, an API server. Where they are, and what if not."""
 
 import os
 import re
@@ -100,7 +100,7 @@ def overlay_template(overlay: str | None) -> dict[str, Any]:
 
 
 class ApiServer:
-    """A Kubernetes API server for custom resources, on loopback, with nobody behind it: tests play operator and Kueue."""
+    """A Kubernetes API server for custom resources, on loopback, with nobody behind it: tests play the operator."""
 
     def __init__(self, scripts: Path, folder: Path, crds: list[Path]) -> None:
         need_tool("kubectl", "openssl", "curl", "xz")

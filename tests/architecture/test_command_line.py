@@ -22,6 +22,10 @@ SURFACE = {
     "checkpoint show": ["PATH", "--tensors", "--stats", "--json"],
     "checkpoint prune": ["RUN", "--keep-last", "--keep-every-steps", "--keep-best", "--dry-run"],
     "checkpoint diff": ["A", "B", "--weights-only", "--json"],
+    "submit": [
+        *("CONFIG", "--to", "--run-dir", "--follow", "--context", "--namespace", "--queue", "--image", "--overlay"),
+        *("--dry-run", "--delete", "--set"),
+    ],
     "config show": ["CONFIG", "--set"],
     "config schema": [],
 }

@@ -47,11 +47,11 @@ class Cluster:
         with _in_words(f"rayjob {name}"):
             try:
                 return JobState.of(self._client.get(RayJob, name, namespace=self.namespace))
-            except ApiError as error:
-                if _code(error) != 404:
+            except httpx2.HTTPStatusError as error:
+                if error.response.status_code != 404:
                     raise
-                # a 404 that names no object is of a cluster that has no such kind
-                if error.status.details is None or error.status.details.name != name:
+                details = error.status.details if isinstance(error, ApiError) else None
+                if details is None or details.name != name:  # not the object is missing, but the whole kind
                     raise UserError("the cluster has no RayJobs; install the KubeRay operator in it") from error
                 return None
 
@@ -84,8 +84,8 @@ class Cluster:
         with _in_words(f"rayjob {name}"):
             try:
                 self._client.delete(RayJob, name, namespace=self.namespace, cascade=CascadeType.FOREGROUND)
-            except ApiError as error:
-                if _code(error) != 404:
+            except httpx2.HTTPStatusError as error:
+                if error.response.status_code != 404:
                     raise
 
     def submitter_pods(self, name: str) -> list[str]:
@@ -138,25 +138,23 @@ def _in_words(what: str) -> Iterator[None]:
     """The cluster's errors as ours."""
     try:
         yield
-    except ApiError as error:
+    except httpx2.HTTPStatusError as error:
         raise _as_ours(error, what) from error
     except (httpx2.HTTPError, ConfigError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Unreachable(f"the cluster does not answer: {reason}") from error
 
 
-def _as_ours(error: ApiError, what: str) -> Exception:
-    status, message = error.status, " ".join((error.status.message or "").split())
-    causes = (status.details and status.details.causes) or []
-    conflicts = [cause.field for cause in causes if cause.reason == "FieldManagerConflict"]
+def _as_ours(error: httpx2.HTTPStatusError, what: str) -> Exception:
+    code, message = error.response.status_code, " ".join(str(error).split())
+    conflicts = _conflicts(error) if isinstance(error, ApiError) else []
     if conflicts:
         return UserError(
-            f"{what}: {', '.join(str(field) for field in conflicts)} is set by another ({message}); leave the field to "
-            "its manager, and remove it from the overlay"
+            f"{what}: {', '.join(conflicts)} is set by another ({message}); leave the field to its manager, and take it "
+            "out of the overlay"
         )
-    code = _code(error)
     if "typed patch object" in message:  # a server's 500 for a field that is not in its schema
-        return UserError(f"{what}: {message}; the cluster's KubeRay is older than the template, or the overlay is wrong")
+        return UserError(f"{what}: {message}; the cluster's KubeRay is older than the template, or the overlay wrong")
     if code == 429 or code >= 500:
         return Unreachable(f"{what}: {message}")
     if code == 404:
@@ -166,6 +164,7 @@ def _as_ours(error: ApiError, what: str) -> Exception:
     return UserError(f"{what}: the cluster refuses it: {message}; mend the config or the overlay")
 
 
-def _code(error: ApiError) -> int:
-    """Of the answer: not all have one of their own in them."""
-    return error.response.status_code
+def _conflicts(error: ApiError) -> list[str]:
+    """Fields that belong to other managers."""
+    causes = (error.status.details and error.status.details.causes) or []
+    return [str(cause.field) for cause in causes if cause.reason == "FieldManagerConflict"]

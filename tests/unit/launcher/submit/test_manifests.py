@@ -63,7 +63,9 @@ def test_a_namespace_has_what_runs_need() -> None:
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS])
 def test_pods_fit_the_restricted_standard_of_their_namespace(overlay: str | None) -> None:
     """The rules of Kubernetes' "restricted" pod security standard, which the namespace enforces, and more."""
-    assert one("base/namespace", "Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert (
+        one("base/namespace", "Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    )
     spec = overlay_template(overlay)["spec"]
     cluster = spec["rayClusterSpec"]
     pods = [
@@ -100,7 +102,9 @@ def test_who_submits_may_do_no_more_than_it_takes() -> None:
 @pytest.mark.parametrize("overlay", ["h100-ib", "spot"])
 def test_a_queue_has_quota_for_everything_that_its_pods_ask_for(overlay: str) -> None:
     queue = one(f"overlays/{overlay}/cluster", "ClusterQueue")
-    flavors = {each["metadata"]["name"] for each in kustomized(f"overlays/{overlay}/cluster") if "Flavor" in each["kind"]}
+    flavors = {
+        each["metadata"]["name"] for each in kustomized(f"overlays/{overlay}/cluster") if "Flavor" in each["kind"]
+    }
     (group,) = queue["spec"]["resourceGroups"]
     config = config_file.override({"parallel": {"data": 8}, "launch": {"device": "auto"}}, [])
     cluster = render(overlay_template(overlay), config, Where(image="made:here"))["spec"]["rayClusterSpec"]
@@ -113,9 +117,9 @@ def test_a_queue_has_quota_for_everything_that_its_pods_ask_for(overlay: str) ->
 
 def test_levels_of_the_topology_are_those_that_pods_name() -> None:
     topology = one("overlays/h100-ib/cluster", "Topology")
-    flavor = next(each for each in kustomized("overlays/h100-ib/cluster") if each["metadata"]["name"] == "broadgauge-h100")
+    flavors = [each["spec"] for each in kustomized("overlays/h100-ib/cluster") if each["kind"] == "ResourceFlavor"]
     levels = [level["nodeLabel"] for level in topology["spec"]["levels"]]
     (worker,) = overlay_template("h100-ib")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     wanted = worker["template"]["metadata"]["annotations"]["kueue.x-k8s.io/podset-preferred-topology"]
     assert wanted in levels and levels[-1] == "kubernetes.io/hostname"
-    assert one("overlays/h100-ib/cluster", "Topology")["metadata"]["name"] and flavor["metadata"]["name"]
+    assert topology["metadata"]["name"] in [flavor.get("topologyName") for flavor in flavors]

@@ -6,10 +6,10 @@ import shlex
 from typing import Any
 
 import pytest
+import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ray
 from kubernetes_tools import OVERLAYS, overlay_template
 from launcher.submit.kubernetes import names, rules, sizes, template
 from launcher.submit.kubernetes.rayjob import CONFIG_PATH, GPU, Where, render
@@ -160,7 +160,10 @@ def test_queue_namespace_image_and_folder_are_those_that_were_given() -> None:
 def test_a_run_takes_the_machine_whole_but_gpus_one_a_rank() -> None:
     _, worker = groups(rendered(config(parallel={"data": 8}, launch={"nodes": 2}), "h100-ib"))
     assert container(worker)["resources"]["limits"] == {
-        **{"cpu": "96", "memory": "1536Gi", GPU: "4", "rdma/hca_shared_devices_a": "1"}
+        "cpu": "96",
+        "memory": "1536Gi",
+        GPU: "4",
+        "rdma/hca_shared_devices_a": "1",
     }
     _, on_cpus = groups(rendered(config(launch={"device": "cpu"}), "h100-ib"))
     assert GPU not in container(on_cpus)["resources"]["limits"]
@@ -308,10 +311,10 @@ def test_an_overlay_is_a_name_or_a_folder(tmp_path: Any) -> None:
     job = template.MANIFESTS / "base" / "rayjob" / "rayjob.yaml"
     (own / "rayjob" / "rayjob.yaml").write_text(job.read_text().replace("backoffLimit: 3", "backoffLimit: 7"))
     assert template.load(str(own))["spec"]["backoffLimit"] == 7
-    with pytest.raises(UserError, match="nowhere is neither .* one of cpu-kind, h100-ib, spot"):
+    with pytest.raises(UserError, match=r"nowhere is neither .* one of cpu-kind, h100-ib, spot"):
         template.find("nowhere")
     (own / "rayjob" / "rayjob.yaml").write_text("kind: [")
-    with pytest.raises(UserError, match="kubectl kustomize .* failed"):
+    with pytest.raises(UserError, match=r"kubectl kustomize .* failed"):
         template.load(str(own))
     with pytest.raises(UserError, match="holds 2 RayJobs"):
         template.only_rayjob("kind: RayJob\n---\nkind: RayJob\n", tmp_path)

@@ -12,7 +12,12 @@ from trainer.config import UserError
 def found(deployment: str = "", job: str = "", *, queue: str | None = None, **more: Any) -> JobState:
     """Of the run `big`; `more` may be suspend, deletionTimestamp, run, managed_by, or fields of the status."""
     labels = {names.MANAGED_BY: more.pop("managed_by", names.US), **({names.QUEUE_LABEL: queue} if queue else {})}
-    metadata = {"name": "big", "uid": "1", "labels": labels, "annotations": {names.RUN_ANNOTATION: more.pop("run", "big")}}
+    metadata = {
+        "name": "big",
+        "uid": "1",
+        "labels": labels,
+        "annotations": {names.RUN_ANNOTATION: more.pop("run", "big")},
+    }
     if "deletionTimestamp" in more:
         metadata["deletionTimestamp"] = more.pop("deletionTimestamp")
     spec = {"suspend": more.pop("suspend", False)}
