@@ -150,8 +150,8 @@ def _as_ours(error: httpx2.HTTPStatusError, what: str) -> Exception:
     conflicts = _conflicts(error) if isinstance(error, ApiError) else []
     if conflicts:
         return UserError(
-            f"{what}: {', '.join(conflicts)} is set by another ({message}); leave the field to its manager, and take it "
-            "out of the overlay"
+            f"{what}: {', '.join(conflicts)} is set by another ({message}); leave the field to its manager, and take "
+            "it out of the overlay"
         )
     if "typed patch object" in message:  # a server's 500 for a field that is not in its schema
         return UserError(f"{what}: {message}; the cluster's KubeRay is older than the template, or the overlay wrong")
