@@ -89,6 +89,7 @@ class SmallJob:
             evaluation={"every_steps": 10, "max_sequences": 4},
             checkpoint={**every, "snapshots_in": str(folder / "snapshots"), **checkpoint},
             launch={"threads_per_rank": 1},
+            supervise={"max_failures": 1000, "max_same_failures": 1000, "delay_seconds": 0.0, "patience_seconds": 60.0},
         )
         run = DrilledRun(config_file.load(path), path, RunDir(folder / "run"))
         run.run_dir.create(run.config)  # gives it the id by which its room is found
