@@ -21,7 +21,6 @@ from trainer.config import RunConfig
 from trainer.rank_spec import Task
 
 _PLACEMENT_SECONDS = 60.0  # the cluster has what is asked for, but another job may hold it
-_KILLING_SECONDS = 10.0  # for an agent to answer that its ranks are killed; they have nothing to say in it
 _ANSWER_SECONDS = 2.0  # for an agent that lives to say so
 _THREADS = 6  # of an agent: a round, its life, questions; of a peer: following, giving out
 
@@ -81,12 +80,12 @@ class Life:
 
     def kill(self) -> None:
         """Kill all its ranks and return when they are gone, or their machines do not answer."""
-        asked = [self._agents[node].kill_ranks.remote() for node in self._running.values()]
-        ray.wait(asked, num_returns=len(asked), timeout=_KILLING_SECONDS)
-        done, late = ray.wait(list(self._running), num_returns=len(self._running), timeout=_KILLING_SECONDS)
-        self._note(done)
-        for ref in late:
-            self._ends[self._running.pop(ref)] = _LOST
+        asked = {self._agents[node].kill_ranks.remote(): run for run, node in self._running.items()}
+        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+        for ref in silent:
+            self._ends[self._running.pop(asked[ref])] = _LOST
+        while self._running:  # services save what the ranks have left
+            self._note(ray.wait(list(self._running))[0])
 
     def _note(self, done: Iterable[Any]) -> None:
         for ref in done:
@@ -94,7 +93,7 @@ class Life:
 
     def _stop_peers(self) -> None:
         asked = [peer.stop.remote() for peer in self._peers]
-        ray.wait(asked, num_returns=len(asked), timeout=_KILLING_SECONDS) if asked else None
+        ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS) if asked else None
 
 
 def _end_of(ref: Any) -> NodeEnd:
