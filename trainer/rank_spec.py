@@ -28,3 +28,5 @@ class RankSpec:
     """Of this machine (`trainer.checkpoint.service.room`), where a checkpoint service is at work."""
     output: Path | None = None
     """Where they write their result."""
+    heartbeats: Path | None = None
+    """A folder of this machine, on a tmpfs, for signs of life (`trainer.heartbeat`); None where nobody looks."""
