@@ -57,7 +57,7 @@ def verdict(reports: Sequence[RankReport], node_names: Mapping[int, str], now: f
     odd = _odd_ones(known)
     suspects = (*(report.rank for report in odd), *silent)
     others = [report for report in known if report not in odd]
-    says = _Sentence(node_names, len(reports), now)
+    says = _Sentence(node_names, len(reports), len({_step(report) for report in known}) > 1, now)
     if not suspects:
         return Verdict(says.of_all(others))
     return Verdict(says.of_some(odd, silent, others), tuple(sorted(suspects)))
@@ -65,12 +65,12 @@ def verdict(reports: Sequence[RankReport], node_names: Mapping[int, str], now: f
 
 def _odd_ones(reports: Sequence[RankReport]) -> list[RankReport]:
     """Those that keep the others waiting; none where that cannot be told."""
+    waiting = [report for report in reports if report.collective and not _cannot_go_on(report)]
+    if waiting and len(waiting) < len(reports):
+        return [report for report in reports if report not in waiting]
     unable = [report for report in reports if _cannot_go_on(report)]
     if unable:
         return unable
-    waiting = [report for report in reports if report.collective]
-    if waiting and len(waiting) < len(reports):
-        return [report for report in reports if not report.collective]
     return _minority(reports, {report.rank: _step(report) for report in reports}) or (
         [] if waiting else _minority(reports, {report.rank: _phase(report) for report in reports})
     )
@@ -99,8 +99,8 @@ def _phase(report: RankReport) -> Phase:
 class _Sentence:
     """How what the ranks do is put into words."""
 
-    def __init__(self, node_names: Mapping[int, str], num_ranks: int, now: float) -> None:
-        self._node_names, self._num_ranks, self._now = node_names, num_ranks, now
+    def __init__(self, node_names: Mapping[int, str], num_ranks: int, steps_differ: bool, now: float) -> None:
+        self._node_names, self._num_ranks, self._steps_differ, self._now = node_names, num_ranks, steps_differ, now
 
     def of_all(self, reports: Sequence[RankReport]) -> str:
         """Where no rank is to blame."""
@@ -126,10 +126,9 @@ class _Sentence:
 
     def _by_deed(self, reports: Sequence[RankReport]) -> dict[str, list[int]]:
         """Ranks by what they do; where they are at different steps, by that too."""
-        num_steps = len({_step(report) for report in reports})
         deeds: dict[str, list[int]] = defaultdict(list)
         for report in reports:
-            after = f" after step {_step(report)}" if num_steps > 1 else ""
+            after = f" after step {_step(report)}" if self._steps_differ else ""
             deeds[f"{_deed(report)}{after}"].append(report.rank)
         return deeds
 
