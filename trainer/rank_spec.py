@@ -29,4 +29,5 @@ class RankSpec:
     output: Path | None = None
     """Where they write their result."""
     heartbeats: Path | None = None
-    """A folder of this machine, on a tmpfs, for signs of life (`trainer.heartbeat`); None where nobody looks."""
+    """A folder of this machine for signs of life (`trainer.heartbeat`), which is on a tmpfs, for its owner alone, and
+    empty when the ranks start; None where nobody looks."""

@@ -26,7 +26,12 @@ _FRAME = re.compile(r'  File "(.*)", line (\d+|\?+) in (.*)')
 _OUTERMOST = "<module>"
 _CUT, _EMPTY = "  ...", "  <no Python frame>"  # what ends a stack of more than 100 frames, and one of none
 _COMMUNICATION = ("torch/distributed/distributed_c10d.py", "megatron/core/pipeline_parallel/p2p_communication.py")
-_WAIT = ("trainer/parallel.py", "timed_wait")
+_OUR_WAITS = {
+    ("trainer/parallel.py", "timed_wait"): "wait",  # a receive, or a collective that was begun earlier
+    # on GPUs, where collectives return at once, the host waits for what comes out of them
+    ("trainer/parallel.py", "sum_over_ranks"): "sum_over_ranks",
+    ("trainer/pipeline.py", "sum_over_replicas"): "sum_over_replicas",
+}
 _NO_COLLECTIVE = ("_", "get_", "is_")  # how names of what else is in those files begin
 
 
@@ -57,9 +62,11 @@ class RankReport:
         for frame in self.stack or ():
             if frame.file.endswith(_COMMUNICATION) and not frame.function.startswith(_NO_COLLECTIVE):
                 return frame.function
-        innermost = self.stack[0] if self.stack else None
-        waits = innermost and innermost.file.endswith(_WAIT[0]) and innermost.function == _WAIT[1]
-        return "wait" if waits else None
+        if not self.stack:
+            return None
+        innermost = self.stack[0]
+        ours = _OUR_WAITS.items()
+        return next((n for (file, f), n in ours if innermost.file.endswith(file) and innermost.function == f), None)
 
 
 def collect(folder: Path, ranks: Iterable[int], timeout_seconds: float) -> list[RankReport]:

@@ -161,8 +161,9 @@ def _deed(report: RankReport) -> str:
 
 def _summary(deeds: Mapping[str, Sequence[int]]) -> str:
     """Of several deeds, the most frequent first."""
-    by_count = sorted(deeds.items(), key=lambda item: -len(item[1]))
-    return _enumeration([f"{deed} ({len(ranks)})" for deed, ranks in by_count])
+    (first, ranks), *rest = sorted(deeds.items(), key=lambda item: -len(item[1]))
+    verb = f"{first.split(' ')[0]} in " if all(deed.startswith("wait in ") for deed in deeds) else ""
+    return _enumeration([f"{first} ({len(ranks)})", *(f"{deed.removeprefix(verb)} ({len(r)})" for deed, r in rest)])
 
 
 _SINGULAR = {"are": "is", "wait": "waits", "do": "does", "have": "has"}

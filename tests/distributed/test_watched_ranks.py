@@ -6,20 +6,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.node.forked_rank import ForkedRank, RankEnd, fork_rank
 from launcher.node.stacks import RankReport, collect
 from launcher.supervise.hang import verdict
-from small_loop import NUM_STEPS, config_of, of_kind, prepare_data
+from launcher.supervise.stragglers import find
+from small_loop import NUM_STEPS, TOKENS_PER_STEP, config_of, of_kind, prepare_data
 from trainer import config_file, rank
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
-from trainer.data.batches import TrainingData
+from trainer.data.batches import MicroBatch, ReadAhead, TrainingData
 from trainer.data.ledger.audit import audit
+from trainer.engine.engine import Engine, StepStats
 from trainer.events import read_events
-from trainer.heartbeat import Beat, beat_path, read
+from trainer.heartbeat import Beat, Phase, beat_path, read
 from trainer.rank_spec import RankSpec
 from trainer.run_dir import RunDir
 
@@ -32,9 +35,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("prepared"))
 
 
-def config_for(layout: dict[str, int], data: Path) -> RunConfig:
+def config_for(layout: dict[str, int], data: Path, num_steps: int = NUM_STEPS) -> RunConfig:
     tree = config_of(data).model_dump(mode="json")
-    tree["train"]["micro_batch_size"] = 2
+    tree["train"] |= {"micro_batch_size": 2, "total_tokens": num_steps * TOKENS_PER_STEP}
     return from_tree({**tree, "parallel": layout, "launch": {"device": "cpu"}})
 
 
@@ -156,3 +159,68 @@ def test_a_hang_is_explained_and_asking_for_it_disturbs_nobody(data: Path, tmp_p
 
 def shown_in(report: RankReport, function: str) -> bool:
     return any(frame.function == function for frame in report.stack or ())
+
+
+def test_a_pipeline_tells_who_keeps_it_waiting(data: Path, tmp_path: Path) -> None:
+    """Of two replicas of two stages: the stage before waits for it to take what it sends, the other replica for both."""
+    config, run_dir = config_for({"data": 2, "pipeline": 2}, data), RunDir(tmp_path / "run")
+    with training(config, run_dir, tmp_path, reads_when_told(2, tmp_path / "told")):
+        until(lambda: phases(tmp_path) == ["computing", "computing", "loading data", "computing"])
+        until(all_wait_but([2], tmp_path))
+        reports = collect(tmp_path, NODES, 5)
+        assert [report.collective for report in reports] == ["send_forward", "all_reduce", None, "all_reduce"]
+        found = verdict(reports, NODES)
+        assert found.suspects == (2,)
+        assert found.line.startswith(
+            "rank 2 on node b is in data loading; the other 3 wait in all_reduce (2) and send_forward (1) since"
+        )
+
+
+def is_slow_in(phase: Phase, slow: int) -> Callable[[RankSpec], None]:
+    """The entry of ranks, one of which takes in this phase twice as long again as it needs to compute a step."""
+    micro_batches, train_step = ReadAhead.micro_batches, Engine.train_step
+
+    def entry(spec: RankSpec) -> None:
+        step_seconds = 0.0
+
+        def load(self: ReadAhead, step: int) -> list[MicroBatch]:
+            time.sleep(2 * step_seconds if phase == "loading data" else 0)
+            return micro_batches(self, step)
+
+        def compute(self: Engine, *args: Any) -> StepStats:
+            nonlocal step_seconds
+            time.sleep(2 * step_seconds if phase == "computing" else 0)
+            began = time.monotonic()
+            stats = train_step(self, *args)
+            step_seconds = time.monotonic() - began
+            return stats
+
+        if spec.rank == slow:
+            ReadAhead.micro_batches = load  # type: ignore[method-assign]
+            Engine.train_step = compute  # type: ignore[method-assign, assignment]
+        rank.main(spec)
+
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("layout", "phase"),
+    [({"data": 2, "tensor": 2}, "loading data"), ({"data": 2, "pipeline": 2}, "computing"), ({"data": 4}, "computing")],
+)
+def test_a_slow_rank_is_named_though_all_ranks_take_as_long(
+    layout: dict[str, int], phase: Phase, data: Path, tmp_path: Path
+) -> None:
+    config, run_dir = config_for(layout, data, num_steps=10_000), RunDir(tmp_path / "run")
+    with training(config, run_dir, tmp_path, is_slow_in(phase, 1)):
+        earlier = beats_after(3, tmp_path)
+        later = beats_after(13, tmp_path)
+    took = [sum(beat.seconds[each] for each in ("computing", "loading data")) for beat in later.values()]
+    assert max(took) < 1.5 * min(took)  # time alone tells nothing
+    worst, *others = find(earlier, later, 0.0)
+    assert (worst.rank, worst.phase) == (1, phase) and worst.ratio > 1.5
+    assert all(each.ratio < 1.3 for each in others)
+
+
+def beats_after(step: int, folder: Path) -> dict[int, Beat]:
+    until(lambda: all(beat is not None and beat.step >= step for beat in beats(folder)))
+    return {number: beat for number, beat in enumerate(beats(folder)) if beat is not None}

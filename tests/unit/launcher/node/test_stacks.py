@@ -75,6 +75,11 @@ def test_of_several_dumps_the_last_whole_one_counts() -> None:
             "recv_forward",
         ),
         ([("trainer/parallel.py", "timed_wait"), ("deepspeed/runtime/zero/stage3.py", "step")], "wait"),
+        (
+            [("trainer/pipeline.py", "sum_over_replicas"), ("trainer/engine/engine.py", "train_step")],
+            "sum_over_replicas",
+        ),
+        ([("trainer/loop.py", "record"), ("trainer/pipeline.py", "sum_over_replicas")], None),
         ([("torch/distributed/distributed_c10d.py", "get_world_size"), ("trainer/loop.py", "train")], None),
         ([("trainer/data/batches.py", "micro_batches")], None),
         ([], None),
