@@ -24,7 +24,7 @@ _STATES: dict[str, ProcessState] = {"T": "stopped", "t": "stopped", "Z": "zombie
 _HEADER = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+).*\(most recent call first\):")
 _FRAME = re.compile(r'  File "(.*)", line (\d+|\?+) in (.*)')
 _OUTERMOST = "<module>"
-_CUT, _EMPTY = "  ...", "  <no Python frame>"  # what ends a stack of more than 100 frames, and one of none
+_CUT = "  ..."  # what ends a stack of more than 100 frames
 _COMMUNICATION = ("torch/distributed/distributed_c10d.py", "megatron/core/pipeline_parallel/p2p_communication.py")
 _OUR_WAITS = {
     ("trainer/parallel.py", "timed_wait"): "wait",  # a receive, or a collective that was begun earlier
@@ -133,7 +133,8 @@ def _give_up(report: RankReport, timeout_seconds: float) -> RankReport:
 def parse(dump: str, thread: int) -> tuple[Frame, ...] | None:
     """The frames of a thread, innermost first, of what `faulthandler` printed; None if it has not printed all yet.
 
-    Where it printed several times, the last counts.
+    Where it printed several times, the last counts. A thread that is just being started has the name of the one that
+    starts it, and no frames.
     """
     found: tuple[Frame, ...] | None = None
     frames: list[Frame] = []
@@ -144,7 +145,7 @@ def parse(dump: str, thread: int) -> tuple[Frame, ...] | None:
         elif is_wanted and (frame := _FRAME.fullmatch(line)):
             frames.append(Frame(frame[1], int(frame[2]) if frame[2].isdigit() else 0, frame[3]))
             found = tuple(frames) if frame[3] == _OUTERMOST else found
-        elif is_wanted and line in (_CUT, _EMPTY):
+        elif is_wanted and line == _CUT:
             found = tuple(frames)
     return found
 

@@ -47,6 +47,12 @@ def test_a_stack_of_too_many_frames_ends_where_it_was_cut() -> None:
     assert [frame.function for frame in parse(cut, MAIN) or ()] == ["timed_wait", "all_reduce", "wrapper", "train"]
 
 
+def test_a_thread_that_is_being_started_is_not_taken_for_the_one_that_starts_it() -> None:
+    starting = f"Thread 0x{MAIN:016x} (most recent call first):\n  <no Python frame>\n\n"
+    assert parse(starting, MAIN) is None
+    assert parse(starting + DUMP, MAIN) == parse(DUMP, MAIN)
+
+
 def test_of_several_dumps_the_last_whole_one_counts() -> None:
     later = DUMP.replace("all_reduce", "barrier")
     assert parse(DUMP + later, MAIN) == parse(later, MAIN)
