@@ -1,7 +1,7 @@
 """A rank's sign of life: what it is doing, since when, and how its time has gone, in a file that others may read.
 
     FOLDER/rank-00003.beat      of fixed size, mapped into the rank's memory: to say something takes microseconds
-    FOLDER/rank-00003.stack     where the rank prints its Python stacks when it is sent SIGUSR1, even if it waits in C
+    FOLDER/rank-00003.stack     where the rank prints its Python stack when it is asked to, even if it waits in C
 
 The folder is on a tmpfs, so no disk can hold a rank up. Nothing is locked. A beat is written to the one of two slots
 that holds the older, and carries a checksum: a rank that is stopped or killed while it writes leaves the one before.
@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -159,6 +160,16 @@ def _beat_of(fields: tuple[float, ...]) -> Beat:
 # ------------------------------------------------------------------------------------------------------------ the files
 
 
+class Ask(IntEnum):
+    """The signals by which a rank is asked for stacks."""
+
+    MAIN_THREAD = signal.SIGUSR1
+    """The main thread, to which it is to be sent, reads its own frames alone."""
+    ALL_THREADS = signal.SIGUSR2
+    """The main thread reads the frames of others, which may be running: in about one of a thousand cases that kills a
+    rank that is at work. For ranks that hang, and are to be killed anyway."""
+
+
 def beat_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05}.beat"
 
@@ -168,14 +179,15 @@ def stack_path(folder: Path, rank: int) -> Path:
 
 
 def answer_with_stacks(path: Path) -> None:
-    """From now on SIGUSR1 has this process append the stacks of its threads to the file, whatever it is doing."""
+    """From now on a signal has this process append its stack to the file, whatever it is doing; see `Ask`."""
     try:
         file = open(path, "ab", buffering=0)  # noqa: SIM115 - for as long as the process lives
     except OSError as error:
         print(f"no stacks will be told: {error}", file=sys.stderr, flush=True)
         return
     os.truncate(path, 0)
-    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True, chain=False)
+    for ask in Ask:
+        faulthandler.register(ask, file=file, all_threads=ask is Ask.ALL_THREADS, chain=False)
 
 
 def _new_file(path: Path) -> mmap.mmap | None:

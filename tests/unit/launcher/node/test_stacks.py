@@ -42,6 +42,11 @@ def test_a_dump_is_read_once_it_is_whole() -> None:
     assert parse(DUMP, MAIN + 1) is None
 
 
+def test_the_stack_of_one_thread_has_no_name() -> None:
+    one = f"Stack (most recent call first):{DUMP.partition(f'{MAIN:x} (most recent call first):')[2]}"
+    assert len(parse(one, MAIN) or ()) == 5 and parse(one, MAIN) == parse(DUMP, MAIN) == parse(one, 1)
+
+
 def test_a_stack_of_too_many_frames_ends_where_it_was_cut() -> None:
     cut = DUMP.replace('  File "<string>", line 1 in <module>', "  ...")
     assert [frame.function for frame in parse(cut, MAIN) or ()] == ["timed_wait", "all_reduce", "wrapper", "train"]
@@ -114,6 +119,8 @@ def test_a_process_that_waits_in_c_tells_where(tmp_path: Path) -> None:
             assert report.stack[0].file == __file__ and report.stack[0].function == "<lambda>"
         assert report.beat == read_again(tmp_path, report)
         assert stack_path(tmp_path, 0).read_text().count("most recent call first") == 1
+        (wordy,) = collect(tmp_path, [0], 20, all_threads=True)
+        assert wordy.stack == report.stack and stack_path(tmp_path, 0).read_text().startswith("Current thread")
     os.close(ears)
     os.close(mouth)
 
@@ -134,16 +141,22 @@ def test_the_signal_does_not_cut_a_wait_short(tmp_path: Path) -> None:
         os.close(descriptor)
 
 
-def test_of_many_threads_the_main_one_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("all_threads", [False, True])
+def test_of_many_threads_the_main_one_is_told(all_threads: bool, tmp_path: Path) -> None:
     def spins() -> None:
         for _ in range(3):
             threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
-        signal.pause()
+        while True:
+            signal.pause()
 
     with a_rank(tmp_path, spins):
         deadline = time.monotonic() + 20
         while (stack := collect(tmp_path, [0], 20)[0].stack) is None or stack[0].function != "spins":
             assert time.monotonic() < deadline
+        (report,) = collect(tmp_path, [0], 20, all_threads=all_threads)
+        assert report.stack is not None and report.stack[0].function == "spins"
+        num_stacks = stack_path(tmp_path, 0).read_text().count("most recent call first")
+        assert num_stacks == (4 if all_threads else 1)
 
 
 def test_whoever_cannot_answer_is_not_waited_for(tmp_path: Path) -> None:
