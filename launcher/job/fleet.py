@@ -15,6 +15,7 @@ from launcher.job import cluster, replication
 from launcher.job.failures import JobFailed
 from launcher.job.replication import SnapshotPeer
 from launcher.node.agent import Agent, Job, NodeEnd, Round
+from launcher.node.stacks import RankReport
 from launcher.placement import Placement, place
 from trainer.checkpoint.service.room import Room
 from trainer.config import RunConfig
@@ -22,6 +23,7 @@ from trainer.rank_spec import Task
 
 _PLACEMENT_SECONDS = 60.0  # the cluster has what is asked for, but another job may hold it
 _ANSWER_SECONDS = 2.0  # for an agent that lives to say so
+_REPORT_SECONDS = 15.0  # for agents to collect the stacks of their ranks
 _THREADS = 6  # of an agent: a round, its life, questions; of a peer: following, giving out
 
 _LOST = NodeEnd((), "the agent died, and its ranks with it")
@@ -87,6 +89,16 @@ class Life:
         while self._running:  # services save what the ranks have left
             self._note(ray.wait(list(self._running))[0])
 
+    def ask_for_beats(self) -> list[Any]:
+        """Of every machine: refer to what its ranks said last, by rank."""
+        return [agent.beats.remote() for agent in self._agents]
+
+    def reports(self) -> list[RankReport]:
+        """Where all ranks are in their code, of machines that answer in time."""
+        asked = [agent.reports.remote() for agent in self._agents]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_REPORT_SECONDS)
+        return [report for ref in answered if (reports := answer_of(ref)) for report in reports]
+
     def _note(self, done: Iterable[Any]) -> None:
         for ref in done:
             self._ends[self._running.pop(ref)] = _end_of(ref)
@@ -145,7 +157,7 @@ class Fleet:
         """Of these, the slots whose agents do not answer; Ray may take half a minute to know that a machine is gone."""
         asked = {self._slots[slot].agent.machine.remote(): slot for slot in slots}
         ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
-        return [slot for ref, slot in asked.items() if not _answered(ref)]
+        return [slot for ref, slot in asked.items() if answer_of(ref) is None]
 
     def replace(self, slots: Iterable[int]) -> list[Lost]:
         """Give up the agents of these slots and start others."""
@@ -223,12 +235,13 @@ def _kill(slot: _Slot) -> None:
             ray.kill(actor)
 
 
-def _answered(ref: Any) -> bool:
+def answer_of(ref: Any) -> Any | None:
+    """Of an agent that was asked something: None if it has not answered, or is dead."""
     done, _ = ray.wait([ref], timeout=0)
     try:
-        return bool(done) and ray.get(ref) is not None
+        return ray.get(ref) if done else None
     except RayError:
-        return False
+        return None
 
 
 @contextmanager

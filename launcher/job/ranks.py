@@ -10,7 +10,7 @@ from pathlib import Path
 from launcher.job.embedded_ray import embedded_ray
 from launcher.job.failures import explain
 from launcher.job.fleet import Fleet, fleet_of
-from launcher.job.session import session
+from launcher.job.session import beats_folder, session
 from launcher.node import fork_server, ownership
 from launcher.node.agent import Job
 from trainer.checkpoint.format import store
@@ -107,8 +107,7 @@ def ready_ranks(
     """
     if not on_cluster:
         check_embedded(config)
-    job = _new_job(config, run_dir, target)
-    with session() as folder, _owned(job):
+    with session() as folder, _owned(job := _new_job(config, run_dir, target, beats_folder(folder))):
         store.clear_leftovers(run_dir.checkpoints)
         if on_cluster:
             with fleet_of(job, folder) as fleet:
@@ -125,7 +124,7 @@ def ready_ranks(
             server.wait()
 
 
-def _new_job(config: RunConfig, run_dir: RunDir, target: str) -> Job:
+def _new_job(config: RunConfig, run_dir: RunDir, target: str, beats: Path | None = None) -> Job:
     absolute = RunDir(run_dir.path.resolve())
     return Job(
         id=secrets.token_hex(8),
@@ -135,6 +134,7 @@ def _new_job(config: RunConfig, run_dir: RunDir, target: str) -> Job:
         lock=absolute.path / ownership.LOCK_NAME,
         target=target,
         cwd=os.getcwd(),
+        beats=beats,
     )
 
 

@@ -1,6 +1,7 @@
 """The job's presence on one machine: a Ray actor that has the machine's ranks forked and watches them."""
 
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -17,12 +18,16 @@ from launcher.node import fork_server
 from launcher.node.checkpoint_process import ServiceKeeper, ServiceOptions
 from launcher.node.fork_server import Channel, Kill, Ready, ServerOptions, Start
 from launcher.node.forked_rank import RankEnd
+from launcher.node.stacks import RankReport, collect
 from launcher.placement import Placement
 from trainer import config_file
 from trainer.checkpoint.service.room import room_path
 from trainer.config import RunConfig
+from trainer.heartbeat import Beat, beat_path, read
 from trainer.rank_spec import RankSpec, Task
 from trainer.run_dir import RunDir
+
+_STACK_SECONDS = 5.0  # for ranks to tell where they are; one that can takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Job:
     """What a rank runs, `module:function`."""
     cwd: str
     """Where relative paths in the config start."""
+    beats: Path | None = None
+    """Folder of memory on every machine, for the signs of life of the ranks there; without one, nobody watches."""
 
     def server_options(self, slot: int) -> ServerOptions:
         return ServerOptions(self.target, self.logs, slot, self.lock, self.id)
@@ -110,6 +117,8 @@ class Agent:
         self._ready: Ready | None = None
         self._server: Channel | None = None
         self._sending = threading.Lock()
+        self._beats = job.beats / f"slot-{slot}" if job.beats else None
+        self._ranks = range(0)
         self._problem = "the fork server died, and its ranks with it"
         try:
             self._server = fork_server.connect(socket_path) if socket_path else self._spawn()
@@ -158,6 +167,15 @@ class Agent:
                 keeper.drain(is_at_the_end=not end.went_wrong)
         return end
 
+    def beats(self) -> dict[int, Beat]:
+        """What the ranks said last, as far as they have said anything."""
+        found = {rank: read(beat_path(self._beats, rank)) for rank in self._ranks} if self._beats else {}
+        return {rank: beat for rank, beat in found.items() if beat is not None}
+
+    def reports(self) -> list[RankReport]:
+        """Where the ranks are in their code; for ranks that are to be killed, as asking for all threads is not safe."""
+        return collect(self._beats, self._ranks, _STACK_SECONDS, all_threads=True) if self._beats else []
+
     def kill_ranks(self) -> None:
         """End the round that is under way, if one is: `run` returns."""
         if self._server is not None:
@@ -173,6 +191,10 @@ class Agent:
             return NodeEnd((), self._ready.problem)
         if keeper is not None:
             keeper.start()
+        if self._beats is not None:
+            shutil.rmtree(self._beats, ignore_errors=True)
+            self._beats.mkdir(parents=True, mode=0o700)
+        self._ranks = this_round.ranks
         self._send(server, Start(self._specs(this_round), self._rank_env(this_round.where)))
         return NodeEnd(self._watch(server, len(this_round.ranks)))
 
@@ -223,6 +245,7 @@ class Agent:
                 checkpoint=this_round.checkpoint,
                 output=this_round.output,
                 room=self._job.room_path(this_round.node) if has_room else None,
+                heartbeats=self._beats,
             )
             for rank in ranks
         ]

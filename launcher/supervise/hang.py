@@ -63,6 +63,17 @@ def verdict(reports: Sequence[RankReport], node_names: Mapping[int, str], now: f
     return Verdict(says.of_some(odd, silent, others), tuple(sorted(suspects)))
 
 
+def transcript(found: Verdict, reports: Sequence[RankReport]) -> str:
+    """The verdict and what every rank told, for whoever looks closer."""
+    parts = [found.line]
+    for report in sorted(reports, key=lambda report: report.rank):
+        beat = report.beat
+        doing = f"after step {beat.step}, {_DOING[beat.phase]}" if beat else "silent"
+        parts.append(f"rank {report.rank}: {doing}, process {report.process}; {report.problem or 'innermost first:'}")
+        parts += [f"  {frame.file}:{frame.line} {frame.function}" for frame in report.stack or ()]
+    return "\n".join(parts) + "\n"
+
+
 def _odd_ones(reports: Sequence[RankReport]) -> list[RankReport]:
     """Those that keep the others waiting; none where that cannot be told."""
     waiting = [report for report in reports if report.collective and not _cannot_go_on(report)]

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from launcher.job.failures import JobFailed, NodeFailed, RankFailed, explain
-from launcher.job.fleet import Arrived, Fleet, Life
+from launcher.job.fleet import Arrived, Fleet, Life, answer_of
 from launcher.job.preemption import Preemption, late
 from launcher.node.agent import NodeEnd
-from launcher.supervise import machine
+from launcher.supervise import hang, machine
 from launcher.supervise.budget import Failure
 from launcher.supervise.machine import (
     AskRanks,
@@ -28,12 +29,14 @@ from launcher.supervise.machine import (
     Up,
 )
 from launcher.supervise.sizing import sizes
+from launcher.supervise.watch import Watch
 from trainer.config import UserError
 from trainer.events import EventLog, EventReader, read_events
 from trainer.run_dir import RunDir
 from trainer.stop import Interrupted, Preempted
 
 _POLL_SECONDS = 0.05
+_LOOK_SECONDS = 1.0  # between looks at signs of life
 
 
 class Supervisor:
@@ -58,6 +61,8 @@ class Supervisor:
         self._num_lives = 0
         self._step = 0
         self._was_asked = False
+        self._watch = Watch(config.supervise, time.monotonic())
+        self._looked, self._asked = 0.0, list[Any]()
         self._cause: Exception | None = None
         """What ended the last life that failed."""
         self._events = EventReader(run_dir.events_path)
@@ -104,6 +109,7 @@ class Supervisor:
         self._num_lives += 1
         self._log.write("life_started", number=self._num_lives, nodes=len(slots), data=config.parallel.data, why=why)
         self._life = self._fleet.begin("train", slots, config)
+        self._watch, self._asked = Watch(config.supervise, time.monotonic()), []
 
     # ----------------------------------------------------------------------------------------------- what has happened
 
@@ -122,6 +128,8 @@ class Supervisor:
         yield from self._notices()
         if self._preemption.is_late() and self._life is not None:
             yield from self._too_late(self._life)
+        if self._life is not None:
+            yield from self._watched(self._life)
         yield Tick()
 
     def _recorded(self) -> Iterator[Event]:
@@ -131,6 +139,8 @@ class Supervisor:
                 yield Started(event["step"])
             elif event["kind"] in ("step", "step_skipped"):
                 self._step = event["step"]
+                if event["kind"] == "step":
+                    self._watch.step_took(event["seconds"])
 
     def _notices(self) -> Iterator[Event]:
         if self._preemption.reason is not None and not self._was_asked:
@@ -152,6 +162,46 @@ class Supervisor:
             yield Stopped(f"{self._state.why}: {text}")
         else:
             yield Failed(Failure("machine", f"{self._state.why}: {text}", "", self._step))
+
+    # ---------------------------------------------------------------------------------------------------- signs of life
+
+    def _watched(self, life: Life) -> Iterator[Event]:
+        """Look at what ranks said last, now and then; kill those that will say nothing more."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        answers = [answer for ref in self._asked if (answer := answer_of(ref)) is not None]
+        if self._asked and len(answers) == len(self._asked):
+            beats = {rank: beat for answer in answers for rank, beat in answer.items()}
+            for slow in self._watch.saw(beats, now):
+                node = self._node_of(slow.rank)
+                self._log.write("straggler", rank=slow.rank, node=node, phase=slow.phase, ratio=round(slow.ratio, 3))
+            if self._watch.is_hung(now):
+                yield from self._hung(life)
+                return
+        self._asked = life.ask_for_beats()
+
+    def _hung(self, life: Life) -> Iterator[Event]:
+        reports = life.reports()
+        names = {report.rank: str(self._node_of(report.rank)) for report in reports}
+        found = hang.verdict(reports, names)
+        stacks = self._run_dir.logs / f"hang-after-step-{self._step}.txt"
+        stacks.write_text(hang.transcript(found, reports), encoding="utf-8")
+        self._log.write("hung", verdict=found.line, suspects=found.suspects, stacks=str(stacks))
+        life.kill()
+        self._life = None
+        self._preemption.forget()
+        blamed = self._state.life[self._node_of(found.suspects[0])] if found.suspects else None
+        self._cause = JobFailed(f"the ranks hang: {found.line}; see {stacks}")
+        failure = Failure(
+            "hang", str(self._cause), self._state.machines.get(blamed, "") if blamed is not None else "", self._step
+        )
+        yield self._recorded_failure(failure)
+
+    def _node_of(self, rank: int) -> int:
+        """Its machine's number in the life."""
+        return rank // self._fleet.where.ranks_per_node
 
     def _ended(self, ends: Mapping[int, NodeEnd]) -> Iterator[Event]:
         self._life = None
@@ -190,16 +240,18 @@ class Supervisor:
             node = slots.index(silent[0])
             error = f"node {node} does not answer any more"
             failure = Failure("machine", error, machines[silent[0]], self._step)
+        yield self._recorded_failure(failure)
+
+    def _recorded_failure(self, failure: Failure) -> Failed:
         self._log.write(
             "life_failed", what=failure.kind, error=failure.error, machine=failure.machine, step=failure.step
         )
-        yield Failed(failure)
+        return Failed(failure)
 
     def _failure(self, error: Exception, slots: tuple[int, ...], machines: Mapping[int, str]) -> Failure:
         match error:
             case RankFailed():
-                node = error.rank // self._fleet.where.ranks_per_node
-                return Failure("rank", str(error), machines[slots[node]], self._step)
+                return Failure("rank", str(error), machines[slots[self._node_of(error.rank)]], self._step)
             case NodeFailed():
                 return Failure("agent", str(error), machines[slots[error.node]], self._step)
         return Failure("rank", str(error), "", self._step, is_final=True)
