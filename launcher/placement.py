@@ -45,16 +45,18 @@ def place(config: RunConfig, machines: Sequence[Resources]) -> Placement:
     gpus = ranks if _wants_gpus(config, machines) else 0
     placement = Placement(nodes, ranks, gpus)
     able = [machine for machine in machines if all(machine.get(name, 0) >= n for name, n in placement.bundle.items())]
-    if len(able) >= nodes:
+    wanted, spares = nodes + config.launch.spares, config.launch.spares
+    if len(able) >= wanted:
         return placement
+    and_spares = f" and launch.spares {spares}" if spares else ""
     if gpus:
         raise UserError(
-            f"{ranks} ranks per machine need {ranks} GPUs on {nodes} machine(s), and the cluster has "
+            f"{ranks} ranks per machine need {ranks} GPUs on {wanted} machine(s), and the cluster has "
             f"{_listed(machines, 'GPU')}; use fewer ranks, or set launch.device to cpu"
         )
     raise UserError(
-        f"launch.nodes {nodes} needs {nodes} machines with a CPU to spare, and the cluster has {len(able)}; "
-        f"set launch.nodes to {max(1, len(able))}, or add machines"
+        f"launch.nodes {nodes}{and_spares} needs {wanted} machines with a CPU to spare, and the cluster has "
+        f"{len(able)}; set launch.nodes to {max(1, len(able) - spares)}, or add machines"
     )
 
 

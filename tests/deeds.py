@@ -25,13 +25,13 @@ killed at once with them may still save what it has."""
 
 @dataclass(frozen=True)
 class Deed:
-    """What is done to a job, and when in its life."""
+    """What is done to a job, and when."""
 
     name: str
     do: Callable[[DrilledRun], bool]
     """Whether it could be done; else it is tried again."""
     sign: str
-    """What is waited for, counted from the beginning of the life or from the last deed in it: `event KIND`, or a new
+    """What is waited for, counted from the beginning of the command or from the last deed: `event KIND`, or a new
     file, `room PATTERN` or `checkpoints PATTERN`."""
     count: int = 1
     """How many of them."""
@@ -116,14 +116,14 @@ class Done:
 
 
 class Doer:
-    """Does the next deeds of a plan during one life of a job: several, as long as they do not end it."""
+    """Does the next deeds of a plan while a command is at work."""
 
     def __init__(self, run: DrilledRun, deeds: deque[Deed], done: list[Done]) -> None:
         self._run, self._deeds, self._done = run, deeds, done
         self._events = EventReader(run.run_dir.events_path)
         self._events.skip_to_end()
         self._step = 0
-        self._life_ends = threading.Event()
+        self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="doer")
 
     def __enter__(self) -> "Doer":
@@ -131,20 +131,18 @@ class Doer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._life_ends.set()
+        self._is_over.set()
         self._thread.join()
 
     def _work(self) -> None:
-        while self._deeds and not self._life_ends.is_set():
+        while self._deeds and not self._is_over.is_set():
             deed = self._deeds[0]
-            if not self._see(deed) or self._life_ends.wait(deed.delay_seconds):
+            if not self._see(deed) or self._is_over.wait(deed.delay_seconds):
                 return
             while not deed.do(self._run):  # a service may just be being replaced
-                if self._life_ends.wait(_LOOK_SECONDS):
+                if self._is_over.wait(_LOOK_SECONDS):
                     return
             self._done.append(Done(self._deeds.popleft(), time.time(), self._step))
-            if deed.ends_life:
-                return
 
     def _see(self, deed: Deed) -> bool:
         where, pattern = deed.sign.split(" ", 1)
@@ -152,7 +150,7 @@ class Doer:
         before = found(folder, pattern)
         seen, num_events = set[Path](), 0
         while num_events + len(seen) < deed.count:
-            if self._life_ends.wait(_LOOK_SECONDS):
+            if self._is_over.wait(_LOOK_SECONDS):
                 return False
             for event in self._events.new_events():
                 self._step = event["step"] if event["kind"] in ("step", "training_started") else self._step

@@ -16,8 +16,10 @@ from deeds import Deed, Doer, Done
 from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed
 from launcher.job import ranks as jobs
 from launcher.job.embedded_ray import embedded_ray
-from launcher.job.ranks import JobFailed, NodeFailed, Ranks
-from launcher.job.session import session
+from launcher.job.failures import JobFailed
+from launcher.job.fleet import fleet_of
+from launcher.job.ranks import Ranks
+from launcher.job.session import beats_folder, session
 from launcher.report.display import Display
 from launcher.verbs import stages
 from launcher.verbs.stages import ClaimedRun
@@ -39,7 +41,7 @@ def claimed(run: DrilledRun) -> AbstractContextManager[ClaimedRun]:
 
 
 class Supervisor:
-    """Keeps agents of a run on the Ray of this process and has them train; new ones after they were lost."""
+    """Keeps agents of a run on the Ray of this process and has them train."""
 
     def __init__(self, run: DrilledRun, folder: Path) -> None:
         self._run, self._folder = run, folder
@@ -48,35 +50,27 @@ class Supervisor:
         self._num_jobs = 0
 
     def train(self) -> None:
-        """One life, as `broadgauge train` does it.
+        """As `broadgauge train` does it.
 
         Raises:
-            JobFailed: it was cut short.
+            JobFailed: it was cut short for good.
             Preempted: it was asked to end.
         """
         with claimed(self._run) as claim:
             if self._ranks is None:
                 self._ranks = self._start()
             claim._ranks = self._ranks
-            try:
-                stages.train(claim)
-            except NodeFailed:
-                self.end()
-                raise
-            except Preempted as end:
-                if "stopped after step" not in str(end):
-                    self.end()
-                raise
+            stages.train(claim)
 
     def _start(self) -> Ranks:
-        job = jobs._new_job(self._run.config, self._run.run_dir, jobs.RANK_TARGET)
+        job = jobs._new_job(self._run.config, self._run.run_dir, jobs.RANK_TARGET, beats_folder(self._folder))
         self._num_jobs += 1
         rendezvous = self._folder / f"{job.id}-{self._num_jobs}"
         rendezvous.mkdir()
         with ExitStack() as resources:
             resources.enter_context(jobs._owned(job))
             store.clear_leftovers(self._run.run_dir.checkpoints)
-            ranks = resources.enter_context(jobs.ranks_on_cluster(job, rendezvous))
+            ranks = Ranks(resources.enter_context(fleet_of(job, rendezvous)))
             self._resources = resources.pop_all()
         return ranks
 
@@ -96,7 +90,7 @@ def supervised(run: DrilledRun, folder: Path) -> Iterator[Supervisor]:
 
 
 def train_to_the_end(run: DrilledRun, folder: Path, deeds: Iterable[Deed] = (), done: list[Done] | None = None) -> None:
-    """Life after life on one Ray, until the run has ended; what is done to it is taken from `deeds`, if that is one."""
+    """Command after command on one Ray, until the run has ended; what is done to it is taken from `deeds`."""
     planned, done = deeds if isinstance(deeds, deque) else deque(deeds), [] if done is None else done
     with supervised(run, folder) as supervisor:
         while True:

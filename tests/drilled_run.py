@@ -1,6 +1,7 @@
 """A small run that drills are made of, and what must hold when it has ended, whatever was done to it."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,14 @@ from trainer.training_state import STATE_KINDS
 
 NUM_STEPS = 16
 
+PATIENT = {"max_failures": 1000, "max_same_failures": 1000, "delay_seconds": 0.0, "patience_seconds": 60.0}
+"""What a drill does to a run is no reason to give up."""
+
 LAYOUTS: dict[str, dict[str, int]] = {
     "TP2 x PP2": {"tensor": 2, "pipeline": 2},
     "TP2 x DP2 ZeRO-1": {"tensor": 2, "pipeline": 1, "data": 2, "zero": 1},
 }
+OTHER_LAYOUTS: dict[str, dict[str, int]] = {"DP2 ZeRO-1": {"tensor": 1, "pipeline": 1, "data": 2, "zero": 1}}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,9 @@ class SmallJob:
         folder: Path,
         num_steps: int = NUM_STEPS,
         layout: str = "TP2 x PP2",
+        *,
+        launch: Mapping[str, object] | None = None,
+        supervise: Mapping[str, object] | None = None,
         **checkpoint: Any,
     ) -> DrilledRun:
         """A run of so many steps whose snapshots lie in its own folder unless `checkpoint` says otherwise."""
@@ -85,10 +93,11 @@ class SmallJob:
             train={"total_tokens": num_steps * 8 * 32, "global_batch_size": 8, "micro_batch_size": 2},
             data={"prepared": str(self._folder / "data")},
             optimizer={"warmup_tokens": 1000},
-            parallel=LAYOUTS[layout],
+            parallel=(LAYOUTS | OTHER_LAYOUTS)[layout],
             evaluation={"every_steps": 10, "max_sequences": 4},
             checkpoint={**every, "snapshots_in": str(folder / "snapshots"), **checkpoint},
-            launch={"threads_per_rank": 1},
+            launch={"threads_per_rank": 1, **(launch or {})},
+            supervise={**PATIENT, **(supervise or {})},
         )
         run = DrilledRun(config_file.load(path), path, RunDir(folder / "run"))
         run.run_dir.create(run.config)  # gives it the id by which its room is found

@@ -247,6 +247,47 @@ class LaunchConfig(Section):
     """Ranks on each machine; empty spreads the layout's ranks evenly."""
     threads_per_rank: int | None = Field(None, ge=1)
     """CPU threads per rank; empty shares the machine's cores evenly."""
+    spares: int = Field(0, ge=0)
+    """Machines beyond nodes whose warm agents wait to take a lost one's place."""
+
+
+class SuperviseConfig(Section):
+    max_failures: int = Field(10, ge=0)
+    """Failures in a row, without a newer checkpoint to go on from, that are answered by a restart; 0 restarts never."""
+    max_preemptions: int = Field(100, ge=0)
+    """Lost or leaving machines in a row, without a newer checkpoint to go on from, that are answered by a restart."""
+    max_same_failures: int = Field(3, ge=1)
+    """Times in a row that the same error at the same step ends the run: another restart would only meet it again."""
+    delay_seconds: float = Field(1.0, ge=0.0)
+    """Before the second restart in a row without progress (s), twice as long before each one after it; the first comes
+    at once."""
+    longest_delay_seconds: float = Field(60.0, ge=0.0)
+    """Before any restart (s)."""
+    max_node_failures: int = Field(3, ge=1)
+    """Failures of one machine after which it is left out, as long as the others hold a layout."""
+    patience_seconds: float = Field(300.0, ge=0.0)
+    """To wait for a lost machine, or another in its place (s), before going on with fewer data-parallel replicas."""
+    min_nodes: int | None = Field(None, ge=1)
+    """Fewest machines to go on with after patience; empty: as few as hold one replica of the model."""
+    grow_seconds: float = Field(60.0, ge=0.0)
+    """For which machines must be back before a run that has shrunk grows again (s); longer after it did in vain."""
+    hang_factor: float = Field(20.0, gt=1.0)
+    """Multiple of the median step time without a sign of life after which ranks are taken to hang."""
+    hang_seconds: float = Field(600.0, gt=0.0)
+    """Least time without a sign of life after which ranks are taken to hang (s); six times that outside of steps."""
+    straggler_factor: float = Field(1.5, gt=1.0)
+    """How many times as long as it would a step takes because of one rank, if that rank is to be named as slow."""
+    straggler_seconds: float = Field(60.0, gt=0.0)
+    """Between looks for slow ranks (s), of which three in a row must find the same one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.delay_seconds > self.longest_delay_seconds:
+            raise ValueError(
+                f"supervise.delay_seconds {self.delay_seconds:g} is longer than supervise.longest_delay_seconds "
+                f"{self.longest_delay_seconds:g}; raise the latter"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -278,6 +319,8 @@ class RunConfig(Section):
     """The text sample at the end of a run."""
     launch: LaunchConfig = LaunchConfig()
     """Machines, processes and threads."""
+    supervise: SuperviseConfig = SuperviseConfig()
+    """What happens when ranks or machines fail, hang, leave or come back."""
 
     @property
     def tokens_per_step(self) -> int:

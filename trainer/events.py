@@ -36,6 +36,11 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     checkpoint_upload_failed    step, reason: it will be tried again, unless a newer one is there by then
     checkpoint_service_died     code (negative for a signal, null if it did not start), log: it is replaced by a new one
     checkpoint_fetched  step, url: it had been uploaded, and there was none as new here
+    life_started        number (of the job's lives), nodes, data (replicas), why: ranks are started
+    life_failed         what ("rank", "agent", "machine" or "hang"), error, machine (Ray's name of it), step: ranks were
+                        cut short after that step
+    hung                verdict (one line), suspects (ranks), stacks (path): ranks that said nothing for long are killed
+    straggler           rank, node, phase, ratio (of the time that steps take to what they would without it)
     preempted           reason; where ranks were training also step, saved_step: the run was asked to end, and did
     export_verified     how ("full", "sample" or "none"), largest_difference (of logits), tokens (compared)
     generated           prompt, text

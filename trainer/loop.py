@@ -21,6 +21,7 @@ from trainer.data.windows import HeldoutReader
 from trainer.engine.engine import Engine, StepStats
 from trainer.evaluate.heldout import HeldoutEvaluation
 from trainer.events import read_events
+from trainer.heartbeat import Heartbeat
 from trainer.restore import Progress, Source, restore
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule, Step, learning_rate
@@ -38,17 +39,19 @@ def train(
     record: Record,
     room: Room | None = None,
     stop: StopRequest | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> None:
     """Train from the newest checkpoint, or from the seed, to the end of the run, and evaluate before and after.
 
     Args:
         room: where a checkpoint service waits for snapshots; without one, training waits while it saves.
         stop: once it is made the run saves and ends; the event `preempted` says so.
+        heartbeat: where this rank says what it is doing.
 
     Raises:
         TrainingDiverged: neither skipping steps nor going back to a checkpoint has helped.
     """
-    training = Training(config, run_dir, device, record, room, stop or StopRequest(None))
+    training = Training(config, run_dir, device, record, room, stop or StopRequest(None), heartbeat or Heartbeat())
     with training.batches:
         training.begin()
         while (place := training.next_step()) is not None:
@@ -76,6 +79,7 @@ class Training:
         record: Record,
         room: Room | None,
         stop: StopRequest,
+        heartbeat: Heartbeat,
     ) -> None:
         data = PreparedFolder.open(run_dir.data_for(config))
         samples = TrainingData.open(data, config)
@@ -91,7 +95,7 @@ class Training:
         self._evaluation = HeldoutEvaluation(samples, heldout, config, device)
         self._engine = Engine(config, device)
         self._saver = Saver(self._engine, run_dir.checkpoints, room, record)
-        self._stop = stop
+        self._stop, self._heartbeat = stop, heartbeat
         # rank 0 decides when to save
         events = read_events(run_dir.events_path) if dist.get_rank() == 0 else []
         self._agreement = Agreement(config, stop, read_history(events))
@@ -102,6 +106,7 @@ class Training:
 
     def begin(self) -> None:
         """Go on from wherever the run can."""
+        self._heartbeat.phase("restoring")
         self._saver.take_over()
         source = self._restore()
         self._record(
@@ -130,16 +135,18 @@ class Training:
             return self._pass_over(place)
         started = time.perf_counter()
         state = self._progress.stability
+        self._heartbeat.phase("loading data")
         batch = self.batches.micro_batches(place.number - 1)
         lr = learning_rate(self._config, place.tokens_after)
 
         def is_sound(loss: float, grad_norm: float) -> bool:
             return stability.fault(self._config.stability, state, loss, grad_norm) is None
 
+        self._heartbeat.phase("computing")
         stats = self._engine.train_step(batch, lr, place.number - 1, is_sound)
         decision, state = stability.judge(self._config.stability, state, place.number, stats.loss, stats.grad_norm)
         assert stats.updated == isinstance(decision, Accept)
-        agreed = self._agreement.after_step(place.number, self.batches.digest(place.number - 1))
+        agreed = self._agree(place, self.batches.digest(place.number - 1))
         self._record_step(place, decision, stats, agreed, lr, time.perf_counter() - started)
         if isinstance(decision, Stop):
             self._record("diverged", verdict=decision.verdict)
@@ -154,11 +161,17 @@ class Training:
 
     def _pass_over(self, place: Step) -> tuple[Decision, Agreed]:
         """Consume the samples of a quarantined step."""
-        agreed = self._agreement.after_step(place.number, 0)
+        agreed = self._agree(place, 0)
         self._record_skip(place, "quarantined", None, None)
         state = stability.pass_over(self._progress.stability, place.number)
         self._progress = replace(self._progress, step=place.number, stability=state)
         return Skip("quarantined"), agreed
+
+    def _agree(self, place: Step, data_digest: int) -> Agreed:
+        self._heartbeat.phase("agreeing")
+        agreed = self._agreement.after_step(place.number, data_digest)
+        self._heartbeat.step_done(place.number)
+        return agreed
 
     def _record_step(
         self, place: Step, decision: Decision, stats: StepStats, agreed: Agreed, lr: float, seconds: float
@@ -203,6 +216,7 @@ class Training:
         """Evaluate the weights as they are, unless that has been done."""
         step = self._progress.step
         if self._evaluated is None or self._evaluated[0] != step:
+            self._heartbeat.phase("evaluating")
             result = self._evaluation.run(self._engine.evaluate)
             self._record("evaluated", step=step, **asdict(result))
             self._evaluated = step, result.loss
@@ -219,6 +233,7 @@ class Training:
             self._save(durable=False, must=False)
 
     def _save(self, *, durable: bool, must: bool) -> None:
+        self._heartbeat.phase("saving")
         progress = self._progress
         state = stability.after_checkpoint(progress.stability, progress.step)
         is_evaluated = self._evaluated is not None and self._evaluated[0] == progress.step
@@ -259,6 +274,7 @@ class Training:
         )
 
     def _restore(self) -> Source:
+        self._heartbeat.phase("restoring")
         self._saver.finish()
         source, self._progress = restore(self._engine, self._config, self._run_dir, self._room, self._record)
         self._saved_step = self._progress.step if source.is_own else 0

@@ -1,6 +1,9 @@
 """Process groups and this rank's place in them, from the config. megatron-core's `parallel_state` holds the groups."""
 
+import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +35,24 @@ def build_groups(parallel: ParallelConfig) -> None:
         context_parallel_size=parallel.context,
     )
     model_parallel_cuda_manual_seed(0)  # megatron-core needs its streams registered before a model is built
+
+
+def tell_waits(waited: Callable[[float], None]) -> None:
+    """From now on tell how many seconds this process has waited for other ranks, each time it has.
+
+    Every collective and every receive ends in `Work.wait`, whichever library began it. On gloo that lasts until the
+    data is there; on NCCL it only puts a wait into the GPU's queue, and what is told is next to nothing.
+    """
+    wait = dist.Work.wait
+
+    def timed_wait(work: dist.Work, *args: Any, **kwargs: Any) -> bool:
+        began = time.perf_counter()
+        try:
+            return wait(work, *args, **kwargs)
+        finally:
+            waited(time.perf_counter() - began)
+
+    dist.Work.wait = timed_wait  # type: ignore[method-assign, assignment]
 
 
 def seed_dropout(seed: int, step: int) -> None:

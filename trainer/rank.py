@@ -25,6 +25,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.evaluate.frozen import FrozenModel
     from trainer.evaluate.heldout import HeldoutEvaluation
     from trainer.events import EventLog
+    from trainer.heartbeat import Heartbeat, answer_with_stacks, beat_path, stack_path
     from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
     from trainer.stop import StopRequest
@@ -32,6 +33,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
 
 def main(spec: RankSpec) -> None:
     """Run the task of this rank to its end; an exception means that the rank failed."""
+    heartbeat = _heartbeat(spec)
     os.environ.update(  # what DeepSpeed reads
         RANK=str(spec.rank),
         WORLD_SIZE=str(spec.world_size),
@@ -49,16 +51,37 @@ def main(spec: RankSpec) -> None:
         stop.listen()
     parallel.initialize(config.parallel, kind, spec.rendezvous, spec.rank, spec.world_size)
     if spec.task == "train":
-        _train(spec, config, run_dir, device, stop)
+        _train(spec, config, run_dir, device, stop, heartbeat)
     elif spec.task == "evaluate":
+        heartbeat.phase("evaluating")
         _evaluate(spec, config, run_dir, device)
     else:
+        heartbeat.phase("evaluating")
         _logits(spec, config, run_dir, device)
+    heartbeat.phase("ending")
     dist.barrier()  # nobody leaves while another still talks to it
     dist.destroy_process_group()
 
 
-def _train(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device, stop: StopRequest) -> None:
+def _heartbeat(spec: RankSpec) -> Heartbeat:
+    """This rank's, and with it all that others may want to know of the rank from outside."""
+    if spec.heartbeats is None:
+        return Heartbeat()
+    answer_with_stacks(stack_path(spec.heartbeats, spec.rank))  # before anybody learns whom to ask
+    heartbeat = Heartbeat(beat_path(spec.heartbeats, spec.rank))
+    if heartbeat.is_kept:
+        parallel.tell_waits(heartbeat.waited)
+    return heartbeat
+
+
+def _train(
+    spec: RankSpec,
+    config: RunConfig,
+    run_dir: RunDir,
+    device: torch.device,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
+) -> None:
     first_here = spec.rank - spec.local_rank
     is_replicated = config.checkpoint.replicates(config.launch.nodes)
     room = (
@@ -68,7 +91,7 @@ def _train(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.dev
     )
     log = EventLog(run_dir.events_path) if spec.rank == 0 else None
     try:
-        loop.train(config, run_dir, device, log.write if log is not None else _write_nothing, room, stop)
+        loop.train(config, run_dir, device, log.write if log is not None else _write_nothing, room, stop, heartbeat)
     finally:
         if log is not None:
             log.close()

@@ -28,3 +28,6 @@ class RankSpec:
     """Of this machine (`trainer.checkpoint.service.room`), where a checkpoint service is at work."""
     output: Path | None = None
     """Where they write their result."""
+    heartbeats: Path | None = None
+    """A folder of this machine for signs of life (`trainer.heartbeat`), which is on a tmpfs, for its owner alone, and
+    empty when the ranks start; None where nobody looks."""

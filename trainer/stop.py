@@ -11,6 +11,10 @@ class Preempted(BaseException):
     """
 
 
+class Interrupted(Preempted):
+    """The same, by the person at the terminal."""
+
+
 class StopRequest:
     """Whether this rank has heard of one; what it hears the others learn after the step."""
 

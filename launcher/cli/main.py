@@ -18,7 +18,7 @@ from launcher.cli.options import ConfigFile, DataOption, RayOption, RunDirOption
 from launcher.report.display import Display
 from trainer import config_file
 from trainer.config import UserError
-from trainer.stop import Preempted
+from trainer.stop import Interrupted, Preempted
 
 _INTERRUPTED = 130
 _PREEMPTED = 75  # EX_TEMPFAIL of <sysexits.h>: try again
@@ -175,8 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("interrupted; run the same command again to go on", file=sys.stderr)
         raise
     except Preempted as error:
-        print(f"preempted: {error}", file=sys.stderr)
-        sys.exit(_PREEMPTED)
+        is_interrupted = isinstance(error, Interrupted)
+        print(f"{'interrupted' if is_interrupted else 'preempted'}: {error}", file=sys.stderr)
+        sys.exit(_INTERRUPTED if is_interrupted else _PREEMPTED)
     except UserError as error:
         _complain(f"error: {error}", debug)
         sys.exit(2)

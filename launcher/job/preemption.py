@@ -1,13 +1,13 @@
-"""Being asked to leave: SIGTERM, or a Ray node that is to be drained, makes the ranks save and end.
+"""Being asked to leave: SIGTERM, Ctrl-C, or a Ray node that is to be drained, makes the ranks save and end.
 
 The request is a file in the run's folder, which rank 0 looks for after every step: whoever sees it coming, on whatever
 machine, may write it, and the ranks agree on the step after which they stop. While no rank trains there is nothing to
-save, and SIGTERM ends the command at once, in order.
+save, and a signal ends the command at once, in order.
 """
 
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ray._private.state import state as ray_state
 
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import MANIFEST
-from trainer.events import Event, read_events
+from trainer.events import Event
 from trainer.run_dir import RunDir
 from trainer.stop import Preempted
 
@@ -24,7 +24,7 @@ _DRAIN_LOOK_SECONDS = 1.0
 
 
 class Preemption:
-    """Whether the run has been asked to end, and by when it must have."""
+    """Whether the run has been asked to end, and by when its ranks must have."""
 
     def __init__(self, run_dir: RunDir, grace_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._run_dir, self._grace_seconds, self._clock = run_dir, grace_seconds, clock
@@ -34,57 +34,69 @@ class Preemption:
         self.is_over = False
         """What is left is to clean up, which nothing may disturb."""
         self.reason: str | None = None
+        """Why the run is to end."""
+        self.is_interrupted = False
+        """Whether it was by Ctrl-C."""
 
     @contextmanager
     def of_training(self) -> Iterator[None]:
-        """Meanwhile whoever is to end is asked, and given time."""
-        self._run_dir.stop_path.unlink(missing_ok=True)
+        """Meanwhile a signal is a request, and `reason` tells of it."""
+        self.forget()
         self._is_training = True
         try:
             yield
         finally:
             self._is_training = False
-            self._run_dir.stop_path.unlink(missing_ok=True)
+            self.forget()
 
     def hear(self, *_: object) -> None:
-        """Of a signal; what comes after the first one must not disturb the end.
+        """Of SIGTERM; what comes after the first one must not disturb the end.
 
         Raises:
             Preempted: nothing is trained now.
         """
         if self._is_training:
-            self.ask("SIGTERM")
+            self.reason = self.reason or "SIGTERM"
         elif self.reason is None and not self.is_over:
             self.reason = "SIGTERM"
             raise Preempted("SIGTERM; the same command goes on")
 
-    def ask(self, reason: str, seconds: float | None = None) -> None:
+    def hear_interrupt(self, *_: object) -> None:
+        """Of Ctrl-C: once, and the ranks save and end; twice, and all ends at once.
+
+        Raises:
+            KeyboardInterrupt: it is the second, or nothing is trained now.
+        """
+        if self.is_over:
+            return
+        if not self._is_training or self.is_interrupted:
+            raise KeyboardInterrupt
+        self.is_interrupted = True
+        self.reason = self.reason or "Ctrl-C"
+
+    def ask_ranks(self, reason: str, seconds: float | None = None) -> None:
         """Ask the ranks to save and end, within the grace period or the seconds that are left, if those are fewer."""
-        if self.reason is None:
-            self.reason = reason
-            with suppress(OSError):  # a disk that takes no file: then the ranks do not hear of it
-                self._run_dir.stop_path.write_text(reason, encoding="utf-8")
+        with suppress(OSError):  # a disk that takes no file: then the ranks do not hear of it
+            self._run_dir.stop_path.write_text(reason, encoding="utf-8")
         deadline = self._clock() + min(self._grace_seconds, self._grace_seconds if seconds is None else seconds)
         self._deadline = min(deadline, self._deadline or deadline)
 
-    def look_at_nodes(self, own: Collection[str]) -> None:
-        """See whether Ray is to drain one of the run's own nodes (hex ids); at most once a second."""
-        if self._clock() - self._looked < _DRAIN_LOOK_SECONDS:
-            return
-        self._looked = self._clock()
-        for node, deadline_ms in ray_state.get_draining_nodes().items():
-            if node not in own:
-                continue
-            seconds = deadline_ms / 1000 - time.time() if deadline_ms else None
-            self.ask(f"node {node[:8]} is to be drained", seconds)
+    def forget(self) -> None:
+        """The ranks that were asked are gone; those that come are not."""
+        self._run_dir.stop_path.unlink(missing_ok=True)
+        self._deadline = None
 
-    def check_deadline(self) -> None:
-        """Raises:
-        Preempted: the ranks were asked, and they, their saves or their uploads have not ended in time.
-        """
-        if self._deadline is not None and self._clock() > self._deadline:
-            events = read_events(self._run_dir.events_path)
-            raise Preempted(f"{self.reason}: {late(events, self._run_dir.checkpoints, self._grace_seconds)}")
+    def is_late(self) -> bool:
+        """Whether the ranks were asked, and they, their saves or their uploads have not ended in time."""
+        return self._deadline is not None and self._clock() > self._deadline
+
+    def leaving_nodes(self) -> dict[str, float | None]:
+        """Nodes that Ray is to drain (hex ids), with the seconds that they have left; empty between looks."""
+        if self._clock() - self._looked < _DRAIN_LOOK_SECONDS:
+            return {}
+        self._looked = self._clock()
+        draining = ray_state.get_draining_nodes()
+        return {node: deadline / 1000 - time.time() if deadline else None for node, deadline in draining.items()}
 
 
 def late(events: Sequence[Event], checkpoints: Path, grace_seconds: float) -> str:
@@ -110,9 +122,13 @@ def late(events: Sequence[Event], checkpoints: Path, grace_seconds: float) -> st
 
 @contextmanager
 def listening(preemption: Preemption) -> Iterator[None]:
-    """SIGTERM to this process asks the run to end."""
-    before = signal.signal(signal.SIGTERM, preemption.hear)
+    """SIGTERM and Ctrl-C to this process are heard."""
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, preemption.hear),
+        signal.SIGINT: signal.signal(signal.SIGINT, preemption.hear_interrupt),
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

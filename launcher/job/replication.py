@@ -20,10 +20,13 @@ _log = logging.getLogger(__name__)
 class SnapshotPeer:
     """A Ray actor, one per machine beside its agent: gives out what the machine holds, and copies its neighbour's."""
 
-    def __init__(self, room: Room) -> None:
-        self._holder = Holder(room)
+    def __init__(self) -> None:
         self._is_over = threading.Event()
         self._copying = threading.Lock()
+
+    def settle(self, room: Room) -> None:
+        """Before everything else in a life: what this machine holds lies there."""
+        self._holder = Holder(room)
 
     def holdings(self) -> list[Holding]:
         return self._holder.holdings()

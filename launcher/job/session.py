@@ -42,6 +42,12 @@ def session() -> Iterator[Path]:
         reaper.communicate(timeout=2 * _REAPING_SECONDS)
 
 
+def beats_folder(folder: Path) -> Path:
+    """Where agents of the session keep signs of life: in memory, and gone with the session's folder."""
+    memory = Path("/dev/shm")
+    return memory / f"{folder.name}-beats" if memory.is_dir() else folder / "beats"
+
+
 def _reap(folder: str) -> None:
     """The whole life of the reaper."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -54,6 +60,7 @@ def _reap(folder: str) -> None:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(beats_folder(Path(folder)), ignore_errors=True)
 
 
 def _processes_of(folder: str) -> list[int]:

@@ -1,9 +1,13 @@
 """The job's presence on one machine: a Ray actor that has the machine's ranks forked and watches them."""
 
 import os
+import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +18,16 @@ from launcher.node import fork_server
 from launcher.node.checkpoint_process import ServiceKeeper, ServiceOptions
 from launcher.node.fork_server import Channel, Kill, Ready, ServerOptions, Start
 from launcher.node.forked_rank import RankEnd
+from launcher.node.stacks import RankReport, collect
 from launcher.placement import Placement
 from trainer import config_file
 from trainer.checkpoint.service.room import room_path
 from trainer.config import RunConfig
+from trainer.heartbeat import Beat, beat_path, read
 from trainer.rank_spec import RankSpec, Task
 from trainer.run_dir import RunDir
+
+_STACK_SECONDS = 5.0  # for ranks to tell where they are; one that can takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -37,9 +45,11 @@ class Job:
     """What a rank runs, `module:function`."""
     cwd: str
     """Where relative paths in the config start."""
+    beats: Path | None = None
+    """Folder of memory on every machine, for the signs of life of the ranks there; without one, nobody watches."""
 
-    def server_options(self, node: int) -> ServerOptions:
-        return ServerOptions(self.target, self.logs, node, self.lock, self.id)
+    def server_options(self, slot: int) -> ServerOptions:
+        return ServerOptions(self.target, self.logs, slot, self.lock, self.id)
 
     def room_path(self, node: int) -> Path:
         """See `trainer.checkpoint.service.room`."""
@@ -60,12 +70,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Round:
-    """One task for all ranks."""
+    """One task for all ranks, as one machine is told of it."""
 
     task: Task
     rendezvous: str
-    checkpoint: Path | None
-    output: Path | None
+    config: RunConfig
+    """That of the job, or one for fewer machines."""
+    where: Placement
+    node: int
+    """The machine's number in the round: which ranks are its own."""
+    checkpoint: Path | None = None
+    output: Path | None = None
+
+    @property
+    def ranks(self) -> range:
+        return self.where.ranks_of(self.node)
 
 
 @dataclass(frozen=True)
@@ -83,13 +102,23 @@ class NodeEnd:
 
 
 class Agent:
-    """One per machine. Ranks end with their fork server, the fork server with the agent or the driver."""
+    """One per machine. Ranks end with their fork server, the fork server with the agent or the driver.
 
-    def __init__(self, job: Job, node: int, where: Placement, socket_path: Path | None = None) -> None:
-        """Connect to the fork server that listens at `socket_path`, or start one, which begins to import at once."""
-        self._job, self._node, self._where = job, node, where
+    Its methods may be called from several threads; one round runs at a time.
+    """
+
+    def __init__(self, job: Job, slot: int, socket_path: Path | None = None) -> None:
+        """Connect to the fork server that listens at `socket_path`, or start one, which begins to import at once.
+
+        Args:
+            slot: number of the agent among those of the job, spares included.
+        """
+        self._job, self._slot = job, slot
         self._ready: Ready | None = None
         self._server: Channel | None = None
+        self._sending = threading.Lock()
+        self._beats = job.beats / f"slot-{slot}" if job.beats else None
+        self._ranks = range(0)
         self._problem = "the fork server died, and its ranks with it"
         try:
             self._server = fork_server.connect(socket_path) if socket_path else self._spawn()
@@ -99,10 +128,17 @@ class Agent:
     def _spawn(self) -> Channel:
         with tempfile.TemporaryDirectory(prefix="broadgauge-") as folder:  # needed until connected
             socket_path = Path(folder) / "fork.sock"
-            self._process = fork_server.spawn(
-                self._job.server_options(self._node), socket_path, self._job.server_env, self._job.cwd
-            )
+            _spawn_for_good(self._job.server_options(self._slot), socket_path, self._job.server_env, self._job.cwd)
             return fork_server.connect(socket_path)
+
+    def machine(self) -> str:
+        """Ray's name of the machine (hex): an answer to whoever wants to know whether the agent lives."""
+        name: str = ray.get_runtime_context().get_node_id()
+        return name
+
+    def live(self) -> None:
+        """Never returns: whoever waits for it learns of the agent's death."""
+        threading.Event().wait()
 
     def pick_rendezvous(self) -> str:
         """An address on this machine at which rank 0 can meet the others."""
@@ -111,7 +147,7 @@ class Agent:
             probe.bind((host, 0))
             return f"tcp://{host}:{probe.getsockname()[1]}"
 
-    def run(self, task: Round) -> NodeEnd:
+    def run(self, this_round: Round) -> NodeEnd:
         """Fork this machine's ranks and return when all have ended; when one fails, the others are killed at once.
 
         What they have left to be saved is saved then, and uploaded too unless they failed: whoever goes on is not kept
@@ -119,11 +155,11 @@ class Agent:
         """
         if self._server is None:
             return NodeEnd((), self._problem)
-        saves = task.task == "train" and self._job.config.checkpoint.needs_service
-        keeper = self._checkpoint_service() if saves else None
+        saves = this_round.task == "train" and this_round.config.checkpoint.needs_service
+        keeper = self._checkpoint_service(this_round) if saves else None
         end = NodeEnd((), self._problem)
         try:
-            end = self._run_ranks(self._server, task, keeper)
+            end = self._run_ranks(self._server, this_round, keeper)
         except (EOFError, OSError):
             pass  # it is the problem already
         finally:
@@ -131,7 +167,22 @@ class Agent:
                 keeper.drain(is_at_the_end=not end.went_wrong)
         return end
 
-    def _run_ranks(self, server: Channel, task: Round, keeper: ServiceKeeper | None) -> NodeEnd:
+    def beats(self) -> dict[int, Beat]:
+        """What the ranks said last, as far as they have said anything."""
+        found = {rank: read(beat_path(self._beats, rank)) for rank in self._ranks} if self._beats else {}
+        return {rank: beat for rank, beat in found.items() if beat is not None}
+
+    def reports(self) -> list[RankReport]:
+        """Where the ranks are in their code; for ranks that are to be killed, as asking for all threads is not safe."""
+        return collect(self._beats, self._ranks, _STACK_SECONDS, all_threads=True) if self._beats else []
+
+    def kill_ranks(self) -> None:
+        """End the round that is under way, if one is: `run` returns."""
+        if self._server is not None:
+            with suppress(OSError):  # they died with it
+                self._send(self._server, Kill())
+
+    def _run_ranks(self, server: Channel, this_round: Round, keeper: ServiceKeeper | None) -> NodeEnd:
         """Raises:
         EOFError, OSError: the fork server died.
         """
@@ -140,61 +191,89 @@ class Agent:
             return NodeEnd((), self._ready.problem)
         if keeper is not None:
             keeper.start()
-        server.send(Start(self._specs(task), self._rank_env()))
-        return NodeEnd(self._watch(server))
+        if self._beats is not None:
+            shutil.rmtree(self._beats, ignore_errors=True)
+            self._beats.mkdir(parents=True, mode=0o700)
+        self._ranks = this_round.ranks
+        self._send(server, Start(self._specs(this_round), self._rank_env(this_round.where)))
+        return NodeEnd(self._watch(server, len(this_round.ranks)))
 
-    def _checkpoint_service(self) -> ServiceKeeper:
-        ranks = self._where.ranks_of(self._node)
+    def _send(self, server: Channel, message: Start | Kill) -> None:
+        with self._sending:
+            server.send(message)
+
+    def _checkpoint_service(self, this_round: Round) -> ServiceKeeper:
+        ranks = this_round.ranks
         options = ServiceOptions(
-            room=str(self._job.room_path(self._node)),
+            room=str(self._job.room_path(this_round.node)),
             run_dir=str(self._job.run_dir),
-            config_yaml=config_file.dump(self._job.config),
+            config_yaml=config_file.dump(this_round.config),
             first_rank=ranks.start,
             num_ranks=len(ranks),
-            node=self._node,
-            num_nodes=self._where.nodes,
+            node=this_round.node,
+            num_nodes=this_round.where.nodes,
             lock=str(self._job.lock),
             job_id=self._job.id,
         )
-        return ServiceKeeper(options, self._job.logs / f"checkpoints-{self._node}.log", self._job.cwd)
+        return ServiceKeeper(options, self._job.logs / f"checkpoints-{this_round.node}.log", self._job.cwd)
 
-    def _watch(self, server: Channel) -> tuple[RankEnd, ...]:
+    def _watch(self, server: Channel, num_ranks: int) -> tuple[RankEnd, ...]:
         failed: list[RankEnd] = []
-        for _ in range(self._where.ranks_per_node):
+        for _ in range(num_ranks):
             end: RankEnd = server.recv()
             if end.error is None or end.killed:
                 continue
             if not failed:
-                server.send(Kill())
+                self._send(server, Kill())
             failed.append(end)
         return tuple(failed)
 
-    def _specs(self, task: Round) -> list[RankSpec]:
-        ranks = self._where.ranks_of(self._node)
-        has_room = task.task == "train" and self._job.config.checkpoint.asynchronous
+    def _specs(self, this_round: Round) -> list[RankSpec]:
+        ranks, config = this_round.ranks, this_round.config
+        has_room = this_round.task == "train" and config.checkpoint.asynchronous
         return [
             RankSpec(
                 rank=rank,
-                world_size=self._where.num_ranks,
+                world_size=this_round.where.num_ranks,
                 local_rank=rank - ranks.start,
                 local_world_size=len(ranks),
-                rendezvous=task.rendezvous,
-                config_yaml=config_file.dump(self._job.config),
+                rendezvous=this_round.rendezvous,
+                config_yaml=config_file.dump(config),
                 run_dir=self._job.run_dir,
-                task=task.task,
-                threads=placement.threads_per_rank(self._job.config, num_cores()),
-                checkpoint=task.checkpoint,
-                output=task.output,
-                room=self._job.room_path(self._node) if has_room else None,
+                task=this_round.task,
+                threads=placement.threads_per_rank(config, num_cores()),
+                checkpoint=this_round.checkpoint,
+                output=this_round.output,
+                room=self._job.room_path(this_round.node) if has_room else None,
+                heartbeats=self._beats,
             )
             for rank in ranks
         ]
 
-    def _rank_env(self) -> Mapping[str, str]:
+    def _rank_env(self, where: Placement) -> Mapping[str, str]:
         """What is known only now that Ray has placed the agent."""
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._where.gpus_per_node else ""
-        loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if self._where.nodes == 1 else {}
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if where.gpus_per_node else ""
+        loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if where.nodes == 1 else {}
         return {"CUDA_VISIBLE_DEVICES": gpus, **loopback}
+
+
+def _spawn_for_good(options: ServerOptions, socket_path: Path, env: Mapping[str, str], cwd: str) -> None:
+    """Start a fork server from a thread that stays: the kernel ends the server with the thread that spawned it.
+
+    Raises:
+        OSError: it does not start.
+    """
+    spawned: Future[object] = Future()
+
+    def be_parent() -> None:
+        try:
+            spawned.set_result(fork_server.spawn(options, socket_path, env, cwd))
+        except OSError as error:
+            spawned.set_exception(error)
+        threading.Event().wait()
+
+    threading.Thread(target=be_parent, name="parent of the fork server", daemon=True).start()
+    spawned.result()
 
 
 def num_cores() -> int:

@@ -13,14 +13,16 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
 from launcher.job import cluster
+from launcher.job.failures import JobFailed
 from launcher.job.preemption import Preemption, listening
-from launcher.job.ranks import JobFailed, Ranks, ready_ranks
+from launcher.job.ranks import Ranks, ready_ranks
 from launcher.job.ray_workers import WORKER_ENV, RayWorkers
 from launcher.job.recovery import fetch_newer
 from launcher.placement import place
 from launcher.report import data as data_report
 from launcher.report import training as report
 from launcher.report.display import Display, StageBar
+from launcher.supervise.supervisor import Supervisor
 from launcher.verbs import checks, exporting
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import MANIFEST, read_manifest
@@ -37,6 +39,9 @@ WARNINGS = {
     "checkpoint_failed": "the checkpoint of step {step} could not be written: {reason}",
     "checkpoint_upload_failed": "the checkpoint of step {step} could not be uploaded: {reason}",
     "checkpoint_service_died": "the checkpoint service died (exit code {code}) and is replaced; see {log}",
+    "life_failed": "{error}",
+    "hung": "the ranks hang: {verdict}",
+    "straggler": "rank {rank} on node {node} is slow in {phase}: steps take {ratio:.2g} times as long",
     "checkpoint_skipped": "no checkpoint of step {step}: {reason}",
 }
 """Kind of event that a person should see at once -> what to say of it."""
@@ -210,39 +215,17 @@ def train(claimed: ClaimedRun) -> None:
 
 
 def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None:
-    """Run the ranks to the end of training.
+    """Have ranks train to the end.
 
     Raises:
         Preempted: they were asked to end before.
-        JobFailed: they failed, or the last checkpoint could not be written.
+        JobFailed: they failed for good, or the last checkpoint could not be written.
     """
-    config, run_dir, preemption = claimed.config, claimed.run_dir, claimed.preemption
+    config, run_dir = claimed.config, claimed.run_dir
     fetch_newer(config, run_dir.checkpoints, claimed.log.write)
-    ranks = claimed.ranks()
-
-    def on_poll() -> None:
-        show_progress()
-        preemption.look_at_nodes(ranks.node_ids)
-        preemption.check_deadline()
-
-    with preemption.of_training():
-        try:
-            ranks.run("train", on_poll)
-        except JobFailed as error:
-            if preemption.reason is None:
-                raise
-            raise Preempted(  # machines that are to leave do, and others with them
-                f"{preemption.reason}, then {error}; the same command goes on from the newest checkpoint"
-            ) from error
+    fleet = claimed.ranks().fleet
+    Supervisor(fleet, run_dir, claimed.preemption, claimed.log, show_progress).train()
     events = read_events(run_dir.events_path)
-    last = next(event for event in reversed(events) if event["kind"] in ("training_started", "preempted"))
-    if last["kind"] == "preempted":
-        raise Preempted(
-            f"{preemption.reason or last['reason']}: stopped after step {last['step']}, saved at step "
-            f"{last['saved_step']}; the same command goes on from there"
-        )
-    if preemption.reason is not None:
-        raise Preempted(f"{preemption.reason}: training had come to its end; the same command goes on from there")
     checkpoint = run_dir.checkpoints / store.folder_name(Schedule(config).num_steps)
     if not (checkpoint / MANIFEST).exists():
         reasons = [event["reason"] for event in events if event["kind"] == "checkpoint_failed"]

@@ -16,6 +16,8 @@ from deeds import Deed, Doer
 from drilled_run import DrilledRun, SmallJob, expect_nothing_left
 from launcher.job import ranks as jobs
 from launcher.job.embedded_ray import isolated
+from launcher.job.fleet import fleet_of
+from launcher.job.ranks import Ranks
 from launcher.job.session import session
 from launcher.node import ownership
 from launcher.verbs import stages
@@ -46,8 +48,8 @@ def test_a_node_that_ray_is_to_drain_ends_the_run(small_job: SmallJob, tmp_path:
                 assert is_accepted, why_not
                 return True
 
-            with jobs.ranks_on_cluster(new_job, folder) as ranks:
-                claimed._ranks = ranks
+            with fleet_of(new_job, folder) as fleet:
+                claimed._ranks = Ranks(fleet)
                 with (
                     Doer(run, deque([Deed("drain", drain, "event step", 2)]), []),
                     pytest.raises(Preempted, match=rf"node {node[:8]} is to be drained: stopped after step \d+, saved"),

@@ -19,7 +19,9 @@ from ray.cluster_utils import Cluster
 
 from launcher.job import ranks as job
 from launcher.job.embedded_ray import isolated
-from launcher.job.ranks import NodeFailed, RankFailed, Ranks, ready_ranks, run_ranks
+from launcher.job.failures import NodeFailed, RankFailed
+from launcher.job.fleet import fleet_of
+from launcher.job.ranks import Ranks, ready_ranks, run_ranks
 from launcher.job.session import session
 from launcher.node import ownership
 from trainer.config import RunConfig, UserError
@@ -264,7 +266,7 @@ def test_the_death_of_an_agent_is_told_from_that_of_a_rank(tmp_path: Path) -> No
     def kill_the_agent_once_ranks_are_up() -> None:
         if len(rank_pids(run_dir)) == 4:
             for pid in descendants(os.getpid()):
-                if process_name(pid) == "ray::Agent.run":
+                if process_name(pid).startswith("ray::Agent"):
                     os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(NodeFailed) as failure:
@@ -293,8 +295,8 @@ def test_ranks_of_two_machines_meet_at_the_first(tmp_path: Path) -> None:
             for _ in range(2):
                 cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1")
             ray.init(cluster.address, log_to_driver=False, configure_logging=False)
-            with job.ranks_on_cluster(new_job, folder) as ranks:
-                ranks.run("train", do_nothing)
+            with fleet_of(new_job, folder) as fleet:
+                Ranks(fleet).run("train", do_nothing)
         finally:
             ray.shutdown()
             cluster.shutdown()

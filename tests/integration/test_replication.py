@@ -11,7 +11,9 @@ from ray.cluster_utils import Cluster
 
 from launcher.job import ranks as job
 from launcher.job.embedded_ray import isolated
-from launcher.job.ranks import RankFailed, Ranks
+from launcher.job.failures import RankFailed
+from launcher.job.fleet import fleet_of
+from launcher.job.ranks import Ranks
 from launcher.job.session import session
 from launcher.node import ownership
 from small_run import NUM_STEPS, broadgauge, write_config
@@ -46,8 +48,8 @@ def ranks_of(config: RunConfig, run_dir: RunDir, folder: Path) -> Iterator[Ranks
     run_dir.create(config)
     new_job = job._new_job(config, run_dir, job.RANK_TARGET)
     ownership.claim(new_job.lock, new_job.id, PATIENCE_SECONDS)
-    with job.ranks_on_cluster(new_job, folder) as ranks:
-        yield ranks
+    with fleet_of(new_job, folder) as fleet:
+        yield Ranks(fleet)
     ownership.wait_until_free(new_job.lock, PATIENCE_SECONDS)
 
 

@@ -11,7 +11,6 @@ import pytest
 import drill
 from deeds import Deed, Doer, Done, find, kill
 from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_nothing_left, expect_sound_resumes
-from launcher.job.ranks import RankFailed
 from trainer.checkpoint.format import store
 
 NUM_STEPS = 8
@@ -34,15 +33,13 @@ def test_after_a_crash_the_newest_snapshot_is_a_checkpoint_and_no_memory_is_held
 ) -> None:
     run = small_job.new_run(tmp_path, NUM_STEPS, **SNAPSHOTS_ALONE)
     done: list[Done] = []
-    with drill.supervised(run, ray_folder) as supervisor:
-        deeds = deque([kill("rank", "event checkpoint_snapshot", 3, rank=2)])
-        with pytest.raises(RankFailed, match="rank 2 was killed by SIGKILL"), Doer(run, deeds, done):
-            supervisor.train()
-        (step,) = store.steps(run.run_dir.checkpoints)
-        assert len(done) == 1 and step >= newest_snapshot(run) >= 3
-        assert [event["step"] for event in run.events("checkpoint_saved")] == [step]
-        assert not list(run.snapshots_in.iterdir())
-        supervisor.train()
+
+    drill.train_to_the_end(run, ray_folder, [kill("rank", "event checkpoint_snapshot", 3, rank=2)], done)
+    (failed,) = run.events("life_failed")
+    assert len(done) == 1 and failed["what"] == "rank" and "rank 2 was killed by SIGKILL" in failed["error"]
+    step = run.events("checkpoint_saved")[0]["step"]
+    copied = [event["step"] for event in run.events("checkpoint_snapshot") if event["time"] < failed["time"]]
+    assert step >= copied[-1] >= 3
     assert [(event["step"], event["tier"]) for event in run.events("training_started")] == [(0, "disk"), (step, "disk")]
     expect_whole(run)
 

@@ -22,7 +22,7 @@ from drilled_run import (
     history,
     last_checkpoint,
 )
-from launcher.job.ranks import JobFailed, RankFailed
+from launcher.job.failures import JobFailed
 from launcher.verbs.checkpoints import survey
 from trainer.checkpoint.format import store
 from trainer.checkpoint.interval import FIRST_INTERVAL_SECONDS, optimal_seconds, read_history
@@ -131,12 +131,7 @@ def test_auto_saves_after_a_minute_and_then_as_seldom_as_a_save_is_cheap(
     it, the run goes on from it and has kept the measure."""
     num_steps = 2000
     run = small_job.new_run(tmp_path, num_steps, every_steps=None, every_seconds="auto", snapshot_every_steps=None)
-    done: list[Done] = []
-    with drill.supervised(run, ray_folder) as supervisor:
-        with pytest.raises(RankFailed), Doer(run, deque([kill("rank", "event checkpoint_saved", rank=2)]), done):
-            supervisor.train()
-        supervisor.train()
-    assert len(done) == 1
+    train_once(run, ray_folder, [kill("rank", "event checkpoint_saved", rank=2)])
     first_life, second_life = run.events("training_started")
     first, last = run.events("checkpoint_snapshot")
     assert second_life["step"] == first["step"] and last["step"] == num_steps

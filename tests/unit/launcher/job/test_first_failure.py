@@ -1,4 +1,4 @@
-from launcher.job.ranks import first_failure
+from launcher.job.failures import first_failure
 from launcher.node.forked_rank import RankEnd
 
 

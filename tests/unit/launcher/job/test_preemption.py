@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.job.preemption import Preemption, listening
+from launcher.job.preemption import Preemption, late, listening
 from made_checkpoints import write_checkpoint
-from trainer.events import EventLog
+from trainer.events import EventLog, read_events
 from trainer.run_dir import RunDir
 from trainer.stop import Preempted
 
@@ -33,35 +33,62 @@ def preemption(tmp_path: Path, clock: Clock) -> Preemption:
     return Preemption(RunDir(tmp_path), GRACE_SECONDS, clock)
 
 
-def test_ranks_are_asked_once_and_given_the_grace_period(preemption: Preemption, clock: Clock, tmp_path: Path) -> None:
+def test_a_signal_is_a_request_while_ranks_train(preemption: Preemption) -> None:
+    with preemption.of_training():
+        for _ in range(2):
+            preemption.hear()
+        assert preemption.reason == "SIGTERM" and not preemption.is_interrupted
+
+
+def test_ctrl_c_is_a_request_once_and_the_end_twice(preemption: Preemption) -> None:
+    with preemption.of_training():
+        preemption.hear_interrupt()
+        assert preemption.reason == "Ctrl-C" and preemption.is_interrupted
+        with pytest.raises(KeyboardInterrupt):
+            preemption.hear_interrupt()
+
+
+def test_ctrl_c_after_sigterm_does_not_end_all_at_once(preemption: Preemption) -> None:
     with preemption.of_training():
         preemption.hear()
+        preemption.hear_interrupt()
+        assert preemption.reason == "SIGTERM"
+
+
+def test_outside_of_training_ctrl_c_is_what_it_always_was(preemption: Preemption) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        preemption.hear_interrupt()
+    preemption.is_over = True
+    preemption.hear_interrupt()
+
+
+def test_ranks_are_asked_and_given_the_grace_period(preemption: Preemption, clock: Clock, tmp_path: Path) -> None:
+    with preemption.of_training():
+        preemption.ask_ranks("SIGTERM")
         assert (tmp_path / "stop").read_text() == "SIGTERM"
         clock.seconds += GRACE_SECONDS - 1
-        preemption.hear()  # does not begin it anew
-        preemption.check_deadline()
+        preemption.ask_ranks("another reason")  # does not begin it anew
+        assert not preemption.is_late()
         clock.seconds += 2
-        with pytest.raises(Preempted, match=r"^SIGTERM: the ranks did not end in time \(checkpoint.grace_seconds 60\)"):
-            preemption.check_deadline()
-    assert not (tmp_path / "stop").exists()
+        assert preemption.is_late()
+        preemption.forget()
+        assert not preemption.is_late() and not (tmp_path / "stop").exists()
 
 
 @pytest.mark.parametrize(("seconds", "allowed"), [(5.0, 5.0), (600.0, GRACE_SECONDS), (None, GRACE_SECONDS)])
 def test_a_notice_may_leave_less_than_the_grace_period(
     seconds: float | None, allowed: float, preemption: Preemption, clock: Clock
 ) -> None:
-    with preemption.of_training():
-        preemption.ask("the node goes", seconds)
-        clock.seconds += allowed
-        preemption.check_deadline()
-        clock.seconds += 0.1
-        with pytest.raises(Preempted, match="the node goes: the ranks did not end in time"):
-            preemption.check_deadline()
+    preemption.ask_ranks("the node goes", seconds)
+    clock.seconds += allowed
+    assert not preemption.is_late()
+    clock.seconds += 0.1
+    assert preemption.is_late()
 
 
 def test_nobody_who_was_not_asked_is_late(preemption: Preemption, clock: Clock) -> None:
     clock.seconds += 1e9
-    preemption.check_deadline()
+    assert not preemption.is_late()
 
 
 def test_a_request_to_an_earlier_life_is_void(preemption: Preemption, tmp_path: Path) -> None:
@@ -97,11 +124,9 @@ def test_nothing_on_the_way_swallows_it(preemption: Preemption) -> None:
 def test_a_disk_that_takes_no_file_does_not_make_a_failure_of_it(clock: Clock, tmp_path: Path) -> None:
     """The ranks cannot be asked, and are killed in time."""
     preemption = Preemption(RunDir(tmp_path / "gone"), GRACE_SECONDS, clock)
-    with preemption.of_training():
-        preemption.hear()
-        clock.seconds += GRACE_SECONDS + 1
-        with pytest.raises(Preempted):
-            preemption.check_deadline()
+    preemption.ask_ranks("SIGTERM")
+    clock.seconds += GRACE_SECONDS + 1
+    assert preemption.is_late()
 
 
 @pytest.mark.parametrize(
@@ -112,9 +137,7 @@ def test_a_disk_that_takes_no_file_does_not_make_a_failure_of_it(clock: Clock, t
         (True, True, "stopped after step 7, saved at step 6 here and not yet uploaded"),
     ],
 )
-def test_what_was_still_to_be_done_is_told_apart(
-    ended: bool, saved: bool, words: str, preemption: Preemption, clock: Clock, tmp_path: Path
-) -> None:
+def test_what_was_still_to_be_done_is_told_apart(ended: bool, saved: bool, words: str, tmp_path: Path) -> None:
     """The request of an earlier life, or one that no rank heard of, says nothing about this one."""
     log = EventLog(tmp_path / "events.jsonl")
     log.write("preempted", reason="SIGTERM", step=5, saved_step=5)
@@ -124,8 +147,4 @@ def test_what_was_still_to_be_done_is_told_apart(
         log.write("preempted", reason="SIGTERM", step=7, saved_step=6)
     if saved:
         write_checkpoint(tmp_path / "checkpoints", 6, {"master/weight": np.zeros((2, 2), np.float32)}, files=1)
-    with preemption.of_training():
-        preemption.hear()
-        clock.seconds += GRACE_SECONDS + 1
-        with pytest.raises(Preempted, match=f"^SIGTERM: {words}"):
-            preemption.check_deadline()
+    assert late(read_events(tmp_path / "events.jsonl"), tmp_path / "checkpoints", GRACE_SECONDS).startswith(words)

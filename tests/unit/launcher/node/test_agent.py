@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from launcher.job.ranks import first_failure
+from launcher.job.failures import first_failure
 from launcher.node import ownership
 from launcher.node.agent import Agent, Job, NodeEnd, Round
 from launcher.node.fork_server import ServerOptions
@@ -39,12 +39,13 @@ class Bench:
         lock = self.run_dir / ".ranks.lock"
         ownership.claim(lock, "job", timeout_seconds=10)
         job = Job(job_id, config, self.run_dir, self.run_dir / "logs", lock, target, cwd=str(self.run_dir))
-        return Agent(job, node=1, where=THREE_HERE)
+        return Agent(job, slot=1)
 
     def run(self, agent: Agent, behaviour: str, task: Task = "evaluate") -> NodeEnd:
         (self.run_dir / "behaviour").write_text(behaviour)
         self._rounds += 1
-        return agent.run(Round(task, f"file:///nowhere-{self._rounds}", Path("a/checkpoint"), Path("out")))
+        rendezvous = f"file:///nowhere-{self._rounds}"
+        return agent.run(Round(task, rendezvous, agent._job.config, THREE_HERE, 1, Path("a/checkpoint"), Path("out")))
 
 
 @pytest.fixture

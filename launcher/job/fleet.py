@@ -1,0 +1,271 @@
+"""The agents of a job on all its machines: started, watched, replaced, and set to work together."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launcher.job import cluster, replication
+from launcher.job.failures import JobFailed
+from launcher.job.replication import SnapshotPeer
+from launcher.node.agent import Agent, Job, NodeEnd, Round
+from launcher.node.stacks import RankReport
+from launcher.placement import Placement, place
+from trainer.checkpoint.service.room import Room
+from trainer.config import RunConfig
+from trainer.rank_spec import Task
+
+_PLACEMENT_SECONDS = 60.0  # the cluster has what is asked for, but another job may hold it
+_ANSWER_SECONDS = 2.0  # for an agent that lives to say so
+_REPORT_SECONDS = 15.0  # for agents to collect the stacks of their ranks
+_THREADS = 6  # of an agent: a round, its life, questions; of a peer: following, giving out
+
+_LOST = NodeEnd((), "the agent died, and its ranks with it")
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An agent answers for the first time."""
+
+    slot: int
+    machine: str
+    """Ray's name of it (hex)."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An agent died."""
+
+    slot: int
+
+
+News = Arrived | Lost
+
+
+class _Slot:
+    """An agent, and what is awaited from it."""
+
+    def __init__(self, agent: Any, peer: Any | None) -> None:
+        self.agent, self.peer = agent, peer
+        self.machine: str | None = None
+        self.arrival = agent.machine.remote()
+        self.life = agent.live.remote()  # ends with the agent
+
+
+class Life:
+    """One task on ranks of some machines, from its start to its end."""
+
+    def __init__(self, agents: Sequence[Any], rounds: Sequence[Round], peers: Sequence[Any]) -> None:
+        self._agents, self._peers = agents, peers
+        self._ends: dict[int, NodeEnd] = {}
+        self._running = {agent.run.remote(each): each.node for agent, each in zip(agents, rounds, strict=True)}
+
+    def poll(self, timeout_seconds: float) -> dict[int, NodeEnd] | None:
+        """How it ended on each machine, by its number in the life; None while it lasts.
+
+        As soon as ranks of one machine fail, those of all others are killed: when it has ended, no rank is left.
+        """
+        done, _ = ray.wait(list(self._running), timeout=timeout_seconds)
+        self._note(done)
+        if any(end.went_wrong for end in self._ends.values()) and self._running:
+            self.kill()
+        if self._running:
+            return None
+        self._stop_peers()
+        return self._ends
+
+    def kill(self) -> None:
+        """Kill all its ranks and return when they are gone, or their machines do not answer."""
+        asked = {self._agents[node].kill_ranks.remote(): run for run, node in self._running.items()}
+        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+        for ref in silent:
+            self._ends[self._running.pop(asked[ref])] = _LOST
+        while self._running:  # services save what the ranks have left
+            self._note(ray.wait(list(self._running))[0])
+
+    def ask_for_beats(self) -> list[Any]:
+        """Of every machine: refer to what its ranks said last, by rank."""
+        return [agent.beats.remote() for agent in self._agents]
+
+    def reports(self) -> list[RankReport]:
+        """Where all ranks are in their code, of machines that answer in time."""
+        asked = [agent.reports.remote() for agent in self._agents]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_REPORT_SECONDS)
+        return [report for ref in answered if (reports := answer_of(ref)) for report in reports]
+
+    def _note(self, done: Iterable[Any]) -> None:
+        for ref in done:
+            self._ends[self._running.pop(ref)] = _end_of(ref)
+
+    def _stop_peers(self) -> None:
+        asked = [peer.stop.remote() for peer in self._peers]
+        ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS) if asked else None
+
+
+def _end_of(ref: Any) -> NodeEnd:
+    try:
+        end: NodeEnd = ray.get(ref)
+    except RayActorError:
+        return _LOST
+    return end
+
+
+class Fleet:
+    """Warm agents in the slots of a job: one for each of its machines, and spares."""
+
+    def __init__(
+        self, group: PlacementGroup, job: Job, where: Placement, folder: Path, socket_path: Path | None = None
+    ) -> None:
+        self.job, self.where = job, where
+        self._group, self._folder = group, folder
+        self._num_rounds = 0
+        self._slots = [self._start(slot, socket_path) for slot in range(where.nodes + job.config.launch.spares)]
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def machine_of(self, slot: int) -> str | None:
+        """Ray's name of the machine of an agent that has answered."""
+        return self._slots[slot].machine
+
+    def present(self) -> list[Arrived]:
+        """The agents that have answered so far."""
+        return [Arrived(number, slot.machine) for number, slot in enumerate(self._slots) if slot.machine is not None]
+
+    def news(self) -> list[News]:
+        """What has become of agents since the last call; one that died is replaced by another, on a machine that Ray
+        has or gets."""
+        found: list[News] = []
+        for number, slot in enumerate(self._slots):
+            waiting = [slot.life] if slot.machine else [slot.arrival, slot.life]
+            done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+            if slot.life in done:
+                self._replace(number)
+                found.append(Lost(number))
+            elif slot.arrival in done:
+                slot.machine = ray.get(slot.arrival)
+                found.append(Arrived(number, str(slot.machine)))
+        return found
+
+    def silent(self, slots: Iterable[int]) -> list[int]:
+        """Of these, the slots whose agents do not answer; Ray may take half a minute to know that a machine is gone."""
+        asked = {self._slots[slot].agent.machine.remote(): slot for slot in slots}
+        ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+        return [slot for ref, slot in asked.items() if answer_of(ref) is None]
+
+    def replace(self, slots: Iterable[int]) -> list[Lost]:
+        """Give up the agents of these slots and start others."""
+        return [self._replace(slot) for slot in slots]
+
+    def begin(
+        self,
+        task: Task,
+        slots: Sequence[int] | None = None,
+        config: RunConfig | None = None,
+        *,
+        checkpoint: Path | None = None,
+        output: Path | None = None,
+    ) -> Life:
+        """Run a task on ranks of some of the slots, numbered in their order; of all but the spares unless told.
+
+        Args:
+            config: for that many machines; the job's own unless told.
+        """
+        slots, config = range(self.where.nodes) if slots is None else slots, config or self.job.config
+        where = Placement(len(slots), self.where.ranks_per_node, self.where.gpus_per_node)
+        agents = [self._slots[slot].agent for slot in slots]
+        peers = [peer for slot in slots if (peer := self._slots[slot].peer) is not None]
+        if task != "train" or not config.checkpoint.replicates(where.nodes):
+            peers = []
+        for node, peer in enumerate(peers):
+            room = Room(self.job.room_path(node), where.ranks_of(node), is_replicated=True)
+            ray.get(peer.settle.remote(room))
+        if peers:
+            replication.bring_together(peers, where)
+            replication.follow_neighbours(peers)
+        rendezvous = self._pick_rendezvous(agents[0], where)
+        rounds = [Round(task, rendezvous, config, where, node, checkpoint, output) for node in range(len(slots))]
+        return Life(agents, rounds, peers)
+
+    def end(self) -> None:
+        """Kill the agents, and whatever lives with them."""
+        for slot in self._slots:
+            _kill(slot)
+
+    def _pick_rendezvous(self, first: Any, where: Placement) -> str:
+        self._num_rounds += 1
+        if where.nodes == 1:  # a file, so that nothing listens
+            return f"file://{self._folder}/rendezvous-{self._num_rounds}"
+        address: str = ray.get(first.pick_rendezvous.remote())
+        return address
+
+    def _replace(self, number: int) -> Lost:
+        _kill(self._slots[number])
+        self._slots[number] = self._start(number)
+        return Lost(number)
+
+    def _start(self, number: int, socket_path: Path | None = None) -> _Slot:
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+        agent = (
+            ray.remote(Agent)
+            .options(
+                num_cpus=1,
+                num_gpus=self.where.gpus_per_node,
+                max_concurrency=_THREADS,
+                scheduling_strategy=place,
+            )
+            .remote(self.job, number, socket_path)
+        )
+        peer = None
+        if self.job.config.checkpoint.replicates(self.where.nodes):
+            options = {"num_cpus": 0, "max_concurrency": _THREADS, "scheduling_strategy": place}
+            peer = ray.remote(SnapshotPeer).options(**options).remote()
+        return _Slot(agent, peer)
+
+
+def _kill(slot: _Slot) -> None:
+    for actor in (slot.agent, slot.peer):
+        if actor is not None:
+            ray.kill(actor)
+
+
+def answer_of(ref: Any) -> Any | None:
+    """Of an agent that was asked something: None if it has not answered, or is dead."""
+    done, _ = ray.wait([ref], timeout=0)
+    try:
+        return ray.get(ref) if done else None
+    except RayError:
+        return None
+
+
+@contextmanager
+def fleet_of(job: Job, folder: Path, socket_path: Path | None = None) -> Iterator[Fleet]:
+    """The agents of a job, one per machine, on the Ray to which this process is connected.
+
+    Args:
+        folder: of the session.
+        socket_path: where the fork server of this machine listens, if it has been spawned already.
+
+    Raises:
+        UserError: the cluster is too small.
+        JobFailed: others hold it.
+    """
+    where = place(job.config, cluster.machines())
+    num_slots = where.nodes + job.config.launch.spares
+    group = placement_group([where.bundle] * num_slots, strategy="STRICT_SPREAD")
+    try:
+        if not group.wait(_PLACEMENT_SECONDS):
+            raise JobFailed(f"{num_slots} x {where.bundle} did not become free; other jobs hold the cluster")
+        fleet = Fleet(group, job, where, folder, socket_path)
+        try:
+            yield fleet
+        finally:
+            fleet.end()
+    finally:
+        remove_placement_group(group)

@@ -1,0 +1,165 @@
+"""Machines that are lost, leave and come back: the run goes on with those there are, and computes the same."""
+
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from ray._raylet import GcsClient
+from ray.core.generated import autoscaler_pb2
+
+import drill
+from deeds import Deed, Doer, Done, find, kill
+from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_sound_resumes, processes_of
+from launcher.job import ranks as jobs
+from launcher.job.fleet import Fleet, fleet_of
+from launcher.job.ranks import Ranks
+from launcher.job.session import beats_folder
+from launcher.verbs import stages
+from machines import Machines, machines
+from trainer.events import surviving_steps
+
+pytestmark = pytest.mark.timeout(300)
+
+LAYOUT, NUM_STEPS = "DP2 ZeRO-1", 40
+
+
+@contextmanager
+def fleet(run: DrilledRun, cluster: Machines) -> Iterator[Fleet]:
+    job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET, beats_folder(cluster.folder))
+    with jobs._owned(job), fleet_of(job, cluster.folder) as found:
+        yield found
+
+
+def train(run: DrilledRun, cluster: Machines, deeds: Callable[[Fleet], list[Deed]]) -> None:
+    """To the end, while that is done; `deeds` are told of the agents."""
+    done: list[Done] = []
+    with drill.claimed(run) as claim, fleet(run, cluster) as agents:
+        claim._ranks = Ranks(agents)
+        planned = deeds(agents)
+        with Doer(run, deque(planned), done):
+            stages.train(claim)
+    assert len(done) == len(planned)
+    expect_sound_resumes(run)
+    expect_exact_ledger(run)
+    assert not processes_of(run)
+
+
+def losses(run: DrilledRun) -> list[float]:
+    return [event["loss"] for event in surviving_steps(run.events())]
+
+
+def lives(run: DrilledRun) -> list[tuple[int, int]]:
+    return [(event["nodes"], event["data"]) for event in run.events("life_started")]
+
+
+@pytest.fixture(scope="module")
+def expected(small_job: SmallJob, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """What a run to which nothing happens computes."""
+    return undisturbed_losses(small_job, tmp_path_factory.mktemp("undisturbed"), NUM_STEPS)
+
+
+def undisturbed_losses(small_job: SmallJob, folder: Path, num_steps: int) -> list[float]:
+    run = small_job.new_run(folder, num_steps, LAYOUT)
+    assert subprocess.run(run.command, capture_output=True, timeout=drill.PATIENCE_SECONDS, check=False).returncode == 0
+    return losses(run)
+
+
+def drain(cluster: Machines, agents: Fleet, slot: int) -> Callable[[DrilledRun], bool]:
+    """As `ray drain-node` does, which takes 127.0.0.1 for another address of the machine."""
+
+    def do(_: DrilledRun) -> bool:
+        gcs = GcsClient(address=cluster.address)
+        deadline_ms = time.time_ns() // 1_000_000 + 60_000
+        preemption = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
+        is_accepted, why_not = gcs.drain_node(str(agents.machine_of(slot)), preemption, "drill", deadline_ms)
+        assert is_accepted, why_not
+        return True
+
+    return do
+
+
+def lose(cluster: Machines, agents: Fleet, slot: int) -> Callable[[DrilledRun], bool]:
+    def do(_: DrilledRun) -> bool:
+        cluster.kill(str(agents.machine_of(slot)))
+        return True
+
+    return do
+
+
+def add(cluster: Machines) -> Callable[[DrilledRun], bool]:
+    def do(_: DrilledRun) -> bool:
+        cluster.start()
+        return True
+
+    return do
+
+
+def wake_when(is_time: Callable[[], bool]) -> Callable[[DrilledRun], bool]:
+    """Have rank 0 go on, that was stopped so that the run does not end meanwhile."""
+
+    def do(run: DrilledRun) -> bool:
+        pid = find(run, "rank")
+        if not is_time() or pid is None:
+            return False
+        os.kill(pid, signal.SIGCONT)
+        return True
+
+    return do
+
+
+def test_a_run_shrinks_to_the_machines_there_are_and_grows_with_them(small_job: SmallJob, tmp_path: Path) -> None:
+    """The ledger is exact over all sizes, and the losses are those of one process, as they are in any layout."""
+    num_steps = 100
+    run = small_job.new_run(
+        tmp_path, num_steps, LAYOUT, launch={"nodes": 2}, supervise={"patience_seconds": 1.0, "grow_seconds": 0.5}
+    )
+    with machines(2) as cluster:
+        train(
+            run,
+            cluster,
+            lambda agents: [
+                Deed("lose a machine", lose(cluster, agents, 1), "event step", 4),
+                kill("rank", "event training_started", number=signal.SIGSTOP),
+                Deed("add one", add(cluster), "event step", 0),
+                Deed("go on", wake_when(lambda: agents.machine_of(1) is not None), "event step", 0),
+            ],
+        )
+    assert lives(run) == [(2, 2), (1, 1), (2, 2)]
+    assert losses(run) == pytest.approx(undisturbed_losses(small_job, tmp_path / "undisturbed", num_steps), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_spare_takes_the_place_of_a_machine_that_is_lost(
+    small_job: SmallJob, expected: list[float], tmp_path: Path
+) -> None:
+    run = small_job.new_run(tmp_path, NUM_STEPS, LAYOUT, launch={"nodes": 2, "spares": 1})
+    with machines(3) as cluster:
+        train(run, cluster, lambda agents: [Deed("lose a machine", lose(cluster, agents, 0), "event step", 4)])
+    assert lives(run) == [(2, 2), (2, 2)] and losses(run) == expected
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_to_be_drained_is_left_in_time(
+    small_job: SmallJob, expected: list[float], tmp_path: Path
+) -> None:
+    run = small_job.new_run(tmp_path, NUM_STEPS, LAYOUT, launch={"nodes": 2, "spares": 1})
+    with machines(3) as cluster:
+        train(
+            run,
+            cluster,
+            lambda agents: [
+                kill("rank", "event step", 4, number=signal.SIGSTOP),
+                Deed("drain", drain(cluster, agents, 1), "event step", 0),
+                Deed("go on", wake_when(run.run_dir.stop_path.exists), "event step", 0),
+            ],
+        )
+    (asked,) = run.events("preempted")
+    assert asked["step"] == asked["saved_step"] and "is to be drained" in asked["reason"]
+    assert run.events("training_started")[-1]["step"] == asked["step"] and not run.events("life_failed")
+    assert lives(run) == [(2, 2), (2, 2)] and losses(run) == expected
