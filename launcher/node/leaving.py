@@ -1,9 +1,11 @@
-"""A machine that is to go away: ask the run that works on it to save and end, and wait until it has.
+"""A machine that is to go away: let the run that works on it know, and wait until it has left the machine.
 
     python -m launcher.node.leaving RUN_DIR SECONDS
 
-A pod's preStop hook runs this, while everything in the pod still lives. It returns at once where nothing of the run is
-at work, as after its end.
+A pod's preStop hook runs this, while everything in the pod still lives. Where the driver is, it is asked to end the
+run. Elsewhere Ray is told that its node here is to be drained, and the run saves, leaves the machine and goes on with
+others.
+Where nothing of the run is at work, as after its end, there is nothing to wait for.
 """
 
 import os
@@ -27,25 +29,65 @@ class Process:
     arguments: Sequence[str]
 
 
-def leave(run_dir: RunDir, seconds: float, find: Callable[[], Sequence[Process]]) -> bool:
-    """Ask whatever of the run is at work here, once; returns whether it has ended within `seconds`."""
+@dataclass(frozen=True)
+class RayNode:
+    """Ray's part of this machine."""
+
+    gcs_address: str
+    id: str
+    """Hex."""
+
+
+Drain = Callable[[RayNode, float], None]
+"""Tell Ray that a node will be gone in so many seconds."""
+
+
+def leave(run_dir: RunDir, seconds: float, find: Callable[[], Sequence[Process]], drain: Drain) -> bool:
+    """Announce it to whatever of the run is at work here; returns whether that has ended within `seconds`."""
     deadline = time.monotonic() + seconds
-    here = _of_run(run_dir, find())
-    for process in here:
-        if _is_driver(process):
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
-    if here and run_dir.path.is_dir():
-        run_dir.stop_path.touch()  # for the driver, which may be on another machine
+    found = find()
+    here = _of_run(run_dir, found)
+    drivers, node = [process for process in here if _is_driver(process)], ray_node(found)
+    for driver in drivers:
+        with suppress(ProcessLookupError):
+            os.kill(driver.pid, signal.SIGTERM)
+    if here and not drivers and node is not None:
+        drain(node, seconds)
     while here and time.monotonic() < deadline:
         time.sleep(_LOOK_SECONDS)
         here = _of_run(run_dir, find())
     return not here
 
 
+def drain_with_ray(node: RayNode, seconds: float) -> None:
+    """As `ray drain-node` does for a spot machine's notice.
+
+    Raises:
+        RuntimeError: Ray refuses.
+    """
+    import ray  # only where there is something to leave: it takes a second
+    from ray.core.generated import autoscaler_pb2
+
+    deadline_ms = int((time.time() + seconds) * 1000)
+    gcs = ray._raylet.GcsClient(address=node.gcs_address)
+    reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
+    is_accepted, why_not = gcs.drain_node(node.id, reason, "the pod ends", deadline_ms)
+    if not is_accepted:
+        raise RuntimeError(f"Ray does not drain node {node.id}: {why_not}")
+
+
 def processes() -> list[Process]:
     """Those that this user may look at."""
     return list(_processes())
+
+
+def ray_node(found: Sequence[Process]) -> RayNode | None:
+    """By the arguments of its raylet, of which a pod has one."""
+    for process in found:
+        if os.path.basename(process.arguments[0]) == "raylet":
+            flags = dict(each.split("=", 1) for each in process.arguments if each.startswith("--") and "=" in each)
+            return RayNode(flags["--gcs-address"], flags["--node_id"])
+    return None
 
 
 def _processes() -> Iterator[Process]:
@@ -77,4 +119,4 @@ def _is_rank_of(process: Process, run_dir: RunDir) -> bool:
 
 if __name__ == "__main__":
     folder, wait_seconds = RunDir(Path(sys.argv[1])), float(sys.argv[2])
-    sys.exit(0 if leave(folder, wait_seconds, processes) else 1)
+    sys.exit(0 if leave(folder, wait_seconds, processes, drain_with_ray) else 1)

@@ -1,4 +1,4 @@
-"""A machine that is to leave asks the run's driver to end, and waits for it; other runs are none of its business."""
+"""A machine that is to leave tells the run that works on it, and waits for it; other runs are none of its business."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.node.leaving import Process, leave, processes
+from launcher.node.leaving import Process, RayNode, leave, processes, ray_node
 from trainer.run_dir import RunDir
 
 FORK_SERVER = "from launcher.node.fork_server import serve; serve()"
@@ -61,10 +61,10 @@ def driver(start: Start, folder: Path, run_dir: Path) -> subprocess.Popen[bytes]
 
 
 def ranks(start: Start, folder: Path, run_dir: RunDir) -> subprocess.Popen[bytes]:
-    """A process with the arguments of a run's ranks, which ends when the run is asked to stop."""
+    """A process with the arguments of a run's ranks, which ends when its node is drained."""
     told = f'{{"logs": "{run_dir.logs}"}}'
     ready = folder / "ranks.ready"
-    return start("-c", RANKS, FORK_SERVER, told, ready, run_dir.stop_path, ready=ready)
+    return start("-c", RANKS, FORK_SERVER, told, ready, folder / "drained", ready=ready)
 
 
 def only(*started: subprocess.Popen[bytes]) -> Callable[[], Sequence[Process]]:
@@ -74,9 +74,24 @@ def only(*started: subprocess.Popen[bytes]) -> Callable[[], Sequence[Process]]:
     def find() -> Sequence[Process]:
         for process in started:
             process.poll()  # else its arguments stay
-        return [process for process in processes() if process.pid in ids and process.arguments != [""]]
+        return [RAYLET, *(each for each in processes() if each.pid in ids and each.arguments != [""])]
 
     return find
+
+
+RAYLET = Process(0, ["/opt/ray/core/src/ray/raylet/raylet", "--x", "--node_id=c0ffee", "--gcs-address=10.0.0.1:6379"])
+
+
+class Ray:
+    """Whom it is told of nodes that leave; what lives on them ends then."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.told: list[tuple[RayNode, float]] = []
+
+    def drain(self, node: RayNode, seconds: float) -> None:
+        self.told.append((node, seconds))
+        (self._folder / "drained").touch()
 
 
 def made(path: Path) -> RunDir:
@@ -85,32 +100,36 @@ def made(path: Path) -> RunDir:
 
 
 def test_the_driver_is_asked_and_waited_for(start: Start, tmp_path: Path) -> None:
-    run_dir = made(tmp_path / "runs" / "one")
+    run_dir, ray = made(tmp_path / "runs" / "one"), Ray(tmp_path)
     mine = driver(start, tmp_path / "bin", run_dir.path)
-    assert leave(run_dir, DEADLINE_SECONDS, only(mine))
-    assert mine.wait() == 75
+    assert leave(run_dir, DEADLINE_SECONDS, only(mine), ray.drain)
+    assert mine.wait() == 75 and not ray.told
 
 
-def test_ranks_are_asked_through_the_folder_of_the_run(start: Start, tmp_path: Path) -> None:
-    run_dir = made(tmp_path / "runs" / "one")
+def test_ray_is_told_where_there_are_ranks_alone(start: Start, tmp_path: Path) -> None:
+    run_dir, ray = made(tmp_path / "runs" / "one"), Ray(tmp_path)
     mine = ranks(start, tmp_path, run_dir)
-    assert leave(run_dir, DEADLINE_SECONDS, only(mine))
-    assert mine.wait() == 0 and run_dir.stop_path.exists()
+    assert leave(run_dir, DEADLINE_SECONDS, only(mine), ray.drain)
+    assert mine.wait() == 0
+    assert ray.told == [(RayNode("10.0.0.1:6379", "c0ffee"), DEADLINE_SECONDS)]
 
 
 def test_nobody_is_waited_for_longer_than_told(start: Start, tmp_path: Path) -> None:
     run_dir = made(tmp_path / "runs" / "one")
     mine = ranks(start, tmp_path, run_dir)
     os.kill(mine.pid, signal.SIGSTOP)
-    assert not leave(run_dir, 0.5, only(mine))
+    assert not leave(run_dir, 0.5, only(mine), Ray(tmp_path).drain)
 
 
-def test_where_nothing_is_at_work_nothing_is_asked_nor_waited_for(start: Start, tmp_path: Path) -> None:
-    run_dir, other = made(tmp_path / "runs" / "one"), made(tmp_path / "runs" / "one-more")
+def test_where_nothing_is_at_work_nobody_is_told_nor_waited_for(start: Start, tmp_path: Path) -> None:
+    run_dir, other, ray = made(tmp_path / "runs" / "one"), made(tmp_path / "runs" / "one-more"), Ray(tmp_path)
     others = driver(start, tmp_path / "bin", other.path), ranks(start, tmp_path, other)
-    assert leave(run_dir, 0.0, only(*others))
-    assert not run_dir.stop_path.exists() and not other.stop_path.exists()
-    assert [process.poll() for process in others] == [None, None]
+    assert leave(run_dir, 0.0, only(*others), ray.drain)
+    assert not ray.told and [process.poll() for process in others] == [None, None]
+
+
+def test_a_machine_without_ray_has_no_node() -> None:
+    assert ray_node([Process(1, ["bash"]), Process(2, [""])]) is None
 
 
 def test_a_pod_that_never_saw_its_run_leaves_at_once(tmp_path: Path) -> None:
