@@ -26,6 +26,7 @@ _LOOK_SECONDS = 0.2
 @dataclass(frozen=True)
 class Process:
     pid: int
+    parent: int
     arguments: Sequence[str]
 
 
@@ -55,7 +56,8 @@ def leave(run_dir: RunDir, seconds: float, find: Callable[[], Sequence[Process]]
         drain(node, seconds)
     while here and time.monotonic() < deadline:
         time.sleep(_LOOK_SECONDS)
-        here = _of_run(run_dir, find())
+        # The driver takes its request back when what the ranks have left is saved, by services after them.
+        here = _of_run(run_dir, find()) or (here if run_dir.stop_path.exists() else [])
     return not here
 
 
@@ -94,12 +96,18 @@ def _processes() -> Iterator[Process]:
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # gone by now
             arguments = Path("/proc", name, "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-            yield Process(int(name), [argument.decode(errors="replace") for argument in arguments])
+            parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1]
+            yield Process(int(name), int(parent), [argument.decode(errors="replace") for argument in arguments])
 
 
 def _of_run(run_dir: RunDir, found: Sequence[Process]) -> list[Process]:
-    """Its driver, and fork servers and ranks, whose arguments name the folder of its logs."""
-    return [process for process in found if _is_driver_of(process, run_dir) or _is_rank_of(process, run_dir)]
+    """Its driver and its ranks, which are the children of fork servers: those stay warm on a machine that is left."""
+    servers = {process.pid for process in found if _is_forked_or_server_of(process, run_dir)}
+    return [
+        process
+        for process in found
+        if _is_driver_of(process, run_dir) or (process.pid in servers and process.parent in servers)
+    ]
 
 
 def _is_driver(process: Process) -> bool:
@@ -111,7 +119,8 @@ def _is_driver_of(process: Process, run_dir: RunDir) -> bool:
     return _is_driver(process) and any(Path(each).resolve() == run_dir.path.resolve() for each in process.arguments)
 
 
-def _is_rank_of(process: Process, run_dir: RunDir) -> bool:
+def _is_forked_or_server_of(process: Process, run_dir: RunDir) -> bool:
+    """By arguments, which ranks have from the server that they were forked from, and which name the run's logs."""
     return any("launcher.node.fork_server" in argument for argument in process.arguments) and any(
         f'"{run_dir.logs.resolve()}"' in argument for argument in process.arguments
     )

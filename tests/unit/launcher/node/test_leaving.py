@@ -1,7 +1,5 @@
 """A machine that is to leave tells the run that works on it, and waits for it; other runs are none of its business."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,10 +22,15 @@ while not asked:
 sys.exit(75)
 """
 RANKS = """
-import pathlib, sys, time
-pathlib.Path(sys.argv[3]).touch()
-while not pathlib.Path(sys.argv[4]).exists():
-    time.sleep(0.01)
+import os, pathlib, sys, time
+server = os.getpid()
+if os.fork() == 0:
+    pathlib.Path(sys.argv[3]).touch()
+    while os.getppid() == server and not pathlib.Path(sys.argv[4]).exists():
+        time.sleep(0.01)
+    os._exit(0)
+os.wait()
+time.sleep(600)
 """
 DEADLINE_SECONDS = 60.0
 
@@ -61,25 +64,27 @@ def driver(start: Start, folder: Path, run_dir: Path) -> subprocess.Popen[bytes]
 
 
 def ranks(start: Start, folder: Path, run_dir: RunDir) -> subprocess.Popen[bytes]:
-    """A process with the arguments of a run's ranks, which ends when its node is drained."""
+    """A fork server by its arguments, which stays, and a rank forked from it, which ends when its node is drained."""
     told = f'{{"logs": "{run_dir.logs}"}}'
     ready = folder / "ranks.ready"
     return start("-c", RANKS, FORK_SERVER, told, ready, folder / "drained", ready=ready)
 
 
 def only(*started: subprocess.Popen[bytes]) -> Callable[[], Sequence[Process]]:
-    """The processes of this machine that a pod would have: those that live of these."""
+    """The processes of this machine that a pod would have: those that live of these, and their children."""
     ids = {process.pid for process in started}
 
     def find() -> Sequence[Process]:
         for process in started:
             process.poll()  # else its arguments stay
-        return [RAYLET, *(each for each in processes() if each.pid in ids and each.arguments != [""])]
+        return [RAYLET, *(each for each in processes() if ids & {each.pid, each.parent} and each.arguments != [""])]
 
     return find
 
 
-RAYLET = Process(0, ["/opt/ray/core/src/ray/raylet/raylet", "--x", "--node_id=c0ffee", "--gcs-address=10.0.0.1:6379"])
+RAYLET = Process(
+    0, 0, ["/opt/ray/core/src/ray/raylet/raylet", "--node_id=c0ffee", "--gcs-address=10.0.0.1:6379"]
+)
 
 
 class Ray:
@@ -110,15 +115,22 @@ def test_ray_is_told_where_there_are_ranks_alone(start: Start, tmp_path: Path) -
     run_dir, ray = made(tmp_path / "runs" / "one"), Ray(tmp_path)
     mine = ranks(start, tmp_path, run_dir)
     assert leave(run_dir, DEADLINE_SECONDS, only(mine), ray.drain)
-    assert mine.wait() == 0
+    assert mine.poll() is None  # the server stays
     assert ray.told == [(RayNode("10.0.0.1:6379", "c0ffee"), DEADLINE_SECONDS)]
 
 
 def test_nobody_is_waited_for_longer_than_told(start: Start, tmp_path: Path) -> None:
     run_dir = made(tmp_path / "runs" / "one")
     mine = ranks(start, tmp_path, run_dir)
-    os.kill(mine.pid, signal.SIGSTOP)
-    assert not leave(run_dir, 0.5, only(mine), Ray(tmp_path).drain)
+    assert not leave(run_dir, 0.5, only(mine), lambda *_: None)
+
+
+def test_what_ranks_have_left_is_waited_for(start: Start, tmp_path: Path) -> None:
+    """The driver takes its request back when it is saved."""
+    run_dir, ray = made(tmp_path / "runs" / "one"), Ray(tmp_path)
+    mine = ranks(start, tmp_path, run_dir)
+    run_dir.stop_path.touch()
+    assert not leave(run_dir, 1.0, only(mine), ray.drain) and ray.told
 
 
 def test_where_nothing_is_at_work_nobody_is_told_nor_waited_for(start: Start, tmp_path: Path) -> None:
@@ -129,7 +141,7 @@ def test_where_nothing_is_at_work_nobody_is_told_nor_waited_for(start: Start, tm
 
 
 def test_a_machine_without_ray_has_no_node() -> None:
-    assert ray_node([Process(1, ["bash"]), Process(2, [""])]) is None
+    assert ray_node([Process(1, 0, ["bash"]), Process(2, 1, [""])]) is None
 
 
 def test_a_pod_that_never_saw_its_run_leaves_at_once(tmp_path: Path) -> None:
