@@ -55,7 +55,7 @@ def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict
     head, worker = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
     spec["entrypoint"] = f"broadgauge run {CONFIG_PATH} --run-dir {_checked(run_dir)} --ray auto"
     cluster["rayVersion"] = version("ray")
-    worker["replicas"] = worker["minReplicas"] = worker["maxReplicas"] = config.launch.nodes
+    worker["replicas"] = worker["minReplicas"] = worker["maxReplicas"] = config.launch.nodes + config.launch.spares
     with_gpus = wants_gpus(worker["template"], config)
     _fill(head, names.labels(name), sizes.head(config), config, run_dir)
     _fill(worker, names.labels(name), sizes.machine(config, with_gpus), config, run_dir)

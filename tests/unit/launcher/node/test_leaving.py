@@ -82,9 +82,7 @@ def only(*started: subprocess.Popen[bytes]) -> Callable[[], Sequence[Process]]:
     return find
 
 
-RAYLET = Process(
-    0, 0, ["/opt/ray/core/src/ray/raylet/raylet", "--node_id=c0ffee", "--gcs-address=10.0.0.1:6379"]
-)
+RAYLET = Process(0, 0, ["/opt/ray/core/src/ray/raylet/raylet", "--node_id=c0ffee", "--gcs-address=10.0.0.1:6379"])
 
 
 class Ray:

@@ -46,15 +46,16 @@ def shared_memory(group: dict[str, Any]) -> str:
 
 
 runs = st.builds(
-    lambda nodes, ranks, threads, device, grace, name, prompt: config(
+    lambda nodes, spares, ranks, threads, device, grace, name, prompt: config(
         name=name,
         parallel={"data": nodes * ranks},
         train={"global_batch_size": nodes * ranks, "micro_batch_size": 1},
-        launch={"nodes": nodes, "threads_per_rank": threads, "device": device},
+        launch={"nodes": nodes, "spares": spares, "threads_per_rank": threads, "device": device},
         checkpoint={"grace_seconds": grace},
         generate={"prompt": prompt},
     ),
     st.integers(1, 9),
+    st.integers(0, 3),
     st.integers(1, 8),
     st.none() | st.integers(1, 16),
     st.sampled_from(["auto", "cpu", "cuda"]),
@@ -70,7 +71,9 @@ def test_every_derived_field_follows_the_config(run: RunConfig) -> None:
     job = rendered(run)
     head, worker = groups(job)
     ranks = run.parallel.num_ranks // run.launch.nodes
-    assert [worker[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [run.launch.nodes] * 3
+    assert [worker[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [
+        run.launch.nodes + run.launch.spares
+    ] * 3
     limits = container(worker)["resources"]["limits"]
     assert limits == container(worker)["resources"]["requests"]
     assert limits.get(GPU) == (str(ranks) if run.launch.device == "cuda" else None)
