@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from launcher.submit.kubernetes import template
 
 ROOT = Path(__file__).parents[1]
 IN_CI = bool(os.environ.get("CI"))
+
+_START_SECONDS = 120.0
 
 OVERLAYS = ("cpu-kind", "h100-ib", "spot")
 
@@ -53,13 +56,18 @@ def _crd_files(folder: Path) -> dict[tuple[str, str], Path]:
 
 
 @cache
+def _crd(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+@cache
 def _schema(folder: Path, api_version: str, kind: str) -> dict[str, Any]:
     """In which no unknown field is allowed."""
     group, _, version = api_version.partition("/")
-    crd = yaml.load(_crd_files(folder)[group, kind].read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    crd = _crd(_crd_files(folder)[group, kind])
     (schema,) = (each["schema"] for each in crd["spec"]["versions"] if each["name"] == version)
-    schema["openAPIV3Schema"]["properties"]["metadata"] = {"type": "object"}
-    return _strict(schema["openAPIV3Schema"])
+    strict: dict[str, Any] = _strict(schema["openAPIV3Schema"])
+    return {**strict, "properties": {**strict["properties"], "metadata": {"type": "object"}}}
 
 
 def _strict(schema: Any) -> Any:
@@ -105,15 +113,43 @@ class ApiServer:
     def __init__(self, scripts: Path, folder: Path, crds: list[Path]) -> None:
         need_tool("kubectl", "openssl", "curl", "xz")
         self._scripts, self._folder = scripts, folder
-        command = [str(scripts / "start"), str(folder), *map(str, crds)]
-        started = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        if started.returncode:
+        try:
+            self.kubeconfig = Path(_output(str(scripts / "start"), str(folder)).split()[-1])
+            for crd in crds:
+                self._kubectl("apply", "--server-side", "-f", str(crd))
+            for crd in crds:
+                self._wait_until_served(crd)
+        except BaseException:
             self.stop()
-            raise RuntimeError(f"{' '.join(command)} failed: {started.stderr}")
-        self.kubeconfig = Path(started.stdout.split()[-1])
+            raise
 
     def stop(self) -> None:
         subprocess.run([str(self._scripts / "stop"), str(self._folder)], check=False, timeout=30)
+
+    def _wait_until_served(self, crd: Path) -> None:
+        spec = _crd(crd)["spec"]
+        versions = [each["name"] for each in spec["versions"] if each["served"]]
+        deadline = time.monotonic() + _START_SECONDS
+        for version in versions:
+            while True:
+                try:
+                    self._kubectl("get", "--raw", f"/apis/{spec['group']}/{version}/{spec['names']['plural']}")
+                    break
+                except RuntimeError:  # it takes a moment after the CRD
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.1)
+
+    def _kubectl(self, *arguments: str) -> None:
+        cache = f"--cache-dir={self._folder / 'kube-cache'}"
+        _output("kubectl", f"--kubeconfig={self.kubeconfig}", cache, *arguments)
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_START_SECONDS, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
+    return done.stdout
 
 
 def api_server(folder: Path, *crds: str) -> ApiServer:
