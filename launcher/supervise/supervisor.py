@@ -143,6 +143,7 @@ class Supervisor:
                     self._watch.step_took(event["seconds"])
 
     def _notices(self) -> Iterator[Event]:
+        self._preemption.look_for_file()
         if self._preemption.reason is not None and not self._was_asked:
             self._was_asked = True
             yield EndAsked(self._preemption.reason)
