@@ -27,7 +27,7 @@ _LOOPBACK = {
 
 
 class RayHead:
-    """A running head. Its jobs run in an environment without this checkout on any path."""
+    """A running head, without this checkout on its PYTHONPATH."""
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(32)
@@ -38,8 +38,14 @@ class RayHead:
         )
         dashboard, client, agent = _free_ports(3)
         self.url = f"http://127.0.0.1:{dashboard}"
-        where = ["--node-ip-address=127.0.0.1", "--port=0", "--dashboard-host=127.0.0.1", f"--temp-dir={self._folder}/r"]
+        where = [
+            "--node-ip-address=127.0.0.1",
+            "--port=0",
+            "--dashboard-host=127.0.0.1",
+            f"--temp-dir={self._folder}/r",
+        ]
         ports = [
+            "--port=0",
             f"--dashboard-port={dashboard}",
             f"--ray-client-server-port={client}",
             f"--dashboard-agent-listen-port={agent}",

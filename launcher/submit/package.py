@@ -34,10 +34,10 @@ def check_paths(config: RunConfig, run_dir: Path) -> None:
         UserError: names the first.
     """
     for key, path in [("--run-dir", str(run_dir)), *_paths(config)]:
-        if not path.startswith(("/", "~")):
+        if not path.startswith("/"):
             raise UserError(
-                f"{key} {path} is relative, and machines of a cluster work from a folder of their own; give the whole "
-                f"path, in a folder that all of them share"
+                f"{key} {path} is no whole path, and machines of a cluster stand in another folder; begin it with /, in "
+                f"a folder that all of them share"
             )
 
 

@@ -74,20 +74,38 @@ def submit(config: RunConfig, run_dir: Path, to: str, *, python: str = "python")
     with cluster.answering():
         last = cluster.newest(config, run_dir)
         if last is not None and last.is_active:
-            raise UserError(f"{last.id} is at work on this run; {cluster.how_to_attend(last)}")
+            raise _is_at_work(cluster, last)
         if last is not None and last.job.status == JobStatus.SUCCEEDED:
             return Submitted(cluster, last, had_succeeded=True)
-        number = last.number + 1 if last is not None else 1
-        job_id = id_of(config.name, run_dir, number)
-        with tempfile.TemporaryDirectory(prefix="broadgauge-") as folder:
-            write_package(config, Path(folder))
+        return _start(cluster, config, run_dir, last.number + 1 if last is not None else 1, python)
+
+
+def _start(cluster: "Cluster", config: RunConfig, run_dir: Path, number: int, python: str) -> Submitted:
+    """Make the run's n-th attempt.
+
+    Raises:
+        UserError: somebody has made it a moment ago.
+    """
+    job_id = id_of(config.name, run_dir, number)
+    with tempfile.TemporaryDirectory(prefix="broadgauge-") as folder:
+        write_package(config, Path(folder))
+        try:
             cluster.client.submit_job(
                 entrypoint=_entrypoint(python, run_dir),
                 submission_id=job_id,
                 runtime_env={"working_dir": folder, "env_vars": _stop_env(config)},
                 metadata={"run": config.name, "run_dir": str(run_dir)},
             )
-        return Submitted(cluster, Attempt(number, cluster.client.get_job_info(job_id)))
+        except RuntimeError:
+            last = cluster.newest(config, run_dir)
+            if last is None or last.number < number:
+                raise
+            raise _is_at_work(cluster, last) from None
+    return Submitted(cluster, Attempt(number, cluster.client.get_job_info(job_id)))
+
+
+def _is_at_work(cluster: "Cluster", attempt: Attempt) -> UserError:
+    return UserError(f"{attempt.id} is at work on this run; {cluster.how_to_attend(attempt)}")
 
 
 def follow(submitted: Submitted, show: Callable[[str], object], *, patience_seconds: float = 60.0) -> bool:
@@ -108,9 +126,9 @@ def follow(submitted: Submitted, show: Callable[[str], object], *, patience_seco
     except KeyboardInterrupt:
         show(f"\nno longer following; the job goes on: {cluster.how_to_attend(submitted.attempt)}\n")
         return False
-    with cluster.answering():
-        logs = cluster.client.get_job_logs(job_id)
-    check_end(Attempt(submitted.attempt.number, job), logs)
+    if job.status != JobStatus.SUCCEEDED:
+        with cluster.answering():
+            check_end(Attempt(submitted.attempt.number, job), cluster.client.get_job_logs(job_id))
     return True
 
 

@@ -1,23 +1,28 @@
 """A run handed to a real Ray cluster by its job server: followed, refused, stopped, killed, and gone on with."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed
+from deeds import find
+from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed, processes_of
 from launcher.job.ranks import JobFailed
 from launcher.submit import ray_jobs
 from launcher.submit.ray_jobs import Submitted
 from launcher.verbs.stages import is_finished
 from ray_head import RayHead, client_with
 from trainer.config import UserError
+from trainer.run_dir import RunDir
 from trainer.stop import Preempted
 
 NUM_STEPS = 24
@@ -98,6 +103,9 @@ def test_a_run_that_is_stopped_has_saved_and_goes_on(
     with pytest.raises(UserError, match=f"{first.attempt.id} is at work on this run; follow it with") as refusal:
         submit(run, head)
     assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError) as refused_later:  # somebody who looked a moment before it began
+        ray_jobs._start(first.cluster, run.config, run.run_dir.path, 1, sys.executable)
+    assert str(refused_later.value) == str(refusal.value)
 
     wait_for(lambda: run.events("step"), "no step was done")
     assert ray_jobs.stop(run.config, run.run_dir.path, head.url) == first.attempt.id
@@ -146,3 +154,82 @@ def test_where_no_cluster_is_it_is_one_line(small_job: SmallJob, head: RayHead, 
         f"--to {to}: nothing answers at {to} (Connection refused); start the cluster, or give its dashboard's address, "
         "http://HOST:PORT"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_lost_is_told_and_another_goes_on_from_the_disk(
+    small_job: SmallJob, reference: DrilledRun, tmp_path: Path
+) -> None:
+    """All processes of the head and of the job are killed at once, and what lay in the machine's memory is gone."""
+    run = small_job.new_run(tmp_path, NUM_STEPS)
+    lost = RayHead()
+
+    def lose() -> None:
+        try:
+            wait_for(lambda: run.events("checkpoint_saved"), "nothing was saved")
+        finally:
+            lost.kill()
+
+    killer = threading.Thread(target=lose)
+    with client_with(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=lost.token):
+        first = submit(run, lost)
+        killer.start()
+        with pytest.raises(JobFailed, match=f"lost {first.attempt.id}: .*submit the run again to go on"):
+            ray_jobs.follow(first, lambda text: None, patience_seconds=2)
+        killer.join()
+        with pytest.raises(UserError, match="nothing answers at"):
+            submit(run, lost)
+    assert not processes_of(run)
+    shutil.rmtree(run.room)
+    saved = max(event["step"] for event in run.events("checkpoint_saved"))
+    assert saved < NUM_STEPS
+
+    fresh = RayHead()
+    try:
+        with client_with(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=fresh.token):
+            second = submit(run, fresh)
+            assert second.attempt.id == first.attempt.id  # it knows of no other
+            assert ray_jobs.follow(second, lambda text: None)
+    finally:
+        fresh.kill()
+    started = run.events("training_started")[-1]
+    assert (started["step"], started["tier"]) == (saved, "disk")
+    expect_as_if_undisturbed(run, reference)
+
+
+@pytest.mark.slow
+def test_what_the_run_refuses_is_told_as_if_it_were_started_here(
+    small_job: SmallJob, head: RayHead, tmp_path: Path
+) -> None:
+    run = small_job.new_run(tmp_path)
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied/letter").touch()
+    occupied = replace(run, run_dir=RunDir(tmp_path / "occupied"))
+    submitted = submit(occupied, head)
+    with pytest.raises(UserError, match=f"{submitted.attempt.id}: .*occupied is not empty and holds no config.yaml"):
+        ray_jobs.follow(submitted, lambda text: None)
+    again = ray_jobs.submit(run.config, occupied.run_dir.path, head.url, python="/nowhere/python")
+    assert again.attempt.number == 2
+    with pytest.raises(UserError, match=r"/nowhere/python.*not found; give the full path .* with --python"):
+        ray_jobs.follow(again, lambda text: None)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_has_its_whole_grace_period(
+    small_job: SmallJob, head: RayHead, reference: DrilledRun, tmp_path: Path
+) -> None:
+    """Longer than the 3 s that Ray gives by itself before it kills: here a rank hangs."""
+    run = small_job.new_run(tmp_path, NUM_STEPS, grace_seconds=6.0)
+    first = submit(run, head)
+    wait_for(lambda: run.events("checkpoint_saved"), "nothing was saved")
+    hanging = find(run, "rank", 1)
+    assert hanging is not None
+    os.kill(hanging, signal.SIGSTOP)
+    ray_jobs.stop(run.config, run.run_dir.path, head.url)
+    with pytest.raises(Preempted, match=r"SIGTERM: the ranks did not end in time \(checkpoint.grace_seconds 6\)"):
+        ray_jobs.follow(first, lambda text: None)
+    assert ray_jobs.follow(submit(run, head), lambda text: None)
+    expect_as_if_undisturbed(run, reference)
