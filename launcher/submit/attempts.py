@@ -5,6 +5,7 @@ Pure, so that it needs no cluster.
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,8 @@ def check_end(attempt: Attempt, logs: str) -> None:
     if job.driver_exit_code == _EXIT_USER_ERROR:
         raise UserError(f"{attempt.id}: {said}")
     if job.driver_exit_code == _EXIT_NOT_FOUND:
-        raise UserError(f"{attempt.id}: {said}; give the full path of the cluster's interpreter with --python")
+        missing = shlex.split(job.entrypoint)[1]
+        raise UserError(f"{attempt.id}: the cluster's head has no {missing}; give its interpreter's path with --python")
     if job.driver_exit_code is None:  # then the log does not know of it
         said = " ".join((job.message or "no reason was given").split())
     raise JobFailed(f"{attempt.id}: {said}; submit the run again to go on from its newest checkpoint")

@@ -36,8 +36,8 @@ def check_paths(config: RunConfig, run_dir: Path) -> None:
     for key, path in [("--run-dir", str(run_dir)), *_paths(config)]:
         if not path.startswith("/"):
             raise UserError(
-                f"{key} {path} is no whole path, and machines of a cluster stand in another folder; begin it with /, in "
-                f"a folder that all of them share"
+                f"{key} {path} is no whole path, and the machines of a cluster stand in another folder; begin it with "
+                f"/, in a folder that all of them share"
             )
 
 

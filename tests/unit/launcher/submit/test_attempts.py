@@ -19,7 +19,7 @@ def job(submission_id: str | None, status: JobStatus = JobStatus.RUNNING, code: 
         type=JobType.SUBMISSION,
         submission_id=submission_id,
         status=status,
-        entrypoint="sleep",
+        entrypoint="exec /opt/python -c x",
         driver_exit_code=code,
         message="Job supervisor actor died:\nits node was lost",
     )
@@ -57,8 +57,8 @@ def test_each_end_is_told_apart() -> None:
         end(JobStatus.FAILED, 75, "preempted: node 2 is to be drained")
     with pytest.raises(UserError, match=f"^{FIRST}: no room$"):
         end(JobStatus.FAILED, 2)
-    with pytest.raises(UserError, match=f"^{FIRST}: sh: no python; give the full path of .* with --python$"):
-        end(JobStatus.FAILED, 127, "sh: no python")
+    with pytest.raises(UserError, match=f"^{FIRST}: the cluster's head has no /opt/python; give .* --python$"):
+        end(JobStatus.FAILED, 127, "")
     with pytest.raises(JobFailed, match=f"^{FIRST}: RankFailed: rank 3 died; submit the run again"):
         end(JobStatus.FAILED, 1, "failed: RankFailed: rank 3 died")
     with pytest.raises(JobFailed, match=f"^{FIRST}: Job supervisor actor died: its node was lost; submit"):

@@ -51,13 +51,11 @@ def test_the_package_is_code_and_config_and_runs_apart_from_the_checkout(tmp_pat
 def test_relative_paths_are_refused_by_key(key: str, tree: dict[str, object]) -> None:
     with pytest.raises(UserError) as refusal:
         check_paths(from_tree(tree), RUN_DIR)
-    assert str(refusal.value).startswith(
-        f"{key} is relative, and machines of a cluster work from a folder of their own"
-    )
+    assert str(refusal.value).startswith(f"{key} is no whole path, and the machines of a cluster stand in another")
 
 
 def test_whole_paths_urls_and_what_is_no_path_are_taken() -> None:
     sources = ["/corpus/*.jsonl", "hf:allenai/c4", "https://host/x.txt", "python-stdlib"]
     check_paths(from_tree({"data": {"sources": sources}, "checkpoint": {"upload_to": "s3://bucket/run"}}), RUN_DIR)
-    with pytest.raises(UserError, match="^--run-dir runs/small is no whole path"):
+    with pytest.raises(UserError, match=r"^--run-dir runs/small is no whole path"):
         check_paths(from_tree({}), Path("runs/small"))
