@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ray.job_submission import JobDetails, JobStatus
 
-from launcher.job.ranks import JobFailed
+from launcher.job.failures import JobFailed
 from trainer.config import UserError
 from trainer.stop import Preempted
 

@@ -23,7 +23,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from launcher.job.ranks import JobFailed
+from launcher.job.failures import JobFailed
 from launcher.submit.attempts import Attempt, check_end, id_of, newest
 from launcher.submit.package import CONFIG_NAME, check_paths, write_package
 from trainer.config import RunConfig, UserError

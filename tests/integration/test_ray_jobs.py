@@ -16,7 +16,7 @@ import pytest
 
 from deeds import find
 from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed, processes_of
-from launcher.job.ranks import JobFailed
+from launcher.job.failures import JobFailed
 from launcher.submit import ray_jobs
 from launcher.submit.ray_jobs import Submitted
 from launcher.verbs.stages import is_finished
