@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
-from launcher.job.ranks import JobFailed
+from launcher.job.failures import JobFailed
 from launcher.submit.attempts import Attempt, check_end, id_of, newest
 from trainer.config import UserError
 from trainer.stop import Preempted
