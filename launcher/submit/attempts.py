@@ -17,8 +17,8 @@ from trainer.config import UserError
 from trainer.stop import Preempted
 
 _EXIT_USER_ERROR, _EXIT_PREEMPTED, _EXIT_NOT_FOUND = 2, 75, 127
-_PREFIXES = re.compile(r"^(error|failed|preempted): ")
-"""With which the command line begins its last words."""
+_LAST_WORDS = re.compile(r"^(?:error|failed|preempted): (.*)", flags=re.MULTILINE)
+"""How the command line says why it ends."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,20 @@ def check_end(attempt: Attempt, logs: str) -> None:
         UserError: it was refused something that the user can mend.
         JobFailed: it failed.
     """
-    job, said = attempt.job, _last_words(logs)
+    job, code = attempt.job, attempt.job.driver_exit_code
+    words = _LAST_WORDS.findall(logs)
+    said = words[-1] if words else ""
     if job.status == JobStatus.SUCCEEDED:
         return
-    if job.status == JobStatus.STOPPED or job.driver_exit_code == _EXIT_PREEMPTED:
+    if job.status == JobStatus.STOPPED or code == _EXIT_PREEMPTED:
         raise Preempted(f"{attempt.id} {said or 'was stopped'}; submit the run again to go on")
-    if job.driver_exit_code == _EXIT_USER_ERROR:
+    if code == _EXIT_USER_ERROR and said:
         raise UserError(f"{attempt.id}: {said}")
-    if job.driver_exit_code == _EXIT_NOT_FOUND:
+    if code == _EXIT_NOT_FOUND:
         missing = shlex.split(job.entrypoint)[1]
         raise UserError(f"{attempt.id}: the cluster's head has no {missing}; give its interpreter's path with --python")
-    if job.driver_exit_code is None:  # then the log does not know of it
+    if code is None:  # then the log does not know of it
         said = " ".join((job.message or "no reason was given").split())
-    raise JobFailed(f"{attempt.id}: {said}; submit the run again to go on from its newest checkpoint")
-
-
-def _last_words(logs: str) -> str:
-    lines = logs.strip().splitlines()
-    return _PREFIXES.sub("", lines[-1]) if lines else ""
+    raise JobFailed(
+        f"{attempt.id}: {said or f'exit code {code}'}; submit the run again to go on from its newest checkpoint"
+    )

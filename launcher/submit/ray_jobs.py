@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -30,6 +31,7 @@ from trainer.config import RunConfig, UserError
 
 _DASHBOARD_PORT = 8265  # Ray's default
 _ANSWER_SECONDS = 10.0  # that a cluster may take to accept a connection
+_SILENCE_SECONDS = 60.0  # that it may take to answer
 _POLL_SECONDS = 0.5
 _ENDING_SECONDS = 60.0  # for a run to leave nothing behind after its grace period
 _PROGRAM = "from launcher.cli.main import main; main()"
@@ -122,48 +124,70 @@ def follow(submitted: Submitted, show: Callable[[str], object], *, patience_seco
     if submitted.had_succeeded:
         return True
     try:
-        job = asyncio.run(_follow(cluster.client, job_id, show, patience_seconds))
+        job, printed = asyncio.run(_follow(cluster.client, job_id, show, patience_seconds))
     except KeyboardInterrupt:
         show(f"\nno longer following; the job goes on: {cluster.how_to_attend(submitted.attempt)}\n")
         return False
-    if job.status != JobStatus.SUCCEEDED:
-        with cluster.answering():
-            check_end(Attempt(submitted.attempt.number, job), cluster.client.get_job_logs(job_id))
+    check_end(Attempt(submitted.attempt.number, job), printed)
     return True
 
 
 async def _follow(
     client: JobSubmissionClient, job_id: str, show: Callable[[str], object], patience_seconds: float
-) -> JobDetails:
-    shown, answered = 0, time.monotonic()
-    while True:
-        with suppress(aiohttp.ClientError, OSError, RuntimeError):  # the connection broke: what follows finds out why
+) -> tuple[JobDetails, str]:
+    """The job when it has ended, and all that it has printed."""
+    shown = 0
+
+    async def tail() -> None:
+        nonlocal shown
+        while True:
             async for position, text in _log(client, job_id):
                 if position > shown:
                     show(text[shown - position :])
                     shown = position
+            await asyncio.sleep(_POLL_SECONDS)
+
+    ending, tailing = asyncio.create_task(_ended(client, job_id, patience_seconds)), asyncio.create_task(tail())
+    try:
+        await asyncio.wait((ending, tailing), return_when=asyncio.FIRST_COMPLETED)
+        if tailing.done():
+            tailing.result()  # raises: `show` did
+        job, printed = await ending
+    finally:
+        ending.cancel()
+        tailing.cancel()
+    show(printed[shown:])
+    return job, printed
+
+
+async def _log(client: JobSubmissionClient, job_id: str) -> AsyncIterator[tuple[int, str]]:
+    """What the job prints, from the beginning, each piece with the number of characters up to its end."""
+    position = 0
+    with suppress(aiohttp.ClientError, OSError, RuntimeError):  # the connection broke: `_ended` finds out why
+        async with aclosing(client.tail_job_logs(job_id)) as pieces:
+            async for text in pieces:
+                position += len(text)
+                yield position, text
+
+
+async def _ended(client: JobSubmissionClient, job_id: str, patience_seconds: float) -> tuple[JobDetails, str]:
+    """Raises:
+    JobFailed: the cluster does not answer for too long, or knows nothing of the job.
+    """
+    answered = time.monotonic()
+    while True:
         try:
             job = client.get_job_info(job_id)
             answered = time.monotonic()
+            if job.status.is_terminal():
+                return job, client.get_job_logs(job_id)
         except (OSError, RuntimeError) as error:
             if time.monotonic() - answered > patience_seconds:
                 raise JobFailed(
                     f"lost {job_id}: the cluster does not answer, or does not know it ({_first_line(error)}); when it "
                     f"is back, submit the run again to go on from its newest checkpoint"
                 ) from error
-        else:
-            if job.status.is_terminal():
-                return job
         await asyncio.sleep(_POLL_SECONDS)
-
-
-async def _log(client: JobSubmissionClient, job_id: str) -> AsyncIterator[tuple[int, str]]:
-    """What the job prints, from the beginning, each piece with the number of characters up to its end."""
-    position = 0
-    async with aclosing(client.tail_job_logs(job_id)) as pieces:
-        async for text in pieces:
-            position += len(text)
-            yield position, text
 
 
 def stop(config: RunConfig, run_dir: Path, to: str) -> str:
@@ -197,6 +221,13 @@ def _stop_env(config: RunConfig) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------- a cluster
 
 
+class _Client(JobSubmissionClient):
+    """Ray's, which would wait for ever for a machine that is gone."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, timeout=_SILENCE_SECONDS, **options)
+
+
 @dataclass(frozen=True)
 class Cluster:
     """The job server of a cluster's dashboard."""
@@ -220,7 +251,7 @@ class Cluster:
                 f"dashboard's address, http://HOST:PORT"
             ) from error
         with _speaking_to(url), _without_overrides():
-            return cls(url, JobSubmissionClient(url))
+            return cls(url, _Client(url))
 
     @contextmanager
     def answering(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from trainer.config import UserError
 from trainer.run_dir import RunDir
 from trainer.stop import Preempted
 
-NUM_STEPS = 24
+NUM_STEPS = 16
 PATIENCE_SECONDS = 120  # only a broken program waits this long
 pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 
@@ -232,4 +232,20 @@ def test_a_stopped_run_has_its_whole_grace_period(
     with pytest.raises(Preempted, match=r"SIGTERM: the ranks did not end in time \(checkpoint.grace_seconds 6\)"):
         ray_jobs.follow(first, lambda text: None)
     assert ray_jobs.follow(submit(run, head), lambda text: None)
+    expect_as_if_undisturbed(run, reference)
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_leaves_nothing_at_work_and_the_run_goes_on(
+    small_job: SmallJob, head: RayHead, reference: DrilledRun, tmp_path: Path
+) -> None:
+    run = small_job.new_run(tmp_path, NUM_STEPS)
+    first = submit(run, head)
+    wait_for(lambda: run.events("checkpoint_saved"), "nothing was saved")
+    (driver,) = [pid for pid, line in processes_of(run).items() if "launcher.cli.main" in line]
+    os.kill(driver, signal.SIGKILL)
+    with pytest.raises(JobFailed, match=f"{first.attempt.id}: exit code -9; submit the run again to go on"):
+        ray_jobs.follow(first, lambda text: None)
+    assert ray_jobs.follow(submit(run, head), lambda text: None)
+    assert run.events("training_started")[-1]["step"] > 0
     expect_as_if_undisturbed(run, reference)

@@ -60,6 +60,8 @@ def test_each_end_is_told_apart() -> None:
     with pytest.raises(UserError, match=f"^{FIRST}: the cluster's head has no /opt/python; give .* --python$"):
         end(JobStatus.FAILED, 127, "")
     with pytest.raises(JobFailed, match=f"^{FIRST}: RankFailed: rank 3 died; submit the run again"):
-        end(JobStatus.FAILED, 1, "failed: RankFailed: rank 3 died")
+        end(JobStatus.FAILED, 1, "failed: RankFailed: rank 3 died\nnoise\n")
+    with pytest.raises(JobFailed, match=f"^{FIRST}: exit code -9; submit the run again"):
+        end(JobStatus.FAILED, -9, "train: error: is a word of the text")
     with pytest.raises(JobFailed, match=f"^{FIRST}: Job supervisor actor died: its node was lost; submit"):
         end(JobStatus.FAILED, None)
