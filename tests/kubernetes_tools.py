@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -99,18 +100,41 @@ def overlay_template(overlay: str | None) -> dict[str, Any]:
     return template.load(overlay)
 
 
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
 class ApiServer:
     """A Kubernetes API server for custom resources, on loopback, with nobody behind it: tests play the operator."""
 
     def __init__(self, scripts: Path, folder: Path, crds: list[Path]) -> None:
         need_tool("kubectl", "openssl", "curl", "xz")
         self._scripts, self._folder = scripts, folder
-        command = [str(scripts / "start"), str(folder), *map(str, crds)]
-        started = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        started = _run(str(scripts / "start"), str(folder))
         if started.returncode:
             self.stop()
-            raise RuntimeError(f"{' '.join(command)} failed: {started.stderr}")
+            raise RuntimeError(f"the API server does not start: {started.stderr}")
         self.kubeconfig = Path(started.stdout.split()[-1])
+        for crd in crds:
+            self._until_done("apply", "--server-side", "-f", str(crd))
+        # refused at first: a server says nothing of the condition of what it has only just been told
+        self._until_done("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        for crd in crds:
+            names = yaml.safe_load(crd.read_text())
+            self._until_done("get", f"{names['spec']['names']['plural']}.{names['spec']['group']}", "--all-namespaces")
+
+    def _until_done(self, *arguments: str) -> None:
+        """Have kubectl do it, again and again while it cannot."""
+        deadline = time.monotonic() + 60.0
+        cache = str(self._folder / "kubectl-cache")
+        while (
+            done := _run("kubectl", "--kubeconfig", str(self.kubeconfig), "--cache-dir", cache, *arguments)
+        ).returncode:
+            if time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"kubectl {' '.join(arguments)} failed: {done.stderr}")
+            shutil.rmtree(cache, ignore_errors=True)  # it may have asked too early what there is
+            time.sleep(0.1)
 
     def stop(self) -> None:
         subprocess.run([str(self._scripts / "stop"), str(self._folder)], check=False, timeout=30)

@@ -335,9 +335,8 @@ def test_a_cluster_that_cannot_be_had_is_said_in_one_line(
     assert code == 2 and "no Kubernetes cluster to submit to" in err
 
 
-@pytest.mark.parametrize(
-    "folder", [f"overlays/{name}/{part}" for name in OVERLAYS for part in ("cluster", "namespace")]
-)
+@pytest.mark.parametrize("part", ["cluster", "namespace"])
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_queues_and_monitors_pass_the_rules_of_their_kinds(server: ApiServer, overlay: str, part: str) -> None:
     """Those that are expressions of CEL too, which no schema check sees."""
     kueue, version = "kueue.x-k8s.io", "v1beta2"
