@@ -86,6 +86,7 @@ def test_a_run_is_followed_to_its_end_and_not_done_twice(reference: DrilledRun, 
         ray_jobs.stop(reference.config, reference.run_dir.path, head.url)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_has_saved_and_goes_on(
     small_job: SmallJob, head: RayHead, reference: DrilledRun, tmp_path: Path
 ) -> None:
