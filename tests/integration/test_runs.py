@@ -39,6 +39,7 @@ def ctrl_c(times: int) -> Callable[[DrilledRun], bool]:
     return do
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_stop_too_and_resume_goes_on(
     small_job: SmallJob, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
