@@ -51,7 +51,7 @@ bench-train: $(INSTALLED)  ## training speed beside other loops
 bench-layouts: $(INSTALLED)  ## two ranks in every layout beside one process
 	KINETO_LOG_LEVEL=5 $(BIN)/python -W ignore -m benchmarks.layouts
 
-bench-recovery: $(INSTALLED)  ## kill ranks, agents and machines: time to the next step
+bench-recovery: $(INSTALLED)  ## kill ranks and agents: time to the next step
 	PYTHONPATH=tests:. $(BIN)/python -W ignore -m benchmarks.recovery
 
 bench-attention: $(INSTALLED)  ## banded against dense attention; memory of long sequences

@@ -1,10 +1,9 @@
 """How long a run stands still when something dies: kill -9, and the time to the next completed step.
 
-`make bench-recovery`, or with other numbers `python -m benchmarks.recovery --kills 20 --seed 0 --machines 3`.
+`make bench-recovery`, or with other numbers `python -m benchmarks.recovery --kills 20 --agents 5 --seed 0`.
 
 A run of four ranks (tensor 2 x pipeline 2) on this machine, whose ranks and then whose agent are killed at random
-moments; then a run of two data-parallel ranks on two Ray nodes with a spare, of which nodes are killed. In every case
-the state is reloaded and verified, from the newest snapshot or checkpoint. The model is small: what is measured is the
+moments. In every case the state is reloaded and verified, from the newest snapshot or checkpoint. The model is small: what is measured is the
 machinery. The parts of the median come from the times in the record of the run.
 """
 
@@ -20,14 +19,13 @@ from pathlib import Path
 from statistics import median
 
 import drill
-from deeds import find, kill
+from deeds import kill
 from drilled_run import DrilledRun, SmallJob
 from launcher.job import ranks as jobs
-from launcher.job.fleet import Fleet, fleet_of
+from launcher.job.fleet import fleet_of
 from launcher.job.ranks import Ranks
 from launcher.job.session import beats_folder
 from launcher.verbs import stages
-from machines import machines
 from trainer.events import Event
 from trainer.stop import Preempted
 
@@ -58,12 +56,9 @@ class Recovery:
 class Killer(threading.Thread):
     """Kills again and again, waits for the next step each time, and asks the run to end."""
 
-    def __init__(
-        self, run: DrilledRun, number: int, deed: Callable[[DrilledRun], bool], seed: int, prepare: Callable[[], object]
-    ) -> None:
-        """`prepare` is called before each kill."""
+    def __init__(self, run: DrilledRun, number: int, deed: Callable[[DrilledRun], bool], seed: int) -> None:
         super().__init__(name="killer", daemon=True)
-        self._run, self._number, self._deed, self._prepare = run, number, deed, prepare
+        self._run, self._number, self._deed = run, number, deed
         self._draw = random.Random(seed)
         self.recoveries: list[Recovery] = []
 
@@ -71,7 +66,6 @@ class Killer(threading.Thread):
         self._wait_for_step(0.0)
         for _ in range(self._number):
             time.sleep(self._draw.uniform(*_PAUSE_SECONDS))
-            self._prepare()
             killed_at = time.time()
             while not self._deed(self._run):
                 killed_at = time.time()
@@ -90,17 +84,12 @@ class Killer(threading.Thread):
 
 
 def measure(
-    run: DrilledRun,
-    folder: Path,
-    number: int,
-    seed: int,
-    deed: Callable[[Fleet], Callable[[DrilledRun], bool]],
-    prepare: Callable[[], object] = lambda: None,
+    run: DrilledRun, folder: Path, number: int, seed: int, deed: Callable[[DrilledRun], bool]
 ) -> list[Recovery]:
     job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET, beats_folder(folder))
     with drill.claimed(run) as claim, jobs._owned(job), fleet_of(job, folder) as fleet:
         claim._ranks = Ranks(fleet)
-        killer = Killer(run, number, deed(fleet), seed, prepare)
+        killer = Killer(run, number, deed, seed)
         killer.start()
         with suppress(Preempted):
             stages.train(claim)
@@ -125,7 +114,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="of a rank")
     parser.add_argument("--agents", type=int, default=5, help="kills of the agent")
-    parser.add_argument("--machines", type=int, default=3, help="kills of a node")
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args()
     draw = random.Random(told.seed)
@@ -137,31 +125,9 @@ def main() -> None:
         job = SmallJob(Path(scratch))
         with drill.one_ray() as folder:
             run = job.new_run(Path(scratch) / "ranks", _STEPS, every_steps=20)
-            show("a rank killed", measure(run, folder, told.kills, told.seed, lambda _: a_rank))
+            show("a rank killed", measure(run, folder, told.kills, told.seed, a_rank))
             run = job.new_run(Path(scratch) / "agents", _STEPS, every_steps=20)
-            show("the agent killed", measure(run, folder, told.agents, told.seed, lambda _: kill("agent", "").do))
-        with machines(3) as cluster:
-            run = job.new_run(
-                Path(scratch) / "machines", _STEPS, "DP2 ZeRO-1", launch={"nodes": 2, "spares": 1}, every_steps=20
-            )
-
-            def a_machine(fleet: Fleet) -> Callable[[DrilledRun], bool]:
-                def do(_: DrilledRun) -> bool:
-                    """One of those at work, while a spare is there."""
-                    at_work = [slot for slot in range(len(fleet)) if fleet.machine_of(slot)]
-                    if len(at_work) < 3 or find(run, "rank") is None:
-                        return False
-                    cluster.kill(str(fleet.machine_of(at_work[0])))
-                    return True
-
-                return do
-
-            def add() -> None:
-                """What becomes the next spare."""
-                cluster.wait_for(cluster.start())
-
-            found = measure(run, cluster.folder, told.machines, told.seed, a_machine, add)
-            show("a machine killed, a spare there", found)
+            show("the agent killed", measure(run, folder, told.agents, told.seed, kill("agent", "").do))
 
 
 if __name__ == "__main__":
