@@ -3,8 +3,8 @@
 `make bench-recovery`, or with other numbers `python -m benchmarks.recovery --kills 20 --agents 5 --seed 0`.
 
 A run of four ranks (tensor 2 x pipeline 2) on this machine, whose ranks and then whose agent are killed at random
-moments. In every case the state is reloaded and verified, from the newest snapshot or checkpoint. The model is small: what is measured is the
-machinery. The parts of the median come from the times in the record of the run.
+moments. The state is reloaded and verified each time, from the newest snapshot or checkpoint. The model is small: what
+is measured is the machinery. The parts come from the times in the record of the run.
 """
 
 import argparse
