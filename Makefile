@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all drill lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint clean
+.PHONY: help install quickstart test test-all drill lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -50,6 +50,9 @@ bench-train: $(INSTALLED)  ## training speed beside other loops
 
 bench-layouts: $(INSTALLED)  ## two ranks in every layout beside one process
 	KINETO_LOG_LEVEL=5 $(BIN)/python -W ignore -m benchmarks.layouts
+
+bench-recovery: $(INSTALLED)  ## kill ranks and agents: time to the next step
+	PYTHONPATH=tests:. $(BIN)/python -W ignore -m benchmarks.recovery
 
 bench-attention: $(INSTALLED)  ## banded against dense attention; memory of long sequences
 	$(BIN)/python -W ignore -m benchmarks.attention

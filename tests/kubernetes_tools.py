@@ -19,8 +19,6 @@ from launcher.submit.kubernetes import template
 ROOT = Path(__file__).parents[1]
 IN_CI = bool(os.environ.get("CI"))
 
-_START_SECONDS = 120.0
-
 OVERLAYS = ("cpu-kind", "h100-ib", "spot")
 
 
@@ -56,18 +54,13 @@ def _crd_files(folder: Path) -> dict[tuple[str, str], Path]:
 
 
 @cache
-def _crd(path: Path) -> Any:
-    return yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-@cache
 def _schema(folder: Path, api_version: str, kind: str) -> dict[str, Any]:
     """In which no unknown field is allowed."""
     group, _, version = api_version.partition("/")
-    crd = _crd(_crd_files(folder)[group, kind])
+    crd = yaml.load(_crd_files(folder)[group, kind].read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     (schema,) = (each["schema"] for each in crd["spec"]["versions"] if each["name"] == version)
-    strict: dict[str, Any] = _strict(schema["openAPIV3Schema"])
-    return {**strict, "properties": {**strict["properties"], "metadata": {"type": "object"}}}
+    schema["openAPIV3Schema"]["properties"]["metadata"] = {"type": "object"}
+    return _strict(schema["openAPIV3Schema"])
 
 
 def _strict(schema: Any) -> Any:
@@ -107,49 +100,44 @@ def overlay_template(overlay: str | None) -> dict[str, Any]:
     return template.load(overlay)
 
 
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
 class ApiServer:
     """A Kubernetes API server for custom resources, on loopback, with nobody behind it: tests play the operator."""
 
     def __init__(self, scripts: Path, folder: Path, crds: list[Path]) -> None:
         need_tool("kubectl", "openssl", "curl", "xz")
         self._scripts, self._folder = scripts, folder
-        try:
-            self.kubeconfig = Path(_output(str(scripts / "start"), str(folder)).split()[-1])
-            for crd in crds:
-                self._kubectl("apply", "--server-side", "-f", str(crd))
-            for crd in crds:
-                self._wait_until_served(crd)
-        except BaseException:
+        started = _run(str(scripts / "start"), str(folder))
+        if started.returncode:
             self.stop()
-            raise
+            raise RuntimeError(f"the API server does not start: {started.stderr}")
+        self.kubeconfig = Path(started.stdout.split()[-1])
+        for crd in crds:
+            self._until_done("apply", "--server-side", "-f", str(crd))
+        # refused at first: a server says nothing of the condition of what it has only just been told
+        self._until_done("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
+        for crd in crds:
+            names = yaml.safe_load(crd.read_text())
+            self._until_done("get", f"{names['spec']['names']['plural']}.{names['spec']['group']}", "--all-namespaces")
+
+    def _until_done(self, *arguments: str) -> None:
+        """Have kubectl do it, again and again while it cannot."""
+        deadline = time.monotonic() + 60.0
+        cache = str(self._folder / "kubectl-cache")
+        while (
+            done := _run("kubectl", "--kubeconfig", str(self.kubeconfig), "--cache-dir", cache, *arguments)
+        ).returncode:
+            if time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"kubectl {' '.join(arguments)} failed: {done.stderr}")
+            shutil.rmtree(cache, ignore_errors=True)  # it may have asked too early what there is
+            time.sleep(0.1)
 
     def stop(self) -> None:
         subprocess.run([str(self._scripts / "stop"), str(self._folder)], check=False, timeout=30)
-
-    def _wait_until_served(self, crd: Path) -> None:
-        spec = _crd(crd)["spec"]
-        versions = [each["name"] for each in spec["versions"] if each["served"]]
-        deadline = time.monotonic() + _START_SECONDS
-        for version in versions:
-            while True:
-                try:
-                    self._kubectl("get", "--raw", f"/apis/{spec['group']}/{version}/{spec['names']['plural']}")
-                    break
-                except RuntimeError:  # it takes a moment after the CRD
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.1)
-
-    def _kubectl(self, *arguments: str) -> None:
-        cache = f"--cache-dir={self._folder / 'kube-cache'}"
-        _output("kubectl", f"--kubeconfig={self.kubeconfig}", cache, *arguments)
-
-
-def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_START_SECONDS, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr}")
-    return done.stdout
 
 
 def api_server(folder: Path, *crds: str) -> ApiServer:

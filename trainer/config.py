@@ -275,7 +275,7 @@ class SuperviseConfig(Section):
     """Multiple of the median step time without a sign of life after which ranks are taken to hang."""
     hang_seconds: float = Field(600.0, gt=0.0)
     """Least time without a sign of life after which ranks are taken to hang (s); six times that outside of steps."""
-    straggler_factor: float = Field(1.5, gt=1.0)
+    straggler_factor: float = Field(1.3, gt=1.0)
     """How many times as long as it would a step takes because of one rank, if that rank is to be named as slow."""
     straggler_seconds: float = Field(60.0, gt=0.0)
     """Between looks for slow ranks (s), of which three in a row must find the same one."""

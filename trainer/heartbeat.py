@@ -164,9 +164,8 @@ class Ask(IntEnum):
     """The signals by which a rank is asked for stacks."""
 
     MAIN_THREAD = signal.SIGUSR1
-    """The main thread, to which it is to be sent, reads its own frames alone. Not quite harmless either: in one of
-    about twenty thousand cases a rank that is at work dies of it, or takes a system call's error for another. For
-    ranks that have been silent for long."""
+    """The main thread, to which it is to be sent, reads its own frames alone. Where it waits in the kernel that is
+    harmless. Of ranks at work one in about twenty thousand dies of it: it was just entering a Python function."""
     ALL_THREADS = signal.SIGUSR2
     """The main thread reads the frames of others, which may be running: of that a rank that is at work dies in up to
     one of some hundred cases. For ranks that hang, and are to be killed anyway."""

@@ -54,6 +54,11 @@ class RunDir:
         return self.path / "stop"
 
     @property
+    def lock_path(self) -> Path:
+        """Held by the command that works on the run."""
+        return self.path / ".lock"
+
+    @property
     def export(self) -> Path:
         """The Hugging Face folder."""
         return self.path / "export"
@@ -115,7 +120,7 @@ class RunDir:
             UserError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a", encoding="utf-8") as handle:
+        with open(self.lock_path, "a", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -13,6 +13,7 @@ from rich.console import Console
 from launcher.cli import checkpoint as checkpoint_cli
 from launcher.cli import data as data_cli
 from launcher.cli import prepare as prepare_cli
+from launcher.cli import runs
 from launcher.cli import submit as submit_cli
 from launcher.cli.options import ConfigFile, DataOption, RayOption, RunDirOption, SetOption, run_dir_of
 from launcher.report.display import Display
@@ -35,7 +36,8 @@ app.add_typer(prepare_cli.app, name="prepare")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(config_app, name="config")
-app.command()(submit_cli.submit)
+for verb in (submit_cli.submit, runs.status, runs.logs, runs.stop, runs.resume):
+    app.command()(verb)
 
 
 @app.callback()

@@ -12,11 +12,14 @@ from trainer import config_file
 from trainer.config import RunConfig, UserError
 
 KUBERNETES = "k8s"
+_RAY = ("ray://", "http://", "https://")
 
 
 def submit(
     path: ConfigFile,
-    to: Annotated[str, typer.Option("--to", metavar="CLUSTER", help="`k8s`.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", metavar="CLUSTER", help="`k8s`, or the address of a Ray cluster.", show_default=False)
+    ],
     run_dir: Annotated[
         str | None, typer.Option("--run-dir", metavar="DIR", help="Folder of the run on the cluster.")
     ] = None,
@@ -39,20 +42,39 @@ def submit(
         str | None,
         typer.Option(metavar="NAME|DIR", help="k8s: of k8s/overlays, or a kustomization of your own; the base if not."),
     ] = None,
+    python: Annotated[
+        str, typer.Option(metavar="PROGRAM", help="Ray: the interpreter on the cluster's head.")
+    ] = "python",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="k8s: print the manifest; needs no cluster.")] = False,
-    delete: Annotated[
-        bool, typer.Option("--delete", help="k8s: stop the run, which saves first, and remove it.")
-    ] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Stop the run, which saves first, and remove it.")] = False,
     settings: SetOption = None,
 ) -> None:
     """Run a config on a cluster. Submit it again to go on after it has ended; a run that is active is left alone.
 
-    Example: `broadgauge submit configs/quickstart.yaml --to k8s --overlay cpu-kind --namespace broadgauge`
+    Example: `broadgauge submit configs/quickstart.yaml --to k8s --overlay cpu-kind --namespace broadgauge`,
+    or `--to ray://head:10001 --run-dir /shared/runs/quickstart`
     """
+    if to.startswith(_RAY):
+        _submit_to_ray(config_file.load(path, settings or ()), run_dir, to, python, follow=follow, delete=delete)
+        return
     if to != KUBERNETES:
-        raise UserError(f"--to {to} is no cluster that a run can be submitted to; use --to k8s")
+        raise UserError(f"--to {to} is no cluster; use k8s, ray://HOST:PORT, or http://HOST:PORT of Ray's dashboard")
     wanted = _Kubernetes(context, namespace, queue, image, overlay, run_dir)
     wanted.submit(path, settings or (), follow=follow, dry_run=dry_run, delete=delete)
+
+
+def _submit_to_ray(config: RunConfig, run_dir: str | None, to: str, python: str, *, follow: bool, delete: bool) -> None:
+    from launcher.submit import ray_jobs
+
+    if run_dir is None:
+        raise UserError(f"--to {to} needs --run-dir, a folder that all machines of the cluster share")
+    if delete:
+        _say(f"{ray_jobs.stop(config, Path(run_dir), to)} has ended; submit the run again to go on")
+        return
+    submitted = ray_jobs.submit(config, Path(run_dir), to, python=python)
+    _say(submitted.line)
+    if follow:
+        ray_jobs.follow(submitted, lambda text: print(text, end="", flush=True))
 
 
 @dataclass(frozen=True)

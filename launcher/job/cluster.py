@@ -1,6 +1,7 @@
 """A Ray cluster that is there already: connecting to it, and what it has."""
 
 import os
+import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,12 +28,13 @@ def connected(address: str, env: Mapping[str, str]) -> Iterator[None]:
     """
     assert not ray.is_initialized()
     try:
-        ray.init(
-            address=_listening(address),
-            log_to_driver=False,
-            configure_logging=False,
-            runtime_env={"env_vars": {**env, **_path_of_this_code()}},
-        )
+        with _sigterm_kept():
+            ray.init(
+                address=_listening(address),
+                log_to_driver=False,
+                configure_logging=False,
+                runtime_env={"env_vars": {**env, **_path_of_this_code()}},
+            )
     except (OSError, RayError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -42,6 +44,20 @@ def connected(address: str, env: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """SIGTERM is answered as before, and not as Ray would: by a stack, and the end."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # how Ray answers it while it connects
+        if callable(before):
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def machines() -> list[Resources]:

@@ -17,7 +17,7 @@ from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import MANIFEST
 from trainer.events import Event
 from trainer.run_dir import RunDir
-from trainer.stop import Preempted
+from trainer.stop import Preempted, StopRequest
 
 _DRAIN_LOOK_SECONDS = 1.0
 """Between looks at which nodes are to be drained."""
@@ -41,13 +41,13 @@ class Preemption:
     @contextmanager
     def of_training(self) -> Iterator[None]:
         """Meanwhile a signal is a request, and `reason` tells of it."""
-        self.forget()
+        self._clear()
         self._is_training = True
         try:
             yield
         finally:
             self._is_training = False
-            self.forget()
+            self._clear()
 
     def hear(self, *_: object) -> None:
         """Of SIGTERM; what comes after the first one must not disturb the end.
@@ -82,9 +82,18 @@ class Preemption:
         self._deadline = min(deadline, self._deadline or deadline)
 
     def forget(self) -> None:
-        """The ranks that were asked are gone; those that come are not."""
+        """The ranks that were asked are gone; those that come are not. What somebody else asks stays asked."""
+        if self._deadline is not None:
+            self._clear()
+
+    def _clear(self) -> None:
         self._run_dir.stop_path.unlink(missing_ok=True)
         self._deadline = None
+
+    def look_for_file(self) -> None:
+        """Whether somebody else has written the file: `broadgauge stop`, or a person."""
+        if self.reason is None and self._deadline is None and self._run_dir.stop_path.exists():
+            self.reason = StopRequest(self._run_dir.stop_path).reason()
 
     def is_late(self) -> bool:
         """Whether the ranks were asked, and they, their saves or their uploads have not ended in time."""

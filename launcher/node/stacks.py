@@ -1,8 +1,8 @@
 """What the ranks of this machine are doing: their last sign of life, the state of their processes, where they are.
 
 A rank is asked for its stack by a signal whose handler runs in C, so one that waits in C for others answers too; one
-that is stopped, or whom the kernel keeps waiting (a disk, a network mount), does not. Nothing is done to a rank that is
-at work: system calls that the signal interrupts are taken up again.
+that is stopped, or whom the kernel keeps waiting (a disk, a network mount), does not. System calls that
+the signal interrupts are taken up again; `trainer.heartbeat.Ask` says what is left of a risk.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from trainer.heartbeat import Ask, Beat, beat_path, process_stat, read, stack_pa
 ProcessState = Literal["running", "stopped", "zombie", "gone", "unknown"]
 
 _POLL_SECONDS = 0.005
+_PATIENCE_SECONDS = 0.05
 _STATES: dict[str, ProcessState] = {"T": "stopped", "t": "stopped", "Z": "zombie", "X": "zombie"}
 _PROBLEMS = {"stopped": "is stopped", "zombie": "has ended", "gone": "is gone"}
 _HEADER = re.compile(r"(?:Stack|(?:Current thread|Thread) 0x([0-9a-f]+).*) \(most recent call first\):")
@@ -100,6 +101,7 @@ def _ask(folder: Path, rank: int, ask: Ask) -> RankReport:
         return RankReport(rank, beat, state, problem="does not tell its stacks")
     try:
         os.truncate(stack_path(folder, rank), 0)
+        _let_it_fall_asleep(beat.pid)
         _signal_main_thread(beat.pid, ask)
     except OSError as error:
         return RankReport(rank, beat, state, problem=f"cannot be asked: {error}")
@@ -171,6 +173,13 @@ def _catches(pid: int, number: int) -> bool:
         return False
     caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
     return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def _let_it_fall_asleep(pid: int) -> None:
+    """Whoever waits in the kernel is not in the middle of changing what the handler reads."""
+    patience = time.monotonic() + _PATIENCE_SECONDS
+    while process_stat(pid).state == "R" and time.monotonic() < patience:
+        time.sleep(_PATIENCE_SECONDS / 50)
 
 
 def _signal_main_thread(pid: int, number: int) -> None:

@@ -1,1 +1,1 @@
-"""Runs that are started somewhere else: how a cluster is told to do what `broadgauge run` does."""
+"""Handing a run to a cluster from a machine that is not part of it."""

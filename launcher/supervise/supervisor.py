@@ -143,6 +143,7 @@ class Supervisor:
                     self._watch.step_took(event["seconds"])
 
     def _notices(self) -> Iterator[Event]:
+        self._preemption.look_for_file()
         if self._preemption.reason is not None and not self._was_asked:
             self._was_asked = True
             yield EndAsked(self._preemption.reason)
@@ -192,12 +193,11 @@ class Supervisor:
         life.kill()
         self._life = None
         self._preemption.forget()
-        blamed = self._state.life[self._node_of(found.suspects[0])] if found.suspects else None
+        is_clear = 2 * len(found.suspects) <= len(reports)  # else it is what they have in common, such as a dead disk
+        node = self._node_of(found.suspects[0]) if found.suspects and is_clear else None
+        blamed = self._state.machines[self._state.life[node]] if node is not None else ""
         self._cause = JobFailed(f"the ranks hang: {found.line}; see {stacks}")
-        failure = Failure(
-            "hang", str(self._cause), self._state.machines.get(blamed, "") if blamed is not None else "", self._step
-        )
-        yield self._recorded_failure(failure)
+        yield self._recorded_failure(Failure("hang", str(self._cause), blamed, self._step))
 
     def _node_of(self, rank: int) -> int:
         """Its machine's number in the life."""

@@ -7,11 +7,15 @@ import typer
 from launcher.cli.main import app, spread_settings
 
 SURFACE = {
-    "run": ["CONFIG", "--run-dir", "--set"],
+    "run": ["CONFIG", "--run-dir", "--ray", "--set"],
     "prepare corpus": ["CONFIG", "--out", "--run-dir", "--workers", "--ray", "--set"],
     "prepare inspect": ["DIR", "--dataset", "--heldout", "--dropped", "--first", "--count"],
     "prepare train-classifier": ["--positive", "--negative", "--out", "--text-field", "--seed"],
-    "train": ["CONFIG", "--run-dir", "--set"],
+    "train": ["CONFIG", "--run-dir", "--ray", "--set"],
+    "status": ["RUN", "--json"],
+    "logs": ["RUN", "--rank", "--tail", "--follow", "--error"],
+    "stop": ["RUN", "--timeout"],
+    "resume": ["RUN", "--ray"],
     "eval": ["PATH", "--data", "--set"],
     "export": ["PATH", "--out", "--data", "--dtype", "--verify", "--set"],
     "import": ["SOURCE", "--out", "--revision"],
@@ -24,7 +28,7 @@ SURFACE = {
     "checkpoint diff": ["A", "B", "--weights-only", "--json"],
     "submit": [
         *("CONFIG", "--to", "--run-dir", "--follow", "--context", "--namespace", "--queue", "--image", "--overlay"),
-        *("--dry-run", "--delete", "--set"),
+        *("--python", "--dry-run", "--delete", "--set"),
     ],
     "config show": ["CONFIG", "--set"],
     "config schema": [],

@@ -113,6 +113,7 @@ def wake_when(is_time: Callable[[], bool]) -> Callable[[DrilledRun], bool]:
     return do
 
 
+@pytest.mark.slow
 def test_a_run_shrinks_to_the_machines_there_are_and_grows_with_them(small_job: SmallJob, tmp_path: Path) -> None:
     """The ledger is exact over all sizes, and the losses are those of one process, as they are in any layout."""
     num_steps = 100
@@ -134,7 +135,6 @@ def test_a_run_shrinks_to_the_machines_there_are_and_grows_with_them(small_job: 
     assert losses(run) == pytest.approx(undisturbed_losses(small_job, tmp_path / "undisturbed", num_steps), rel=1e-3)
 
 
-@pytest.mark.slow
 def test_a_spare_takes_the_place_of_a_machine_that_is_lost(
     small_job: SmallJob, expected: list[float], tmp_path: Path
 ) -> None:

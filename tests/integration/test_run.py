@@ -222,9 +222,9 @@ def test_kill_9_and_ctrl_c_do_not_show_in_the_result(
 ) -> None:
     run_dir = tmp_path / "run"
     run_and_kill(config_file, run_dir, "stage_started", stage="prepare")
-    code, complaint = run_and_interrupt(signal.SIGINT, config_file, run_dir, "step")  # before the first checkpoint
+    code, complaint = run_and_interrupt(signal.SIGINT, config_file, run_dir, "step")  # which saves
     assert code == 130
-    assert complaint.strip() == "interrupted; run the same command again to go on"
+    assert re.fullmatch(r"interrupted: Ctrl-C: stopped after step (\d+), saved at step \1; .*", complaint.strip())
     run_and_kill(config_file, run_dir, "step", at=11)  # between two checkpoints
     run_and_kill(config_file, run_dir, "stage_started", stage="export")
     ends_as_if_undisturbed(config_file, run_dir, finished[0])

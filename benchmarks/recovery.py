@@ -1,0 +1,134 @@
+"""How long a run stands still when something dies: kill -9, and the time to the next completed step.
+
+`make bench-recovery`, or with other numbers `python -m benchmarks.recovery --kills 20 --agents 5 --seed 0`.
+
+A run of four ranks (tensor 2 x pipeline 2) on this machine, whose ranks and then whose agent are killed at random
+moments. The state is reloaded and verified each time, from the newest snapshot or checkpoint. The model is small: what
+is measured is the machinery. The parts come from the times in the record of the run.
+"""
+
+import argparse
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import drill
+from deeds import kill
+from drilled_run import DrilledRun, SmallJob
+from launcher.job import ranks as jobs
+from launcher.job.fleet import fleet_of
+from launcher.job.ranks import Ranks
+from launcher.job.session import beats_folder
+from launcher.verbs import stages
+from trainer.events import Event
+from trainer.stop import Preempted
+
+_STEPS = 100_000  # more than it will do
+_PAUSE_SECONDS = (1.0, 3.0)  # of training between two kills
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Seconds from a kill to what followed."""
+
+    noticed: float
+    started: float
+    restored: float
+    stepped: float
+
+    @classmethod
+    def after(cls, killed_at: float, events: Sequence[Event]) -> "Recovery":
+        later = [event for event in events if event["time"] >= killed_at]
+        seconds = []
+        for kind in ("life_failed", "life_started", "training_started", "step"):
+            place = next(number for number, event in enumerate(later) if event["kind"] == kind)
+            seconds.append(later[place]["time"] - killed_at)
+            later = later[place:]
+        return cls(*seconds)
+
+
+class Killer(threading.Thread):
+    """Kills again and again, waits for the next step each time, and asks the run to end."""
+
+    def __init__(self, run: DrilledRun, number: int, deed: Callable[[DrilledRun], bool], seed: int) -> None:
+        super().__init__(name="killer", daemon=True)
+        self._run, self._number, self._deed = run, number, deed
+        self._draw = random.Random(seed)
+        self.recoveries: list[Recovery] = []
+
+    def run(self) -> None:
+        self._wait_for_step(0.0)
+        for _ in range(self._number):
+            time.sleep(self._draw.uniform(*_PAUSE_SECONDS))
+            killed_at = time.time()
+            while not self._deed(self._run):
+                killed_at = time.time()
+            self._wait_for_step(killed_at)
+            self.recoveries.append(Recovery.after(killed_at, self._run.events()))
+        self._run.run_dir.stop_path.touch()
+
+    def _wait_for_step(self, since: float) -> None:
+        """In the life after."""
+        while True:
+            events = [event for event in self._run.events() if event["time"] >= since]
+            lives = [number for number, event in enumerate(events) if event["kind"] == "training_started"]
+            if lives and any(event["kind"] == "step" for event in events[lives[-1] :]):
+                return
+            time.sleep(0.05)
+
+
+def measure(
+    run: DrilledRun, folder: Path, number: int, seed: int, deed: Callable[[DrilledRun], bool]
+) -> list[Recovery]:
+    job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET, beats_folder(folder))
+    with drill.claimed(run) as claim, jobs._owned(job), fleet_of(job, folder) as fleet:
+        claim._ranks = Ranks(fleet)
+        killer = Killer(run, number, deed, seed)
+        killer.start()
+        with suppress(Preempted):
+            stages.train(claim)
+    assert len(killer.recoveries) == number, f"{len(killer.recoveries)} of {number} kills were survived"
+    return killer.recoveries
+
+
+def show(what: str, found: Sequence[Recovery]) -> None:
+    total = [each.stepped for each in found]
+    parts = (
+        ("noticed and the others killed", [each.noticed for each in found]),
+        ("the next life begun", [each.started - each.noticed for each in found]),
+        ("connected, restored, verified", [each.restored - each.started for each in found]),
+        ("the first step", [each.stepped - each.restored for each in found]),
+    )
+    print(f"{what}: {len(total)} of {len(total)}; kill to next step {median(total):.2f} s, at most {max(total):.2f} s")
+    for name, seconds in parts:
+        print(f"  {name:32} {median(seconds):6.2f} s, at most {max(seconds):.2f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="of a rank")
+    parser.add_argument("--agents", type=int, default=5, help="kills of the agent")
+    parser.add_argument("--seed", type=int, default=0)
+    told = parser.parse_args()
+    draw = random.Random(told.seed)
+
+    def a_rank(run: DrilledRun) -> bool:
+        return kill("rank", "", rank=draw.randrange(4)).do(run)
+
+    with tempfile.TemporaryDirectory(prefix="broadgauge-") as scratch:
+        job = SmallJob(Path(scratch))
+        with drill.one_ray() as folder:
+            run = job.new_run(Path(scratch) / "ranks", _STEPS, every_steps=20)
+            show("a rank killed", measure(run, folder, told.kills, told.seed, a_rank))
+            run = job.new_run(Path(scratch) / "agents", _STEPS, every_steps=20)
+            show("the agent killed", measure(run, folder, told.agents, told.seed, kill("agent", "").do))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Runs seen from another terminal: how one is, what its ranks have written, asking it to stop, going on with it."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.report.display import Display
+from launcher.verbs import checks, stages
+from trainer import config_file
+from trainer.config import UserError
+from trainer.events import Event, EventReader, read_events, surviving_steps
+from trainer.run_dir import RunDir
+from trainer.schedule import Schedule
+
+_POLL_SECONDS = 0.2
+_ENDS = ("run_finished", "preempted", "failed", "diverged")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of a run, by its record."""
+
+    state: str
+    """ "working", or how the last command ended: finished, preempted, failed, diverged, cut off."""
+    detail: str | None
+    """What it is doing, or why it ended."""
+    step: int
+    """Of the surviving history."""
+    num_steps: int
+    loss: float | None
+    step_seconds: float | None
+    """Of the last step."""
+    lives: int
+    """Times that ranks were started."""
+    failures: int
+    last_failure: str | None
+    saved_step: int | None
+
+
+def open_run(path: Path) -> RunDir:
+    """Raises:
+    UserError: it is no run.
+    """
+    run_dir = RunDir(path)
+    if not run_dir.config_path.is_file():
+        raise UserError(f"{path} holds no config.yaml of a run; give the folder of one, like runs/NAME")
+    return run_dir
+
+
+def status(path: Path) -> Status:
+    run_dir = open_run(path)
+    events = read_events(run_dir.events_path)
+    steps = [*surviving_steps(events), *surviving_steps(events, "step_skipped")]
+    last = max(steps, key=lambda event: event["step"], default=None)
+    failed = [event for event in events if event["kind"] == "life_failed"]
+    saved = [event["step"] for event in events if event["kind"] == "checkpoint_saved"]
+    state, detail = _state(run_dir, events)
+    return Status(
+        state=state,
+        detail=detail,
+        step=last["step"] if last else 0,
+        num_steps=Schedule(config_file.load(run_dir.config_path)).num_steps,
+        loss=last["loss"] if last else None,
+        step_seconds=last.get("seconds") if last else None,
+        lives=sum(event["kind"] == "life_started" for event in events),
+        failures=len(failed),
+        last_failure=failed[-1]["error"] if failed else None,
+        saved_step=saved[-1] if saved else None,
+    )
+
+
+def _state(run_dir: RunDir, events: Sequence[Event]) -> tuple[str, str | None]:
+    stage = next((event for event in reversed(events) if event["kind"] == "stage_started"), None)
+    if is_worked_on(run_dir):
+        return "working", stage["stage"] if stage else "starting"
+    end = next((event for event in reversed(events) if event["kind"] in (*_ENDS, "stage_started")), None)
+    match end:
+        case None:
+            return "not begun", None
+        case {"kind": "run_finished"}:
+            return "finished", None
+        case {"kind": "stage_started"}:
+            done = any(
+                e["kind"] == "stage_finished" and e["stage"] == end["stage"] for e in events[events.index(end) :]
+            )
+            return ("finished", end["stage"]) if done else ("cut off", f"in {end['stage']}; the same command goes on")
+    return str(end["kind"]), end.get("reason") or end.get("error") or end.get("verdict")
+
+
+def is_worked_on(run_dir: RunDir) -> bool:
+    """Whether a command of this machine has the run, by the kernel's list of locks: to try the lock would be to take it
+    for a moment, and to turn away a command that starts in it."""
+    try:
+        inode = os.stat(run_dir.lock_path).st_ino
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return False
+    return any(line.split()[1] == "FLOCK" and line.split()[5].endswith(f":{inode}") for line in locks.splitlines())
+
+
+def stop(path: Path, timeout_seconds: float | None) -> str:
+    """Ask the run's ranks to save and end, and wait for it; returns one line of how it ended.
+
+    Raises:
+        UserError: nothing works on the run, or not in a stage that can be asked, or it has not ended in time.
+    """
+    run_dir = open_run(path)
+    if not is_worked_on(run_dir):
+        raise UserError(f"no command of this machine works on {path}; `broadgauge status {path}` says how it ended")
+    events = EventReader(run_dir.events_path)
+    events.skip_to_end()
+    run_dir.stop_path.write_text("`broadgauge stop`", encoding="utf-8")
+    deadline = time.monotonic() + timeout_seconds if timeout_seconds is not None else None
+    ended: list[Event] = []
+    while is_worked_on(run_dir):
+        ended += [event for event in events.new_events() if event["kind"] in _ENDS]
+        if deadline is not None and time.monotonic() > deadline:
+            raise UserError(f"{path} has not ended within {timeout_seconds:g} s; it has been asked, and may yet")
+        time.sleep(_POLL_SECONDS)
+    ended += [event for event in events.new_events() if event["kind"] in _ENDS]
+    told = next((event for event in ended if "saved_step" in event), None)
+    if told is not None:
+        return f"stopped after step {told['step']}, saved at step {told['saved_step']}"
+    now = status(path)
+    return now.state + (f": {now.detail}" if now.detail else "")
+
+
+def resume(path: Path, display: Display, ray: str | None) -> None:
+    """Go on with what the last command did: the whole run, or its training."""
+    run_dir = open_run(path)
+    config = config_file.load(run_dir.config_path)
+    is_whole = any(event["kind"] == "run_started" for event in read_events(run_dir.events_path))
+    if is_whole or not config.data.prepared:
+        stages.run(config, run_dir, display, ray)
+        return
+    checks.check_train(config, run_dir, on_cluster=ray is not None)
+    with stages.claim(config, run_dir, display, ray) as claimed:
+        stages.train(claimed)
+
+
+# ---------------------------------------------------------------------------------------------------------------- logs
+
+
+def first_error(run_dir: RunDir) -> list[str]:
+    """What the first rank to fail wrote in the last life that failed, from its last traceback on."""
+    failed = [event for event in read_events(run_dir.events_path) if event["kind"] in ("life_failed", "failed")]
+    if not failed:
+        return []
+    error: str = failed[-1]["error"]
+    log = Path(error.rpartition("; see ")[2])
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    begins = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
+    return [error, *(lines[begins[-1] :] if begins else lines[-20:])]
+
+
+@contextmanager
+def following(run_dir: RunDir, ranks: Sequence[int], num_lines: int) -> Iterator["Follower"]:
+    """The logs of ranks, all unless some are named."""
+    numbers = ranks or sorted(int(path.stem.removeprefix("rank-")) for path in run_dir.logs.glob("rank-*.log"))
+    paths = {number: run_dir.logs / f"rank-{number}.log" for number in numbers}
+    missing = [number for number, path in paths.items() if not path.is_file()]
+    if missing or not paths:
+        raise UserError(
+            f"{run_dir.logs} has no log of rank {missing[0] if missing else 0}; ranks write when they start"
+        )
+    handles: dict[int, Any] = {number: open(path, errors="replace") for number, path in paths.items()}  # noqa: SIM115
+    try:
+        yield Follower(handles, num_lines)
+    finally:
+        for handle in handles.values():
+            handle.close()
+
+
+class Follower:
+    """Lines of several growing files."""
+
+    def __init__(self, handles: dict[int, Any], num_lines: int) -> None:
+        self._handles, self._num_lines = handles, num_lines
+
+    def last(self) -> Iterator[str]:
+        """The end of each."""
+        for rank, handle in self._handles.items():
+            for line in handle.read().splitlines()[-self._num_lines :]:
+                yield f"rank {rank} | {line}"
+
+    def new(self) -> Iterator[str]:
+        """What was written since, whole lines."""
+        for rank, handle in self._handles.items():
+            while True:
+                place = handle.tell()
+                line = handle.readline()
+                if not line.endswith("\n"):
+                    handle.seek(place)
+                    break
+                yield f"rank {rank} | {line.rstrip()}"
