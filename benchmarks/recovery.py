@@ -24,7 +24,6 @@ from drilled_run import DrilledRun, SmallJob
 from launcher.job import ranks as jobs
 from launcher.job.fleet import fleet_of
 from launcher.job.ranks import Ranks
-from launcher.job.session import beats_folder
 from launcher.verbs import stages
 from trainer.events import Event
 from trainer.stop import Preempted
@@ -86,7 +85,7 @@ class Killer(threading.Thread):
 def measure(
     run: DrilledRun, folder: Path, number: int, seed: int, deed: Callable[[DrilledRun], bool]
 ) -> list[Recovery]:
-    job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET, beats_folder(folder))
+    job = jobs.new_job(run.config, run.run_dir, folder)
     with drill.claimed(run) as claim, jobs._owned(job), fleet_of(job, folder) as fleet:
         claim._ranks = Ranks(fleet)
         killer = Killer(run, number, deed, seed)

@@ -1,12 +1,27 @@
 """How a job lies on machines: which ranks on which, with how many threads and GPUs. Arithmetic, no Ray."""
 
+import ipaddress
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from launcher import memory
 from trainer.config import RunConfig, UserError
 
-Resources = Mapping[str, float]
-"""What Ray counts on a machine, by name: CPU, GPU, ..."""
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One of a cluster."""
+
+    resources: Mapping[str, float]
+    """What Ray counts on it, by name: CPU, GPU, memory (bytes), ..."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What Ray knows of it besides: `ray.io/accelerator-type`, `ray.io/availability-zone`, ..."""
+    address: str = ""
+    id: str = ""
+    """Ray's name of it (hex)."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +50,18 @@ class Placement:
         return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
 
 
-def place(config: RunConfig, machines: Sequence[Resources]) -> Placement:
+def place(config: RunConfig, machines: Sequence[Machine]) -> Placement:
     """Lay the run's ranks on a cluster of `machines`.
 
     Raises:
-        UserError: the cluster is too small.
+        UserError: the cluster is too small, or its machines have other labels.
     """
-    nodes, ranks = config.launch.nodes, config.ranks_per_node
+    machines = _labelled(config, machines)
+    nodes, ranks, spares = config.launch.nodes, config.ranks_per_node, config.launch.spares
     gpus = ranks if _wants_gpus(config, machines) else 0
     placement = Placement(nodes, ranks, gpus)
-    able = [machine for machine in machines if all(machine.get(name, 0) >= n for name, n in placement.bundle.items())]
-    wanted, spares = nodes + config.launch.spares, config.launch.spares
+    able = [machine for machine in machines if _has(machine, placement.bundle)]
+    wanted = nodes + spares
     if len(able) >= wanted:
         return placement
     and_spares = f" and launch.spares {spares}" if spares else ""
@@ -60,17 +76,84 @@ def place(config: RunConfig, machines: Sequence[Resources]) -> Placement:
     )
 
 
+def check_memory(config: RunConfig, machines: Sequence[Machine]) -> None:
+    """Refuse to train what cannot be held; what else ranks need, activations among it, is not counted.
+
+    Raises:
+        UserError: the cluster is too small, in memory too.
+    """
+    where = place(config, machines)
+    need, wanted = memory.least_bytes(config, with_gpus=where.gpus_per_node > 0), where.nodes + config.launch.spares
+    able = [machine for machine in _labelled(config, machines) if _has(machine, where.bundle)]
+    have = sorted((machine.resources.get("memory", math.inf) for machine in able), reverse=True)
+    if have[wanted - 1] < need:
+        raise UserError(
+            f"weights, gradients, optimizer state and a snapshot of them take {need / _GIB:.1f} GiB of memory on each "
+            f"of {wanted} machine(s), and the cluster's have {', '.join(f'{each / _GIB:.1f}' for each in have)} GiB; "
+            "use more machines, a higher parallel.zero or a smaller model"
+        )
+
+
+def in_order(config: RunConfig, machines: Sequence[Machine]) -> list[int]:
+    """Which of the machines is the run's first, second, ...: an index for each; spares come last.
+
+    Machines that the labels in `launch.topology` say to be near each other (the widest first), and then those with
+    near addresses, hold one replica of the model, stage after stage of its pipeline; where a stage has several
+    machines, the n-th of each stage are neighbours. Ranks are numbered stage by stage, and so must machines be.
+    """
+    near = sorted(range(len(machines)), key=lambda index: _whereabouts(config, machines[index]))
+    nodes, stages = config.launch.nodes, config.parallel.pipeline
+    if nodes % stages:  # stages end inside machines
+        return near
+    each = nodes // stages
+    return [near[node % each * stages + node // each] for node in range(nodes)] + near[nodes:]
+
+
 def threads_per_rank(config: RunConfig, cores: int) -> int:
     """CPU threads of each rank on a machine of `cores` cores."""
     return config.launch.threads_per_rank or max(1, cores // config.ranks_per_node)
 
 
-def _wants_gpus(config: RunConfig, machines: Sequence[Resources]) -> bool:
+def _labelled(config: RunConfig, machines: Sequence[Machine]) -> Sequence[Machine]:
+    """Those with the labels that the run asks for.
+
+    Raises:
+        UserError: too few.
+    """
+    labels, wanted = config.launch.labels, config.launch.nodes + config.launch.spares
+    found = [machine for machine in machines if labels.items() <= machine.labels.items()]
+    if labels and len(found) < wanted:
+        asked = ", ".join(f"{name}={value}" for name, value in labels.items())
+        there = sorted(
+            {f"{name}={machine.labels[name]}" for machine in machines for name in labels.keys() & machine.labels.keys()}
+        )
+        raise UserError(
+            f"launch.labels {asked} are on {len(found)} of {len(machines)} machines, and {wanted} are needed; the "
+            f"cluster has {', '.join(sorted(there)) or 'no such labels'}; change launch.labels, or label machines "
+            "(`ray start --labels`)"
+        )
+    return found
+
+
+def _whereabouts(config: RunConfig, machine: Machine) -> tuple[object, ...]:
+    try:
+        address = ipaddress.ip_address(machine.address)
+        place: tuple[object, ...] = (address.version, int(address))
+    except ValueError:  # a name, or none
+        place = (0, machine.address)
+    return (*(machine.labels.get(name, "") for name in config.launch.topology), place, machine.id)
+
+
+def _has(machine: Machine, need: Mapping[str, float]) -> bool:
+    return all(machine.resources.get(name, 0.0) >= amount for name, amount in need.items())
+
+
+def _wants_gpus(config: RunConfig, machines: Sequence[Machine]) -> bool:
     wanted = config.launch.device
-    return wanted == "cuda" or (wanted == "auto" and any(machine.get("GPU", 0) > 0 for machine in machines))
+    return wanted == "cuda" or (wanted == "auto" and any(machine.resources.get("GPU", 0) > 0 for machine in machines))
 
 
-def _listed(machines: Sequence[Resources], name: str) -> str:
+def _listed(machines: Sequence[Machine], name: str) -> str:
     """'8, 8 and 0 GPUs' or '0 GPUs'."""
-    counts = [f"{machine.get(name, 0):g}" for machine in machines] or ["0"]
+    counts = [f"{machine.resources.get(name, 0):g}" for machine in machines] or ["0"]
     return f"{' and '.join(filter(None, [', '.join(counts[:-1]), counts[-1]]))} {name}s"

@@ -19,7 +19,7 @@ from launcher.job.embedded_ray import embedded_ray
 from launcher.job.failures import JobFailed
 from launcher.job.fleet import fleet_of
 from launcher.job.ranks import Ranks
-from launcher.job.session import beats_folder, session
+from launcher.job.session import session
 from launcher.report.display import Display
 from launcher.verbs import stages
 from launcher.verbs.stages import ClaimedRun
@@ -63,7 +63,7 @@ class Supervisor:
             stages.train(claim)
 
     def _start(self) -> Ranks:
-        job = jobs._new_job(self._run.config, self._run.run_dir, jobs.RANK_TARGET, beats_folder(self._folder))
+        job = jobs.new_job(self._run.config, self._run.run_dir, self._folder)
         self._num_jobs += 1
         rendezvous = self._folder / f"{job.id}-{self._num_jobs}"
         rendezvous.mkdir()

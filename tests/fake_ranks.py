@@ -23,7 +23,7 @@ def succeed(spec: RankSpec) -> None:
     print("printed")
     print("complained", file=sys.stderr)
     os.write(1, b"written past Python\n")
-    seen = {**vars(spec), "pid": os.getpid(), "cwd": os.getcwd(), "env": dict(os.environ)}
+    seen = {**vars(spec), "pid": os.getpid(), "parent": os.getppid(), "cwd": os.getcwd(), "env": dict(os.environ)}
     (spec.run_dir / f"rank-{spec.rank}.json").write_text(json.dumps(seen, default=str))
 
 

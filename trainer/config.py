@@ -249,6 +249,13 @@ class LaunchConfig(Section):
     """CPU threads per rank; empty shares the machine's cores evenly."""
     spares: int = Field(0, ge=0)
     """Machines beyond nodes whose warm agents wait to take a lost one's place."""
+    labels: dict[str, str] = Field({})
+    """Ray's labels that every machine must have, such as `ray.io/accelerator-type: H100`."""
+    topology: list[str] = Field(["ray.io/region", "ray.io/availability-zone"])
+    """Ray's labels that tell which machines are near each other, from wide to narrow; below them addresses do."""
+    env: dict[str, str] = Field({})
+    """Environment variables of agents and ranks, such as `NCCL_DEBUG: INFO`. No secrets: they stand in the run's
+    folder and in its checkpoints."""
 
 
 class SuperviseConfig(Section):

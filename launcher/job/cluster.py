@@ -10,7 +10,7 @@ import ray
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
 
-from launcher.placement import Resources
+from launcher.placement import Machine
 from trainer.config import UserError
 
 _ANSWER_SECONDS = 10.0  # that a cluster may take to accept a connection
@@ -60,9 +60,13 @@ def _sigterm_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def machines() -> list[Resources]:
-    """What each living machine of the cluster has in all, whoever uses it."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def machines() -> list[Machine]:
+    """The living machines of the cluster, with what each has in all, whoever uses it."""
+    return [
+        Machine(node["Resources"], node["Labels"], node["NodeManagerAddress"], node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def _listening(address: str) -> str:

@@ -17,7 +17,7 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # the least Ray accepts; nothing but commands 
 
 
 @contextmanager
-def embedded_ray(folder: Path) -> Iterator[None]:
+def embedded_ray(folder: Path, labels: Mapping[str, str] | None = None) -> Iterator[None]:
     """Start Ray with its files in `folder`, and stop it at the end; meanwhile SIGTERM without a handler is Ctrl-C.
 
     Within a `launcher.job.session`, which ends what an interrupt leaves half-started.
@@ -28,7 +28,7 @@ def embedded_ray(folder: Path) -> Iterator[None]:
     on_sigterm = before if callable(before) else signal.default_int_handler
     with isolated():
         try:
-            _init(folder, on_sigterm)
+            _init(folder, labels or {}, on_sigterm)
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's would print a stack
             yield
         finally:
@@ -36,11 +36,12 @@ def embedded_ray(folder: Path) -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _init(folder: Path, on_sigterm: Callable[[int, FrameType | None], object]) -> None:
+def _init(folder: Path, labels: Mapping[str, str], on_sigterm: Callable[[int, FrameType | None], object]) -> None:
     try:
         ray.init(
             address="local",
             num_cpus=1,
+            labels=dict(labels),
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,

@@ -1,6 +1,6 @@
 """The agents of a job on all its machines: started, watched, replaced, and set to work together."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.job import cluster, replication
@@ -16,7 +21,7 @@ from launcher.job.failures import JobFailed
 from launcher.job.replication import SnapshotPeer
 from launcher.node.agent import Agent, Job, NodeEnd, Round
 from launcher.node.stacks import RankReport
-from launcher.placement import Placement, place
+from launcher.placement import Machine, Placement, in_order, place
 from trainer.checkpoint.service.room import Room
 from trainer.config import RunConfig
 from trainer.rank_spec import Task
@@ -119,13 +124,12 @@ def _end_of(ref: Any) -> NodeEnd:
 class Fleet:
     """Warm agents in the slots of a job: one for each of its machines, and spares."""
 
-    def __init__(
-        self, group: PlacementGroup, job: Job, where: Placement, folder: Path, socket_path: Path | None = None
-    ) -> None:
+    def __init__(self, group: PlacementGroup, bundles: Sequence[int], job: Job, where: Placement, folder: Path) -> None:
+        """`bundles` of the placement group, one for each slot."""
         self.job, self.where = job, where
-        self._group, self._folder = group, folder
+        self._group, self._bundles, self._folder = group, bundles, folder
         self._num_rounds = 0
-        self._slots = [self._start(slot, socket_path) for slot in range(where.nodes + job.config.launch.spares)]
+        self._slots = [self._start(slot) for slot in range(len(bundles))]
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -194,7 +198,9 @@ class Fleet:
         return Life(agents, rounds, peers)
 
     def end(self) -> None:
-        """Kill the agents, and whatever lives with them."""
+        """End the agents, and whatever lives with them."""
+        asked = [slot.agent.leave.remote() for slot in self._slots]
+        ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
         for slot in self._slots:
             _kill(slot)
 
@@ -210,23 +216,20 @@ class Fleet:
         self._slots[number] = self._start(number)
         return Lost(number)
 
-    def _start(self, number: int, socket_path: Path | None = None) -> _Slot:
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
-        agent = (
-            ray.remote(Agent)
-            .options(
-                num_cpus=1,
-                num_gpus=self.where.gpus_per_node,
-                max_concurrency=_THREADS,
-                scheduling_strategy=place,
-            )
-            .remote(self.job, number, socket_path)
-        )
+    def _start(self, number: int) -> _Slot:
+        config = self.job.config
+        options = {
+            "max_concurrency": _THREADS,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=self._bundles[number]
+            ),
+            **({"runtime_env": {"env_vars": config.launch.env}} if config.launch.env else {}),
+        }
+        agent = ray.remote(Agent).options(num_cpus=1, num_gpus=self.where.gpus_per_node, **options)
         peer = None
-        if self.job.config.checkpoint.replicates(self.where.nodes):
-            options = {"num_cpus": 0, "max_concurrency": _THREADS, "scheduling_strategy": place}
-            peer = ray.remote(SnapshotPeer).options(**options).remote()
-        return _Slot(agent, peer)
+        if config.checkpoint.replicates(self.where.nodes):
+            peer = ray.remote(SnapshotPeer).options(num_cpus=0, **options).remote()
+        return _Slot(agent.remote(self.job, number), peer)
 
 
 def _kill(slot: _Slot) -> None:
@@ -245,27 +248,34 @@ def answer_of(ref: Any) -> Any | None:
 
 
 @contextmanager
-def fleet_of(job: Job, folder: Path, socket_path: Path | None = None) -> Iterator[Fleet]:
+def fleet_of(job: Job, folder: Path) -> Iterator[Fleet]:
     """The agents of a job, one per machine, on the Ray to which this process is connected.
 
     Args:
         folder: of the session.
-        socket_path: where the fork server of this machine listens, if it has been spawned already.
 
     Raises:
         UserError: the cluster is too small.
         JobFailed: others hold it.
     """
-    where = place(job.config, cluster.machines())
-    num_slots = where.nodes + job.config.launch.spares
-    group = placement_group([where.bundle] * num_slots, strategy="STRICT_SPREAD")
+    config, machines = job.config, cluster.machines()
+    where, num_slots = place(config, machines), config.launch.nodes + config.launch.spares
+    labels = [config.launch.labels] * num_slots if config.launch.labels else None
+    group = placement_group([where.bundle] * num_slots, strategy="STRICT_SPREAD", bundle_label_selector=labels)
     try:
         if not group.wait(_PLACEMENT_SECONDS):
             raise JobFailed(f"{num_slots} x {where.bundle} did not become free; other jobs hold the cluster")
-        fleet = Fleet(group, job, where, folder, socket_path)
+        fleet = Fleet(group, _in_order(group, config, machines), job, where, folder)
         try:
             yield fleet
         finally:
             fleet.end()
     finally:
         remove_placement_group(group)
+
+
+def _in_order(group: PlacementGroup, config: RunConfig, machines: Sequence[Machine]) -> list[int]:
+    """The bundles of a group that has been placed, by `launcher.placement.in_order` of their machines."""
+    found = {machine.id: machine for machine in machines}
+    nodes: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return in_order(config, [found.get(nodes[bundle], Machine({}, id=nodes[bundle])) for bundle in sorted(nodes)])

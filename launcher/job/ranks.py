@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray._common.utils import get_system_memory
+
 from launcher.job.embedded_ray import embedded_ray
 from launcher.job.failures import explain
 from launcher.job.fleet import Fleet, fleet_of
-from launcher.job.session import beats_folder, session
+from launcher.job.session import memory_folder, session
 from launcher.node import fork_server, ownership
 from launcher.node.agent import Job
+from launcher.placement import Machine, place
 from trainer.checkpoint.format import store
 from trainer.config import RunConfig, UserError
 from trainer.rank_spec import Task
@@ -81,14 +84,17 @@ def check_embedded(config: RunConfig) -> None:
     """
     if config.launch.nodes > 1:
         raise UserError(f"launch.nodes is {config.launch.nodes}, and a run without a cluster has 1; set it to 1")
+    place(config, [this_machine(config)])
+
+
+def this_machine(config: RunConfig) -> Machine:
+    """As a Ray of its own would see it, for what the run asks of it."""
+    gpus = 0
     if config.launch.device == "cuda":
         from trainer.device import num_gpus  # imports torch, which only those who have asked for GPUs wait for
 
-        if num_gpus() < config.parallel.num_ranks:
-            raise UserError(
-                f"launch.device is cuda and needs one GPU a rank, {config.parallel.num_ranks} in all; this machine has "
-                f"{num_gpus()}; change the layout, or set launch.device to cpu"
-            )
+        gpus = num_gpus()
+    return Machine({"CPU": 1.0, "GPU": float(gpus), "memory": float(get_system_memory())}, config.launch.labels)
 
 
 @contextmanager
@@ -107,34 +113,34 @@ def ready_ranks(
     """
     if not on_cluster:
         check_embedded(config)
-    with session() as folder, _owned(job := _new_job(config, run_dir, target, beats_folder(folder))):
+    with session() as folder, _owned(job := new_job(config, run_dir, folder, target)):
         store.clear_leftovers(run_dir.checkpoints)
         if on_cluster:
             with fleet_of(job, folder) as fleet:
                 yield Ranks(fleet)
             return
-        socket_path = folder / "fork.sock"
         # Before Ray, so that the imports of the ranks (4 s) overlap with Ray's start (3 s).
-        server = fork_server.spawn(job.server_options(0), socket_path, job.server_env, job.cwd)
+        server = fork_server.spawn(job.server_options(0), job.server_env, job.cwd, keeper=os.getpid())
         try:
-            with embedded_ray(folder), fleet_of(job, folder, socket_path) as fleet:
+            with embedded_ray(folder, config.launch.labels), fleet_of(job, folder) as fleet:
                 yield Ranks(fleet)
         finally:
             server.kill()
             server.wait()
 
 
-def _new_job(config: RunConfig, run_dir: RunDir, target: str, beats: Path | None = None) -> Job:
-    absolute = RunDir(run_dir.path.resolve())
+def new_job(config: RunConfig, run_dir: RunDir, folder: Path, target: str = RANK_TARGET) -> Job:
+    """A job of a session, by its folder, in a run's."""
+    absolute, id = RunDir(run_dir.path.resolve()), secrets.token_hex(8)
     return Job(
-        id=secrets.token_hex(8),
+        id=id,
         config=config,
         run_dir=absolute.path,
         logs=absolute.logs,
         lock=absolute.path / ownership.LOCK_NAME,
         target=target,
         cwd=os.getcwd(),
-        beats=beats,
+        folder=memory_folder(folder, id),
     )
 
 

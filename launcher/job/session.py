@@ -22,6 +22,7 @@ from pathlib import Path
 _MARK = "BROADGAUGE_SESSION"
 _LONGEST_TEMP_DIR = 30  # characters; Ray adds about 65 for its sockets, and the kernel allows 107
 _REAPING_SECONDS = 20.0
+_MEMORY = Path("/dev/shm")
 
 
 @contextmanager
@@ -42,10 +43,10 @@ def session() -> Iterator[Path]:
         reaper.communicate(timeout=2 * _REAPING_SECONDS)
 
 
-def beats_folder(folder: Path) -> Path:
-    """Where agents of the session keep signs of life: in memory, and gone with the session's folder."""
-    memory = Path("/dev/shm")
-    return memory / f"{folder.name}-beats" if memory.is_dir() else folder / "beats"
+def memory_folder(folder: Path, job_id: str) -> Path:
+    """Of a job of the session, on every machine: in memory, and on this one gone with the session."""
+    parent = _MEMORY if _MEMORY.is_dir() else folder
+    return parent / f"{folder.name}-{job_id}"
 
 
 def _reap(folder: str) -> None:
@@ -60,7 +61,8 @@ def _reap(folder: str) -> None:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(beats_folder(Path(folder)), ignore_errors=True)
+    for path in _MEMORY.glob(f"{Path(folder).name}-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _processes_of(folder: str) -> list[int]:

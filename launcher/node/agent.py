@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -16,7 +15,7 @@ import ray
 from launcher import placement
 from launcher.node import fork_server
 from launcher.node.checkpoint_process import ServiceKeeper, ServiceOptions
-from launcher.node.fork_server import Channel, Kill, Ready, ServerOptions, Start
+from launcher.node.fork_server import Channel, Goodbye, Kill, Ready, ServerOptions, Start
 from launcher.node.forked_rank import RankEnd
 from launcher.node.stacks import RankReport, collect
 from launcher.placement import Placement
@@ -45,11 +44,11 @@ class Job:
     """What a rank runs, `module:function`."""
     cwd: str
     """Where relative paths in the config start."""
-    beats: Path | None = None
-    """Folder of memory on every machine, for the signs of life of the ranks there; without one, nobody watches."""
+    folder: Path
+    """In the memory of every machine, for one folder a slot: signs of life of its ranks, its fork server's socket."""
 
     def server_options(self, slot: int) -> ServerOptions:
-        return ServerOptions(self.target, self.logs, slot, self.lock, self.id)
+        return ServerOptions(self.target, self.logs, slot, self.lock, self.id, self.folder / f"slot-{slot}")
 
     def room_path(self, node: int) -> Path:
         """See `trainer.checkpoint.service.room`."""
@@ -65,6 +64,7 @@ class Job:
             "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS would start its threads on import, and so before the fork
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # looking for CUDA must not initialise it before the fork
             **cpu_only,
+            **self.config.launch.env,
         }
 
 
@@ -102,13 +102,13 @@ class NodeEnd:
 
 
 class Agent:
-    """One per machine. Ranks end with their fork server, the fork server with the agent or the driver.
+    """One per machine. Ranks end with their fork server, which outlives the agent if the machine does.
 
     Its methods may be called from several threads; one round runs at a time.
     """
 
-    def __init__(self, job: Job, slot: int, socket_path: Path | None = None) -> None:
-        """Connect to the fork server that listens at `socket_path`, or start one, which begins to import at once.
+    def __init__(self, job: Job, slot: int) -> None:
+        """Connect to the fork server of the slot on this machine, or start one, which begins to import at once.
 
         Args:
             slot: number of the agent among those of the job, spares included.
@@ -117,19 +117,19 @@ class Agent:
         self._ready: Ready | None = None
         self._server: Channel | None = None
         self._sending = threading.Lock()
-        self._beats = job.beats / f"slot-{slot}" if job.beats else None
+        self._beats = job.server_options(slot).folder / "beats"
         self._ranks = range(0)
         self._problem = "the fork server died, and its ranks with it"
         try:
-            self._server = fork_server.connect(socket_path) if socket_path else self._spawn()
+            self._server = self._connect(job.server_options(slot))
         except OSError as error:
             self._problem = f"the fork server does not start: {error}"
 
-    def _spawn(self) -> Channel:
-        with tempfile.TemporaryDirectory(prefix="broadgauge-") as folder:  # needed until connected
-            socket_path = Path(folder) / "fork.sock"
-            _spawn_for_good(self._job.server_options(self._slot), socket_path, self._job.server_env, self._job.cwd)
-            return fork_server.connect(socket_path)
+    def _connect(self, options: ServerOptions) -> Channel:
+        with suppress(OSError):  # none listens
+            return fork_server.connect(options)
+        _spawn_for_good(options, self._job.server_env, self._job.cwd, keeper=os.getppid())  # Ray's own process here
+        return fork_server.connect(options)
 
     def machine(self) -> str:
         """Ray's name of the machine (hex): an answer to whoever wants to know whether the agent lives."""
@@ -169,18 +169,24 @@ class Agent:
 
     def beats(self) -> dict[int, Beat]:
         """What the ranks said last, as far as they have said anything."""
-        found = {rank: read(beat_path(self._beats, rank)) for rank in self._ranks} if self._beats else {}
+        found = {rank: read(beat_path(self._beats, rank)) for rank in self._ranks}
         return {rank: beat for rank, beat in found.items() if beat is not None}
 
     def reports(self) -> list[RankReport]:
         """Where the ranks are in their code; for ranks that are to be killed, as asking for all threads is not safe."""
-        return collect(self._beats, self._ranks, _STACK_SECONDS, all_threads=True) if self._beats else []
+        return collect(self._beats, self._ranks, _STACK_SECONDS, all_threads=True)
 
     def kill_ranks(self) -> None:
         """End the round that is under way, if one is: `run` returns."""
         if self._server is not None:
             with suppress(OSError):  # they died with it
                 self._send(self._server, Kill())
+
+    def leave(self) -> None:
+        """Have the fork server end, ranks and all; the agent is of no use afterwards."""
+        if self._server is not None:
+            with suppress(OSError):  # it has ended by itself
+                self._send(self._server, Goodbye())
 
     def _run_ranks(self, server: Channel, this_round: Round, keeper: ServiceKeeper | None) -> NodeEnd:
         """Raises:
@@ -191,14 +197,13 @@ class Agent:
             return NodeEnd((), self._ready.problem)
         if keeper is not None:
             keeper.start()
-        if self._beats is not None:
-            shutil.rmtree(self._beats, ignore_errors=True)
-            self._beats.mkdir(parents=True, mode=0o700)
+        shutil.rmtree(self._beats, ignore_errors=True)
+        self._beats.mkdir(mode=0o700)
         self._ranks = this_round.ranks
         self._send(server, Start(self._specs(this_round), self._rank_env(this_round.where)))
         return NodeEnd(self._watch(server, len(this_round.ranks)))
 
-    def _send(self, server: Channel, message: Start | Kill) -> None:
+    def _send(self, server: Channel, message: Start | Kill | Goodbye) -> None:
         with self._sending:
             server.send(message)
 
@@ -254,11 +259,11 @@ class Agent:
         """What is known only now that Ray has placed the agent."""
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "") if where.gpus_per_node else ""
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if where.nodes == 1 else {}
-        return {"CUDA_VISIBLE_DEVICES": gpus, **loopback}
+        return {"CUDA_VISIBLE_DEVICES": gpus, **loopback, **self._job.config.launch.env}
 
 
-def _spawn_for_good(options: ServerOptions, socket_path: Path, env: Mapping[str, str], cwd: str) -> None:
-    """Start a fork server from a thread that stays: the kernel ends the server with the thread that spawned it.
+def _spawn_for_good(options: ServerOptions, env: Mapping[str, str], cwd: str, keeper: int) -> None:
+    """Start a fork server from a thread that stays: at first the kernel ends the server with it.
 
     Raises:
         OSError: it does not start.
@@ -267,7 +272,7 @@ def _spawn_for_good(options: ServerOptions, socket_path: Path, env: Mapping[str,
 
     def be_parent() -> None:
         try:
-            spawned.set_result(fork_server.spawn(options, socket_path, env, cwd))
+            spawned.set_result(fork_server.spawn(options, env, cwd, keeper))
         except OSError as error:
             spawned.set_exception(error)
         threading.Event().wait()

@@ -92,10 +92,12 @@ def _serve(agent: RawIOBase) -> None:
     room.sign(run_dir.path)
     presence = Presence(room)
     while not _has_spoken(agent):
-        presence.show()
-        if not service.work():
+        if not (presence.show() and service.work()):
             _has_spoken(agent, _PASS_SECONDS)
+    while not presence.show():
+        time.sleep(_PASS_SECONDS)
     service.finish()
+    presence.end()
     if uploads is not None and agent.readline() == _AT_THE_END:
         uploads.finish(may_wait=lambda: not _has_spoken(agent))
     log.close()

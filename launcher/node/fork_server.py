@@ -7,8 +7,9 @@ It is not the fork server of `multiprocessing`, whose children import the `__mai
 them (in a Ray worker that is Ray, 1.4 s for four ranks on two cores) and which passes over a failed preload in
 silence.
 
-Nothing outlives its parent: the kernel kills the fork server with the process that spawned it, and the ranks with
-the fork server, which also ends when its connection is closed.
+It outlives an agent that dies, whose ranks it kills, and waits a while for the next one, which need not import
+anything. It ends with its keeper, a process that lives as long as the machine is the job's, and while it imports with
+whoever has spawned it. The kernel kills the ranks with the fork server.
 """
 
 import faulthandler
@@ -16,22 +17,29 @@ import gc
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from launcher.node import ownership
-from launcher.node.forked_rank import Entry, ForkedRank, die_with, fork_rank, one_line
+from launcher.node.forked_rank import Entry, ForkedRank, die_with, fork_rank, live_on, one_line
 from trainer.rank_spec import RankSpec
 
 Channel: TypeAlias = "Connection[Any, Any]"
+
+_LINGER_SECONDS = 20.0
+"""For the next agent to come, after one that has not said goodbye."""
+_DYING_SECONDS = 5.0
+"""For ranks to be gone that were killed."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,18 @@ class ServerOptions:
     lock: Path
     """The file of `launcher.node.ownership` that the server and its ranks hold."""
     job_id: str
+    folder: Path
+    """Of the slot on this machine; goes with the server."""
+
+    @property
+    def socket_path(self) -> Path:
+        """Where it listens; only those who may look into its folder can connect."""
+        return self.folder / "fork.sock"
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The first thing it says: the target is imported, or cannot be."""
+    """The first thing it says to an agent: the target is imported, or cannot be."""
 
     problem: str | None
 
@@ -69,18 +84,29 @@ class Kill:
     """Tells it to kill the ranks that are alive."""
 
 
-def spawn(options: ServerOptions, socket_path: Path, env: Mapping[str, str], cwd: str) -> subprocess.Popen[bytes]:
-    """Start a fork server, which begins to import, and accepts one connection on a Unix socket from now on.
+@dataclass(frozen=True)
+class Goodbye:
+    """Tells it to kill the ranks that are alive, and to end."""
 
-    The kernel kills it with the calling thread, which must therefore be one that lasts.
+
+def spawn(options: ServerOptions, env: Mapping[str, str], cwd: str, keeper: int) -> subprocess.Popen[bytes]:
+    """Start a fork server, which begins to import, and accepts connections on its socket from now on, one at a time.
+
+    While it imports the kernel kills it with the calling thread, which must therefore be one that lasts.
+
+    Args:
+        keeper: process with which it is to end.
     """
+    path = options.socket_path
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of one that died
     with socket.socket(socket.AF_UNIX) as listener, open(options.logs / f"node-{options.node}.log", "ab") as log:
-        listener.bind(str(socket_path))
+        listener.bind(str(path))
         listener.listen(1)
-        told = json.dumps({**vars(options), "logs": str(options.logs), "lock": str(options.lock)})
+        told = json.dumps(vars(options), default=str)
         program = ["-P", "-c", "from launcher.node.fork_server import serve; serve()"]
         return subprocess.Popen(
-            [sys.executable, *program, told, str(os.getpid()), str(listener.fileno())],
+            [sys.executable, *program, told, str(os.getpid()), str(keeper), str(listener.fileno())],
             pass_fds=(listener.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -91,26 +117,53 @@ def spawn(options: ServerOptions, socket_path: Path, env: Mapping[str, str], cwd
         )
 
 
-def connect(socket_path: Path) -> Channel:
-    """The channel for `Start` and `Kill`, on which come `Ready` and `RankEnd`s."""
-    return Client(str(socket_path), family="AF_UNIX")
+def connect(options: ServerOptions) -> Channel:
+    """The channel for `Start`, `Kill` and `Goodbye`, on which come `Ready` and `RankEnd`s.
+
+    Raises:
+        OSError: no fork server listens.
+    """
+    return Client(str(options.socket_path), family="AF_UNIX")
 
 
 def serve() -> None:
     """The whole life of the fork server process."""
-    told, parent, listener_fd = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    options = ServerOptions(**{**told, "logs": Path(told["logs"]), "lock": Path(told["lock"])})
-    die_with(parent)
+    told, (spawner, keeper, listener_fd) = json.loads(sys.argv[1]), map(int, sys.argv[2:])
+    die_with(spawner)
+    options = ServerOptions(**{**told, **{name: Path(told[name]) for name in ("logs", "lock", "folder")}})
     faulthandler.enable()
-    if ownership.hold(options.lock, options.job_id) is None:
-        return
-    entry, problem = _preload(options.target)
-    gc.freeze()  # a collection in a rank would write to, and so copy, every page shared with the others
-    with socket.socket(fileno=listener_fd) as listener:
-        accepted, _ = listener.accept()
-    channel: Channel = Connection(accepted.detach())
-    channel.send(Ready(problem))
-    _obey(channel, entry, options.logs)
+    with suppress(ProcessLookupError):  # the keeper has ended already
+        _serve(options, socket.socket(fileno=listener_fd), os.pidfd_open(keeper))
+    shutil.rmtree(options.folder, ignore_errors=True)
+    with suppress(OSError):  # other slots are in it
+        options.folder.parent.rmdir()
+
+
+def _serve(options: ServerOptions, listener: socket.socket, keeper: int) -> None:
+    """One agent after the other, while the run is its job's: in between another job may claim it."""
+    with ExitStack() as hold:
+        if not hold.enter_context(ownership.held(options.lock, options.job_id)):
+            return
+        entry, problem = _preload(options.target)
+        live_on()
+        gc.freeze()  # a collection in a rank would write to, and so copy, every page shared with the others
+        seconds = None
+        while (agent := _next_agent(listener, keeper, seconds)) is not None:
+            if not hold.enter_context(ownership.held(options.lock, options.job_id)):
+                return
+            with agent, suppress(OSError):  # it dies while it is told something
+                agent.send(Ready(problem))
+                if not _obey(agent, entry, options.logs, keeper):
+                    return
+            hold.close()
+            seconds = _LINGER_SECONDS
+
+
+def _next_agent(listener: socket.socket, keeper: int, seconds: float | None) -> "Channel | None":
+    if wait([listener, keeper], seconds) != [listener]:
+        return None
+    accepted, _ = listener.accept()
+    return Connection(accepted.detach())
 
 
 def _preload(target: str) -> tuple[Entry, str | None]:
@@ -135,23 +188,48 @@ def _preload(target: str) -> tuple[Entry, str | None]:
     return entry, None
 
 
-def _obey(channel: Channel, entry: Entry, logs: Path) -> None:
-    """Fork, reap and kill ranks as told, until the channel is closed."""
+def _obey(agent: Channel, entry: Entry, logs: Path, keeper: int) -> bool:
+    """Fork, reap and kill ranks as told; returns whether another agent may come after this one."""
     running: dict[int, ForkedRank] = {}
-    while True:
-        for ready in wait([channel, *running]):
-            if isinstance(ready, int):
-                channel.send(running.pop(ready).reap())
-                continue
-            try:
-                message = channel.recv()
-            except EOFError:
-                message = None
-            if isinstance(message, Start):
-                forked = [fork_rank(spec, entry, message.env, logs) for spec in message.specs]
-                running |= {rank.fileno(): rank for rank in forked}
-                continue
-            for rank in running.values():
-                rank.kill()
-            if message is None:
-                return
+    message: Start | Kill | Goodbye | None = Kill()
+    is_kept = True
+    while is_kept and isinstance(message, Start | Kill):
+        for ready in wait([agent, keeper, *running]):
+            if ready is agent:
+                message = _heard(agent)
+                if isinstance(message, Start):
+                    forked = [fork_rank(spec, entry, message.env, logs) for spec in message.specs]
+                    running |= {rank.fileno(): rank for rank in forked}
+                else:
+                    _kill(running)
+            elif ready == keeper:
+                is_kept = False
+            elif isinstance(ready, int):
+                end = running.pop(ready).reap()
+                with suppress(OSError):  # the agent has died, and this is seen next
+                    agent.send(end)
+    _kill(running)
+    return is_kept and message is None and _are_gone(running)
+
+
+def _heard(agent: Channel) -> Start | Kill | Goodbye | None:
+    """What it says next; None if it has died."""
+    try:
+        said: Start | Kill | Goodbye = agent.recv()
+    except (EOFError, OSError):
+        return None
+    return said
+
+
+def _kill(ranks: Mapping[int, ForkedRank]) -> None:
+    for rank in ranks.values():
+        rank.kill()
+
+
+def _are_gone(ranks: dict[int, ForkedRank]) -> bool:
+    """Reap ranks that have been killed; returns whether all could be, in time: a device may hold one up for ever."""
+    deadline = time.monotonic() + _DYING_SECONDS
+    while ranks and (ended := wait(list(ranks), max(0.0, deadline - time.monotonic()))):
+        for descriptor in filter(ranks.__contains__, ended):
+            ranks.pop(descriptor).reap()
+    return not ranks

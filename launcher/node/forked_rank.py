@@ -149,6 +149,11 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def live_on() -> None:
+    """Undo `die_with`."""
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def _prctl(option: int, value: int | bytes) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(option, value) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value!r}) failed")

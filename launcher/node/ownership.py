@@ -50,6 +50,17 @@ def hold(path: Path, job_id: str) -> int | None:
 
 
 @contextmanager
+def held(path: Path, job_id: str) -> Iterator[bool]:
+    """As `hold`, for a while; says whether the file is the job's."""
+    descriptor = hold(path, job_id)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
 def _exclusive(path: Path, timeout_seconds: float) -> Iterator[int]:
     deadline = time.monotonic() + timeout_seconds
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -6,7 +6,8 @@ from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_enough
 from data_pipeline.pipeline import TOKENIZER_FOLDER, check_same_tokenizer, find_prepared, preflight
 from data_pipeline.settings import Settings
 from data_pipeline.tokenization import Tokenizer
-from launcher.job.ranks import check_embedded
+from launcher.job.ranks import check_embedded, this_machine
+from launcher.placement import check_memory
 from trainer.checkpoint.format import compatibility, store
 from trainer.checkpoint.format.manifest import read_manifest
 from trainer.checkpoint.remote.copies import Remote
@@ -53,6 +54,7 @@ def check_start(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False)
     """
     if not on_cluster:  # `launcher.verbs.stages.claim` asks the cluster
         check_embedded(config)
+        check_memory(config, [this_machine(config)])
     run_dir.check(config)
     if config.checkpoint.upload_to:
         Remote.open(config.checkpoint.upload_to).check()

@@ -18,7 +18,7 @@ from launcher.job.preemption import Preemption, listening
 from launcher.job.ranks import Ranks, ready_ranks
 from launcher.job.ray_workers import WORKER_ENV, RayWorkers
 from launcher.job.recovery import fetch_newer
-from launcher.placement import place
+from launcher.placement import check_memory
 from launcher.report import data as data_report
 from launcher.report import training as report
 from launcher.report.display import Display, StageBar
@@ -95,7 +95,7 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
     with run_dir.locked(), listening(preemption), ExitStack() as resources:
         if ray is not None:
             resources.enter_context(cluster.connected(ray, WORKER_ENV))
-            place(config, cluster.machines())
+            check_memory(config, cluster.machines())
         run_dir.create(config)
         log = EventLog(run_dir.events_path)
         resources.callback(log.close)

@@ -35,7 +35,7 @@ def test_a_node_that_ray_is_to_drain_ends_the_run(small_job: SmallJob, tmp_path:
             for num_cpus in (0, 1):  # the driver's, and that of the ranks; Ray ends a drained one, and its drivers
                 cluster.add_node(num_cpus=num_cpus, include_dashboard=False, node_ip_address="127.0.0.1")
             ray.init(cluster.address, log_to_driver=False, configure_logging=False)
-            new_job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET)
+            new_job = jobs.new_job(run.config, run.run_dir, folder)
             ownership.claim(new_job.lock, new_job.id, drill.PATIENCE_SECONDS)
             gcs = GcsClient(address=cluster.address)
             (node,) = (each["NodeID"] for each in ray.nodes() if "CPU" in each["Resources"])

@@ -19,7 +19,6 @@ from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_sound_
 from launcher.job import ranks as jobs
 from launcher.job.fleet import Fleet, fleet_of
 from launcher.job.ranks import Ranks
-from launcher.job.session import beats_folder
 from launcher.node.leaving import Process, drain_with_ray, leave, processes
 from launcher.verbs import stages
 from machines import Machines, machines
@@ -62,7 +61,7 @@ def test_a_worker_that_leaves_is_left_in_time_and_the_run_goes_on(small_job: Sma
 
     done: list[Done] = []
     with machines(3) as cluster, drill.claimed(run) as claim:
-        job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET, beats_folder(cluster.folder))
+        job = jobs.new_job(run.config, run.run_dir, cluster.folder)
         with jobs._owned(job), fleet_of(job, cluster.folder) as agents:
             claim._ranks = Ranks(agents)
             deeds = [

@@ -19,7 +19,6 @@ from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_sound_
 from launcher.job import ranks as jobs
 from launcher.job.fleet import Fleet, fleet_of
 from launcher.job.ranks import Ranks
-from launcher.job.session import beats_folder
 from launcher.verbs import stages
 from machines import Machines, machines
 from trainer.events import surviving_steps
@@ -31,7 +30,7 @@ LAYOUT, NUM_STEPS = "DP2 ZeRO-1", 40
 
 @contextmanager
 def fleet(run: DrilledRun, cluster: Machines) -> Iterator[Fleet]:
-    job = jobs._new_job(run.config, run.run_dir, jobs.RANK_TARGET, beats_folder(cluster.folder))
+    job = jobs.new_job(run.config, run.run_dir, cluster.folder)
     with jobs._owned(job), fleet_of(job, cluster.folder) as found:
         yield found
 

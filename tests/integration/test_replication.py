@@ -46,7 +46,7 @@ def two_machines() -> Iterator[Path]:
 @contextmanager
 def ranks_of(config: RunConfig, run_dir: RunDir, folder: Path) -> Iterator[Ranks]:
     run_dir.create(config)
-    new_job = job._new_job(config, run_dir, job.RANK_TARGET)
+    new_job = job.new_job(config, run_dir, folder)
     ownership.claim(new_job.lock, new_job.id, PATIENCE_SECONDS)
     with fleet_of(new_job, folder) as fleet:
         yield Ranks(fleet)

@@ -1,12 +1,12 @@
 """How large the pods of a run must be: arithmetic on the config, in whole CPUs and GiB.
 
-What a run holds is counted (`trainer.plan`); what processes take besides is an allowance. Those for CUDA are estimates
-that no run has confirmed yet. A pod's memory includes what lies in its /dev/shm.
+What a run holds is counted (`launcher.memory`); what processes take besides is an allowance. Those for CUDA are
+estimates that no run has confirmed yet. A pod's memory includes what lies in its /dev/shm.
 """
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
+from launcher import memory
 from trainer import plan
 from trainer.config import RunConfig
 
@@ -14,9 +14,6 @@ GIB = 2**30
 OBJECT_STORE_BYTES = GIB
 """Of Ray, on every machine: descriptions of work pass through it, no data."""
 
-_STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments: what a snapshot holds
-_SNAPSHOTS = {"checkpoints": 2, "restarts too": 3}  # docs/checkpoints.md, "Snapshots for restarts"
-_SHARED_MEMORY = PurePosixPath("/dev/shm")
 _TRANSPORT_BYTES_PER_RANK = GIB // 4  # buffers of gloo or NCCL between processes of a machine
 _MACHINE_BYTES = 3 * GIB  # Ray, the agent, the fork server with all imports, the checkpoint service
 _CPU_RANK_BYTES = GIB
@@ -41,10 +38,10 @@ def machine(config: RunConfig, with_gpus: bool) -> PodSize:
     """A machine that ranks live on."""
     ranks = config.ranks_per_node
     cpus = ranks * (config.launch.threads_per_rank or 1) + 1  # one for the agent and the checkpoint service
-    shared = OBJECT_STORE_BYTES + snapshot_bytes(config) + ranks * _TRANSPORT_BYTES_PER_RANK
-    training = ranks * ((_CUDA_RANK_BYTES if with_gpus else _CPU_RANK_BYTES) + _rank_bytes(config, with_gpus))
-    memory = _MACHINE_BYTES + max(training, cpus * _TASK_BYTES) + _whole_gib(shared)
-    return PodSize(cpus, _whole_gib(memory), _whole_gib(shared), ranks if with_gpus else 0)
+    shared = OBJECT_STORE_BYTES + memory.snapshots_bytes(config) + ranks * _TRANSPORT_BYTES_PER_RANK
+    training = ranks * ((_CUDA_RANK_BYTES if with_gpus else _CPU_RANK_BYTES) + memory.rank_bytes(config, with_gpus))
+    total = _MACHINE_BYTES + max(training, cpus * _TASK_BYTES) + _whole_gib(shared)
+    return PodSize(cpus, _whole_gib(total), _whole_gib(shared), ranks if with_gpus else 0)
 
 
 def head(config: RunConfig) -> PodSize:
@@ -55,36 +52,10 @@ def head(config: RunConfig) -> PodSize:
     )
 
 
-def snapshot_bytes(config: RunConfig) -> int:
-    """What a machine's snapshots take of its shared memory, by the table of docs/checkpoints.md."""
-    checkpoint, nodes = config.checkpoint, config.launch.nodes
-    if not (checkpoint.asynchronous and PurePosixPath(checkpoint.snapshots_in).is_relative_to(_SHARED_MEMORY)):
-        return 0
-    copies = _SNAPSHOTS["restarts too" if checkpoint.snapshot_every_steps else "checkpoints"]
-    copies *= 2 if checkpoint.replicates(nodes) else 1
-    state = _STATE_BYTES_PER_PARAMETER * plan.num_parameters(config.model, padded=True)
-    return copies * -(-state // nodes)
-
-
 def quantity(num_bytes: int) -> str:
     """As Kubernetes writes it."""
     assert num_bytes % GIB == 0
     return f"{num_bytes // GIB}Gi"
-
-
-def _rank_bytes(config: RunConfig, with_gpus: bool) -> int:
-    """What the fullest rank holds in the host's memory: of its state and, on CPUs, of activations."""
-    stages = range(config.parallel.pipeline)
-    if with_gpus:
-        return max(plan.state_bytes_per_rank(config, stage).host for stage in stages)
-    return max(
-        plan.state_bytes_per_rank(config, stage).total
-        + int(
-            plan.activation_bytes_per_microbatch(config, stage)
-            * plan.microbatches_in_flight(config.parallel, config.num_microbatches, stage)
-        )
-        for stage in stages
-    )
 
 
 def _whole_gib(num_bytes: int) -> int:

@@ -1,11 +1,12 @@
 import pytest
 
-from launcher.placement import Placement, place, threads_per_rank
+from launcher.placement import Machine, Placement, check_memory, in_order, place, threads_per_rank
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
+from trainer.plan import num_parameters
 
-LAPTOP = {"CPU": 1.0, "memory": 8e9}
-GPU_NODE = {"CPU": 64.0, "GPU": 8.0}
+LAPTOP = Machine({"CPU": 1.0, "memory": 8e9})
+GPU_NODE = Machine({"CPU": 64.0, "GPU": 8.0})
 
 
 def config(ranks: int = 4, **launch: object) -> RunConfig:
@@ -35,7 +36,7 @@ def test_ranks_get_a_gpu_each_unless_told_otherwise(device: str, gpus: int) -> N
 
 
 def test_machines_without_a_cpu_for_the_agent_do_not_count() -> None:
-    head = {"CPU": 0.0, "GPU": 0.0}
+    head = Machine({"CPU": 0.0, "GPU": 0.0})
     assert place(config(ranks=8), [head, GPU_NODE]).nodes == 1
     with pytest.raises(UserError, match=r"launch.nodes 2 needs 2 machines .* has 1; set launch.nodes to 1"):
         place(config(ranks=16, nodes=2, device="cpu"), [head, GPU_NODE])
@@ -45,19 +46,125 @@ def test_machines_without_a_cpu_for_the_agent_do_not_count() -> None:
     ("ranks", "device", "machines", "has"),
     [
         (4, "cuda", [LAPTOP], "0 GPUs"),
-        (4, "auto", [{"CPU": 8.0, "GPU": 1.0}], "1 GPUs"),
+        (4, "auto", [Machine({"CPU": 8.0, "GPU": 1.0})], "1 GPUs"),
         (16, "auto", [GPU_NODE], "8 GPUs"),
         (16, "cuda", [GPU_NODE, GPU_NODE, LAPTOP], "8, 8 and 0 GPUs"),
     ],
 )
-def test_too_few_gpus_are_refused_with_the_numbers(
-    ranks: int, device: str, machines: list[dict[str, float]], has: str
-) -> None:
+def test_too_few_gpus_are_refused_with_the_numbers(ranks: int, device: str, machines: list[Machine], has: str) -> None:
     with pytest.raises(UserError) as refusal:
         place(config(ranks=ranks, device=device), machines)
     assert f"{ranks} ranks per machine need {ranks} GPUs" in str(refusal.value)
     assert f"the cluster has {has};" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_machines_without_the_labels_do_not_count() -> None:
+    kinds = ["H100", "H100", "A100"]
+    machines = [Machine(GPU_NODE.resources, {"ray.io/accelerator-type": kind}) for kind in kinds]
+    labels = {"ray.io/accelerator-type": "H100"}
+    assert place(config(ranks=16, nodes=2, labels=labels), machines).nodes == 2
+    with pytest.raises(UserError) as refusal:
+        place(config(ranks=16, nodes=2, spares=1, labels=labels), machines)
+    assert str(refusal.value).startswith(
+        "launch.labels ray.io/accelerator-type=H100 are on 2 of 3 machines, and 3 are needed; the cluster has "
+        "ray.io/accelerator-type=A100, ray.io/accelerator-type=H100; "
+    )
+    with pytest.raises(UserError, match="on 0 of 1 machines, and 1 are needed; the cluster has no such labels;"):
+        place(config(labels=labels), [LAPTOP])
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+BILLION = {"hidden_size": 2048, "num_layers": 16, "num_heads": 16}
+"""Of parameters, a little less; its state takes 16 bytes each."""
+
+
+def large(zero: int = 1, nodes: int = 1, **sections: dict[str, object]) -> RunConfig:
+    launch = {"nodes": nodes, "device": "cpu", **sections.pop("launch", {})}
+    return from_tree({"model": BILLION, "parallel": {"data": 4, "zero": zero}, "launch": launch, **sections})
+
+
+def test_what_cannot_be_held_is_refused_with_the_numbers() -> None:
+    """ZeRO-1 shares the optimizer alone: weights and gradients (6 bytes in bf16) are on every rank."""
+    parameters = num_parameters(large().model, padded=True)
+    on_each = [4 * 6 + 12 + 12, 2 * 6 + 6 + 6]  # bytes a parameter: ranks, their optimizer, a snapshot
+    for nodes, bytes_each in zip((1, 2), on_each, strict=True):
+        machine = Machine({"CPU": 2.0, "memory": 1.001 * bytes_each * parameters})
+        check_memory(large(nodes=nodes), [machine] * nodes)
+        little = Machine({"CPU": 2.0, "memory": 0.999 * bytes_each * parameters})
+        with pytest.raises(UserError) as refusal:
+            check_memory(large(nodes=nodes), [machine, little][-nodes:])
+        gib = bytes_each * parameters / 2**30
+        assert f"take {gib:.1f} GiB of memory on each of {nodes} machine(s)" in str(refusal.value)
+        assert f"the cluster's have {', '.join([f'{gib:.1f}'] * nodes)} GiB; use more" in str(refusal.value)
+
+
+def test_spares_must_hold_as_much_and_gpus_hold_it_themselves() -> None:
+    little, enough = Machine({"CPU": 2.0, "memory": 8e9}), Machine({"CPU": 2.0, "memory": 80e9})
+    check_memory(large(), [little, enough])
+    with pytest.raises(UserError, match=r"on each of 2 machine\(s\), and the cluster's have 74.5, 7.5 GiB"):
+        check_memory(large(launch={"spares": 1}), [little, enough])
+    with_gpus = Machine({"CPU": 2.0, "GPU": 8.0, "memory": 16e9})  # for the snapshot
+    check_memory(large(launch={"device": "cuda"}), [with_gpus])
+    check_memory(large(), [Machine({"CPU": 2.0})])  # not counted there
+
+
+def test_snapshots_on_disk_take_no_memory() -> None:
+    parameters = num_parameters(large().model, padded=True)
+    machine = Machine({"CPU": 2.0, "memory": 37 * parameters})
+    check_memory(large(checkpoint={"snapshots_in": "/scratch/snapshots"}), [machine])
+    with pytest.raises(UserError, match="a snapshot of them"):
+        check_memory(large(), [machine])
+
+
+# ------------------------------------------------------------------------------------------------- near and far
+
+ADDRESSES = ["10.0.0.9", "10.0.0.10", "10.0.0.2", "10.0.1.1", "10.0.1.2", "10.0.1.3"]
+
+
+def racked(*racks: str) -> list[Machine]:
+    return [
+        Machine({}, {"rack": rack} if rack else {}, address, id=str(number))
+        for number, (rack, address) in enumerate(zip(racks, ADDRESSES, strict=False))
+    ]
+
+
+def pipelined(pipeline: int, data: int, nodes: int, **launch: object) -> RunConfig:
+    layers = {"num_layers": pipeline}
+    return from_tree(
+        {
+            "model": layers,
+            "parallel": {"pipeline": pipeline, "data": data},
+            "train": {"global_batch_size": 12},
+            "launch": {"nodes": nodes, "topology": ["rack"], **launch},
+        }
+    )
+
+
+def test_machines_are_numbered_by_labels_and_then_by_address() -> None:
+    machines = racked("b", "a", "b", "a")
+    assert in_order(pipelined(1, 4, nodes=4), machines) == [1, 3, 2, 0]
+    assert in_order(pipelined(1, 4, nodes=4, topology=[]), machines) == [2, 0, 1, 3]  # 10 follows 9
+    assert in_order(pipelined(1, 3, nodes=3, spares=1), machines) == [1, 3, 2, 0]  # the last is the spare
+
+
+def test_stages_of_one_replica_are_neighbours() -> None:
+    """Two stages of three machines: the n-th of either lie side by side, and ranks are numbered stage by stage."""
+    run = pipelined(2, 3, nodes=6)
+    order = in_order(run, racked(*"abcabc"))
+    first, second = order[:3], order[3:]
+    assert [{machine % 3 for machine in pair} for pair in zip(first, second, strict=True)] == [{0}, {1}, {2}]
+    assert sorted(order) == list(range(6))
+
+
+def test_stages_that_share_machines_are_left_where_they_are() -> None:
+    assert in_order(pipelined(4, 1, nodes=2), racked("b", "a")) == [1, 0]
+
+
+def test_machines_of_any_address_have_an_order() -> None:
+    machines = [Machine({}, address=address, id=address) for address in ("head", "::1", "", "127.0.0.1")]
+    assert in_order(pipelined(1, 4, nodes=4), machines) == [2, 0, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ def test_a_service_is_seen_from_its_first_pass_to_its_end(tmp_path: Path) -> Non
     room = Room(tmp_path / "memory" / "node-0", range(2))
     assert not is_served(room) and not room.path.exists()
     presence, successor = Presence(room), Presence(room)
-    presence.show()
+    assert presence.show() and presence.show()
     assert is_served(room) and is_served(room) and stat.S_IMODE(room.path.stat().st_mode) == 0o700
-    successor.show()  # the one before is still ending
+    assert not successor.show()  # the one before is still ending
     presence.end()
     assert not is_served(room)
-    successor.show()
-    assert is_served(room)
+    assert successor.show() and is_served(room)
     successor.end()
 
 
@@ -55,5 +54,5 @@ def test_a_service_that_is_stopped_lives_and_one_that_is_killed_does_not(tmp_pat
 def test_where_there_can_be_no_room_a_service_lives_on(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     room = Room(tmp_path / "file" / "node-0", range(2))
-    Presence(room).show()
+    assert Presence(room).show()
     assert not is_served(room)

@@ -17,23 +17,25 @@ class Presence:
         self._room = room
         self._descriptor: int | None = None
 
-    def show(self) -> None:
+    def show(self) -> bool:
         """Hold the room, which is made if it is not there (any more); to be called again and again.
 
-        Where that is impossible the ranks cannot use the room either, and need no service.
+        Returns whether the service may work: not while the one before it has not ended. Where a room is impossible the
+        ranks cannot use it either, and it is nobody's.
         """
         if self._descriptor is not None and self._is_of_this_room(self._descriptor):
-            return
+            return True
         self.end()
         with suppress(OSError):
             self._room.make()
             descriptor = os.open(self._room.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # a rank is just looking, or the service before this one is still ending
+            except OSError:  # the service before this one is still ending, or a rank is just looking
                 os.close(descriptor)
-                return
+                return False
             self._descriptor = descriptor
+        return True
 
     def _is_of_this_room(self, descriptor: int) -> bool:
         try:

@@ -1,10 +1,12 @@
 """An agent with its fork server and real ranks, without Ray: it is a plain object until Ray hosts it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import psutil
 import pytest
 
 from launcher.job.failures import first_failure
-from launcher.node import ownership
+from launcher.node import fork_server, ownership
 from launcher.node.agent import Agent, Job, NodeEnd, Round
-from launcher.node.fork_server import ServerOptions
+from launcher.node.fork_server import Ready, ServerOptions, Start
 from launcher.placement import Placement
 from made_checkpoints import write_checkpoint
 from trainer.config_file import from_tree
@@ -33,13 +35,16 @@ class Bench:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._rounds = 0
+        self.agents: list[Agent] = []
 
     def agent(self, target: str = "fake_ranks:as_told", job_id: str = "job", **checkpoint: Any) -> Agent:
         config = from_tree({**SIX_RANKS, "launch": {"nodes": 2, "threads_per_rank": 7}, "checkpoint": checkpoint})
         lock = self.run_dir / ".ranks.lock"
         ownership.claim(lock, "job", timeout_seconds=10)
-        job = Job(job_id, config, self.run_dir, self.run_dir / "logs", lock, target, cwd=str(self.run_dir))
-        return Agent(job, slot=1)
+        logs, folder = self.run_dir / "logs", self.run_dir / "memory"
+        job = Job(job_id, config, self.run_dir, logs, lock, target, cwd=str(self.run_dir), folder=folder)
+        self.agents.append(Agent(job, slot=1))
+        return self.agents[-1]
 
     def run(self, agent: Agent, behaviour: str, task: Task = "evaluate") -> NodeEnd:
         (self.run_dir / "behaviour").write_text(behaviour)
@@ -52,8 +57,11 @@ class Bench:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     (tmp_path / "logs").mkdir()
-    yield Bench(tmp_path)
-    ownership.wait_until_free(tmp_path / ".ranks.lock", timeout_seconds=10)  # ended with the agent's connection
+    bench = Bench(tmp_path)
+    yield bench
+    for agent in bench.agents:
+        agent.leave()
+    ownership.wait_until_free(tmp_path / ".ranks.lock", timeout_seconds=10)
 
 
 def test_ranks_are_told_their_place_and_work_where_the_driver_does(bench: Bench) -> None:
@@ -161,14 +169,15 @@ def test_a_rank_killed_by_a_signal_comes_with_the_errors_of_its_peers(bench: Ben
 def test_a_fork_server_ends_with_the_process_that_spawned_it(bench: Bench, tmp_path: Path) -> None:
     """Even while it imports, and with nobody at its socket."""
     (tmp_path / "endless.py").write_text("print('importing', flush=True)\nwhile True: pass\n")
-    options = ServerOptions("endless:main", tmp_path / "logs", 0, tmp_path / ".ranks.lock", "job")
+    lock, folder = tmp_path / ".ranks.lock", tmp_path / "memory"
+    options = ServerOptions("endless:main", tmp_path / "logs", 0, lock, "job", folder)
     ownership.claim(options.lock, "job", timeout_seconds=10)
     spawner = f"""
 import os, signal, time
 from pathlib import Path, PosixPath
 from launcher.node.fork_server import ServerOptions, spawn
 options = {options!r}
-server = spawn(options, Path("fork.sock"), {{"PYTHONPATH": "."}}, os.getcwd())
+server = spawn(options, {{"PYTHONPATH": "."}}, os.getcwd(), keeper={os.getpid()})
 while "importing" not in (options.logs / "node-0.log").read_text():
     time.sleep(0.005)
 print(server.pid, flush=True)
@@ -178,6 +187,86 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert spawned.returncode == -signal.SIGKILL, spawned.stderr
     ownership.wait_until_free(options.lock, timeout_seconds=5)
     assert not psutil.pid_exists(int(spawned.stdout)) or psutil.Process(int(spawned.stdout)).status() == "zombie"
+
+
+# --------------------------------------------------------------------------------------- agents that die, and others
+
+
+def succeed(bench: Bench, agent: Agent) -> int:
+    """A round; returns the fork server's process id."""
+    assert bench.run(agent, "succeed") == NodeEnd(())
+    told = json.loads((bench.run_dir / "rank-3.json").read_text())
+    return int(told["parent"])
+
+
+def die(agent: Agent) -> None:
+    """As seen by the fork server."""
+    assert agent._server is not None
+    agent._server.close()
+
+
+def test_the_fork_server_outlives_an_agent_and_serves_the_next(bench: Bench) -> None:
+    first = bench.agent()
+    server = succeed(bench, first)
+    die(first)
+    second = bench.agent()
+    assert succeed(bench, second) == server
+    second.leave()
+    assert_ends(server)
+    assert not (bench.run_dir / "memory").exists()
+    assert succeed(bench, bench.agent()) != server
+
+
+def test_ranks_end_with_their_agent(bench: Bench) -> None:
+    (bench.run_dir / "behaviour").write_text("block")
+    first = bench.agent()
+    server = first._server
+    assert server is not None and server.recv() == Ready(None)
+    this_round = Round("evaluate", "file:///nowhere", first._job.config, THREE_HERE, 1)
+    server.send(Start(first._specs(this_round), {}))
+    until(lambda: len(list(bench.run_dir.glob("pid-*"))) == 3)
+    pids = [int(path.read_text()) for path in bench.run_dir.glob("pid-*")]
+    die(first)
+    succeed(bench, bench.agent())
+    assert not any(psutil.pid_exists(pid) for pid in pids)  # reaped before the next agent is heard
+
+
+def test_while_no_agent_is_there_another_job_may_have_the_run(bench: Bench) -> None:
+    """And the fork server of the first does nothing in it any more."""
+    first = bench.agent()
+    server = succeed(bench, first)
+    die(first)
+    ownership.claim(bench.run_dir / ".ranks.lock", "another", timeout_seconds=10)
+    second = Agent(first._job, slot=1)
+    assert bench.run(second, "succeed") == NodeEnd((), "the fork server died, and its ranks with it")
+    assert_ends(server)
+
+
+def test_a_fork_server_ends_with_its_keeper_and_takes_its_ranks_along(bench: Bench, tmp_path: Path) -> None:
+    job = bench.agent()._job
+    bench.agents.pop().leave()
+    ownership.wait_until_free(job.lock, timeout_seconds=10)
+    with subprocess.Popen(["sleep", "1000"]) as keeper:
+        options = job.server_options(1)
+        server = fork_server.spawn(options, {}, job.cwd, keeper.pid)
+        with fork_server.connect(options) as agent:
+            assert agent.recv() == Ready(None)
+            keeper.kill()
+            with pytest.raises(EOFError):
+                agent.recv()
+    assert server.wait(timeout=10) == 0
+    ownership.wait_until_free(job.lock, timeout_seconds=10)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_ends(pid: int) -> None:
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
 
 
 def assert_dead(run_dir: Path) -> None:

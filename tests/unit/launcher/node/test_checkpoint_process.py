@@ -17,6 +17,7 @@ from launcher.node.checkpoint_process import ServiceKeeper, ServiceOptions, rest
 from made_checkpoints import write_checkpoint
 from made_snapshots import World, names
 from trainer.checkpoint.format import store
+from trainer.checkpoint.service.presence import Presence
 from trainer.config_file import dump, from_tree
 from trainer.events import Event, read_events
 from trainer.run_dir import RunDir
@@ -92,6 +93,22 @@ def test_a_death_is_recorded_and_another_goes_on(bench: Bench) -> None:
     written = bench.world.snapshot(10)
     wait_for(lambda: store.steps(bench.world.checkpoints))
     keeper.drain()
+    assert bench.world.committed(10) == written
+
+
+def test_a_service_waits_until_the_one_before_it_has_ended(bench: Bench) -> None:
+    """An agent may die before it, and the next comes at once."""
+    before = Presence(bench.world.rooms[0])
+    assert before.show()
+    written = bench.world.snapshot(10)
+    keeper = bench.keeper()
+    keeper.start()
+    draining = threading.Thread(target=keeper.drain)
+    draining.start()
+    draining.join(1.0)
+    assert draining.is_alive() and not store.steps(bench.world.checkpoints)
+    before.end()
+    draining.join(PATIENCE_SECONDS)
     assert bench.world.committed(10) == written
 
 

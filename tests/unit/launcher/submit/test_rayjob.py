@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubernetes_tools import OVERLAYS, overlay_template
+from launcher import memory
 from launcher.submit.kubernetes import names, rules, sizes, template
 from launcher.submit.kubernetes.rayjob import CONFIG_PATH, GPU, Where, render
 from trainer import config_file
@@ -179,8 +180,8 @@ def test_shared_memory_holds_the_snapshots_of_the_documentation() -> None:
     def snapshots(**checkpoint: Any) -> int:
         run = config(model=model, parallel={"data": 2}, launch={"nodes": 2}, checkpoint=checkpoint)
         _, worker = groups(rendered(run))
-        assert sizes.snapshot_bytes(run) < rules.amount(shared_memory(worker))
-        return sizes.snapshot_bytes(run)
+        assert memory.snapshots_bytes(run) < rules.amount(shared_memory(worker))
+        return memory.snapshots_bytes(run)
 
     once = snapshots() / 2
     # two layers of 12 h^2, tables of 50,304 tokens and 2,048 positions: all but norms and biases

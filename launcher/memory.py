@@ -1,0 +1,59 @@
+"""What a run takes of its machines' memory: arithmetic on the config."""
+
+from pathlib import PurePosixPath
+
+from trainer import plan
+from trainer.config import RunConfig
+
+_STATE_BYTES_PER_PARAMETER = 12  # fp32 weight and two moments: what a snapshot holds
+_SNAPSHOTS = {"checkpoints": 2, "restarts too": 3}  # docs/checkpoints.md, "Snapshots for restarts"
+_SHARED_MEMORY = PurePosixPath("/dev/shm")
+
+
+def least_bytes(config: RunConfig, with_gpus: bool) -> int:
+    """Below which no machine of the run can do: the state of the ranks that live on the fullest, and one snapshot."""
+    num_ranks, pipeline = config.parallel.num_ranks, config.parallel.pipeline
+    stages = [rank * pipeline // num_ranks for rank in range(num_ranks)]
+    held = {stage: _state_bytes(config, stage, with_gpus) for stage in range(pipeline)}
+    here = config.ranks_per_node
+    machines = [sum(held[stage] for stage in stages[first : first + here]) for first in range(0, num_ranks, here)]
+    return max(machines) + (_snapshot_bytes(config) if _keeps_snapshots(config) else 0)
+
+
+def rank_bytes(config: RunConfig, with_gpus: bool) -> int:
+    """What the fullest rank holds in the host's memory: of its state and, on CPUs, of activations."""
+    stages = range(config.parallel.pipeline)
+    if with_gpus:
+        return max(_state_bytes(config, stage, with_gpus) for stage in stages)
+    return max(
+        _state_bytes(config, stage, with_gpus)
+        + int(
+            plan.activation_bytes_per_microbatch(config, stage)
+            * plan.microbatches_in_flight(config.parallel, config.num_microbatches, stage)
+        )
+        for stage in stages
+    )
+
+
+def snapshots_bytes(config: RunConfig) -> int:
+    """What a machine's snapshots take of its shared memory at most, by the table of docs/checkpoints.md."""
+    if not _keeps_snapshots(config):
+        return 0
+    copies = _SNAPSHOTS["restarts too" if config.checkpoint.snapshot_every_steps else "checkpoints"]
+    copies *= 2 if config.checkpoint.replicates(config.launch.nodes) else 1
+    return copies * _snapshot_bytes(config)
+
+
+def _keeps_snapshots(config: RunConfig) -> bool:
+    folder = PurePosixPath(config.checkpoint.snapshots_in)
+    return config.checkpoint.asynchronous and folder.is_relative_to(_SHARED_MEMORY)
+
+
+def _snapshot_bytes(config: RunConfig) -> int:
+    state = _STATE_BYTES_PER_PARAMETER * plan.num_parameters(config.model, padded=True)
+    return -(-state // config.launch.nodes)
+
+
+def _state_bytes(config: RunConfig, stage: int, with_gpus: bool) -> int:
+    state = plan.state_bytes_per_rank(config, stage)
+    return state.host if with_gpus else state.total
