@@ -1,10 +1,11 @@
 """How long a run stands still when something dies: kill -9, and the time to the next completed step.
 
-`make bench-recovery`, or with other numbers `python -m benchmarks.recovery --kills 20 --agents 5 --seed 0`.
+`make bench-recovery`, or with other numbers `python -m benchmarks.recovery --ranks 20 --agents 5 --machines 5 --seed 0`.
 
-A run of four ranks (tensor 2 x pipeline 2) on this machine, whose ranks and then whose agent are killed at random
-moments. The state is reloaded and verified each time, from the newest snapshot or checkpoint. The model is small: what
-is measured is the machinery. The parts come from the times in the record of the run.
+Runs of four ranks on this machine, killed at random moments: a rank or the agent (tensor 2 x pipeline 2), or all
+processes of one of two Ray nodes with two ranks each, beside a third that is a spare (tensor 2 x data 2). The state is
+reloaded and verified each time, from the newest snapshot or checkpoint. The model is small: what is measured is the
+machinery. The parts come from the times in the record of the run.
 """
 
 import argparse
@@ -19,14 +20,16 @@ from pathlib import Path
 from statistics import median
 
 import drill
-from deeds import kill
+from deeds import find, kill
 from drilled_run import DrilledRun, SmallJob
-from launcher.job import ranks as jobs
-from launcher.job.fleet import fleet_of
-from launcher.job.ranks import Ranks
+from launcher.job.fleet import Fleet
 from launcher.verbs import stages
+from machines import Machines, machines
 from trainer.events import Event
 from trainer.stop import Preempted
+
+Deed = Callable[[DrilledRun], bool]
+"""Whether it could be done; else it is tried again."""
 
 _STEPS = 100_000  # more than it will do
 _PAUSE_SECONDS = (1.0, 3.0)  # of training between two kills
@@ -55,7 +58,7 @@ class Recovery:
 class Killer(threading.Thread):
     """Kills again and again, waits for the next step each time, and asks the run to end."""
 
-    def __init__(self, run: DrilledRun, number: int, deed: Callable[[DrilledRun], bool], seed: int) -> None:
+    def __init__(self, run: DrilledRun, number: int, deed: Deed, seed: int) -> None:
         super().__init__(name="killer", daemon=True)
         self._run, self._number, self._deed = run, number, deed
         self._draw = random.Random(seed)
@@ -82,18 +85,29 @@ class Killer(threading.Thread):
             time.sleep(0.05)
 
 
-def measure(
-    run: DrilledRun, folder: Path, number: int, seed: int, deed: Callable[[DrilledRun], bool]
-) -> list[Recovery]:
-    job = jobs.new_job(run.config, run.run_dir, folder)
-    with drill.claimed(run) as claim, jobs._owned(job), fleet_of(job, folder) as fleet:
-        claim._ranks = Ranks(fleet)
-        killer = Killer(run, number, deed, seed)
+def measure(run: DrilledRun, number: int, seed: int, deed_for: Callable[[Fleet], Deed]) -> list[Recovery]:
+    """On the Ray to which this process is connected."""
+    with drill.claimed(run) as claim:
+        killer = Killer(run, number, deed_for(claim.ranks().fleet), seed)
         killer.start()
         with suppress(Preempted):
             stages.train(claim)
     assert len(killer.recoveries) == number, f"{len(killer.recoveries)} of {number} kills were survived"
     return killer.recoveries
+
+
+def lose_a_machine(cluster: Machines, agents: Fleet, draw: random.Random) -> Deed:
+    """When there is a spare; another machine is added for the next time."""
+
+    def do(run: DrilledRun) -> bool:
+        rank = find(run, "rank", draw.randrange(4))
+        if rank is None or len(agents.present()) < len(agents):
+            return False
+        cluster.kill_that_of(rank)
+        cluster.start()
+        return True
+
+    return do
 
 
 def show(what: str, found: Sequence[Recovery]) -> None:
@@ -111,8 +125,9 @@ def show(what: str, found: Sequence[Recovery]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="of a rank")
+    parser.add_argument("--ranks", type=int, default=20, help="kills of a rank")
     parser.add_argument("--agents", type=int, default=5, help="kills of the agent")
+    parser.add_argument("--machines", type=int, default=5, help="kills of a machine")
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args()
     draw = random.Random(told.seed)
@@ -122,11 +137,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="broadgauge-") as scratch:
         job = SmallJob(Path(scratch))
-        with drill.one_ray() as folder:
-            run = job.new_run(Path(scratch) / "ranks", _STEPS, every_steps=20)
-            show("a rank killed", measure(run, folder, told.kills, told.seed, a_rank))
-            run = job.new_run(Path(scratch) / "agents", _STEPS, every_steps=20)
-            show("the agent killed", measure(run, folder, told.agents, told.seed, kill("agent", "").do))
+        with drill.one_ray():
+            for what, number, deed in (("rank", told.ranks, a_rank), ("agent", told.agents, kill("agent", "").do)):
+                if number:
+                    run = job.new_run(Path(scratch) / what, _STEPS, every_steps=20)
+                    show(f"{what} killed", measure(run, number, told.seed, lambda _, deed=deed: deed))
+        if told.machines:
+            launch = {"nodes": 2, "spares": 1}
+            run = job.new_run(Path(scratch) / "machines", _STEPS, "TP2 x DP2 ZeRO-1", launch=launch, every_steps=20)
+            with machines(3) as cluster:
+                deed_for = lambda agents: lose_a_machine(cluster, agents, draw)  # noqa: E731
+                show("machine lost", measure(run, told.machines, told.seed, deed_for))
 
 
 if __name__ == "__main__":

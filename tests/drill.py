@@ -5,7 +5,7 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import dropwhile
 from pathlib import Path
@@ -14,40 +14,40 @@ from rich.console import Console
 
 from deeds import Deed, Doer, Done
 from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed
-from launcher.job import ranks as jobs
 from launcher.job.embedded_ray import embedded_ray
 from launcher.job.failures import JobFailed
-from launcher.job.fleet import fleet_of
-from launcher.job.ranks import Ranks
+from launcher.job.ranks import Ranks, ready_ranks
 from launcher.job.session import session
 from launcher.report.display import Display
 from launcher.verbs import stages
 from launcher.verbs.stages import ClaimedRun
-from trainer.checkpoint.format import store
 from trainer.stop import Preempted
 
 PATIENCE_SECONDS = 120  # only a broken program waits this long
 
 
 @contextmanager
-def one_ray() -> Iterator[Path]:
+def one_ray() -> Iterator[None]:
     """A Ray in this process for many lives of many jobs."""
     with session() as folder, embedded_ray(folder):
-        yield folder
+        yield
 
 
-def claimed(run: DrilledRun) -> AbstractContextManager[ClaimedRun]:
-    return stages.claim(run.config, run.run_dir, Display(Console(quiet=True)))
+@contextmanager
+def claimed(run: DrilledRun) -> Iterator[ClaimedRun]:
+    """By a command that uses the Ray to which this process is connected."""
+    with stages.claim(run.config, run.run_dir, Display(Console(quiet=True))) as claim:
+        claim.on_cluster = True
+        yield claim
 
 
 class Supervisor:
     """Keeps agents of a run on the Ray of this process and has them train."""
 
-    def __init__(self, run: DrilledRun, folder: Path) -> None:
-        self._run, self._folder = run, folder
-        self._resources: ExitStack | None = None
+    def __init__(self, run: DrilledRun) -> None:
+        self._run = run
+        self._resources = ExitStack()
         self._ranks: Ranks | None = None
-        self._num_jobs = 0
 
     def train(self) -> None:
         """As `broadgauge train` does it.
@@ -58,41 +58,28 @@ class Supervisor:
         """
         with claimed(self._run) as claim:
             if self._ranks is None:
-                self._ranks = self._start()
+                ready = ready_ranks(self._run.config, self._run.run_dir, on_cluster=True)
+                self._ranks = self._resources.enter_context(ready)
             claim._ranks = self._ranks
             stages.train(claim)
 
-    def _start(self) -> Ranks:
-        job = jobs.new_job(self._run.config, self._run.run_dir, self._folder)
-        self._num_jobs += 1
-        rendezvous = self._folder / f"{job.id}-{self._num_jobs}"
-        rendezvous.mkdir()
-        with ExitStack() as resources:
-            resources.enter_context(jobs._owned(job))
-            store.clear_leftovers(self._run.run_dir.checkpoints)
-            ranks = Ranks(resources.enter_context(fleet_of(job, rendezvous)))
-            self._resources = resources.pop_all()
-        return ranks
-
     def end(self) -> None:
-        if self._resources is not None:
-            self._resources.close()
-        self._resources = self._ranks = None
+        self._resources.close()
 
 
 @contextmanager
-def supervised(run: DrilledRun, folder: Path) -> Iterator[Supervisor]:
-    supervisor = Supervisor(run, folder)
+def supervised(run: DrilledRun) -> Iterator[Supervisor]:
+    supervisor = Supervisor(run)
     try:
         yield supervisor
     finally:
         supervisor.end()
 
 
-def train_to_the_end(run: DrilledRun, folder: Path, deeds: Iterable[Deed] = (), done: list[Done] | None = None) -> None:
-    """Command after command on one Ray, until the run has ended; what is done to it is taken from `deeds`."""
+def train_to_the_end(run: DrilledRun, deeds: Iterable[Deed] = (), done: list[Done] | None = None) -> None:
+    """Command after command on the Ray of this process, until the run has ended; `deeds` are done to it."""
     planned, done = deeds if isinstance(deeds, deque) else deque(deeds), [] if done is None else done
-    with supervised(run, folder) as supervisor:
+    with supervised(run) as supervisor:
         while True:
             before = len(done)
             try:
@@ -129,16 +116,16 @@ class Campaign:
     lines: list[str] = field(default_factory=list)
     """What was killed when, and how long it took until training went on."""
 
-    def carry_out(self, deeds: Sequence[Deed], ray: Path | None) -> None:
-        """On the Ray of this process, or by the command where there is none."""
+    def carry_out(self, deeds: Sequence[Deed], *, by_command: bool) -> None:
+        """On the Ray of this process, or by a command for each life of the job."""
         planned = deque(deeds)
         while planned:
             run = self.job.new_run(self.folder / f"run-{len(self.done)}", self.num_steps, self.layout)
             before = len(self.done)
-            if ray is None:
+            if by_command:
                 train_by_command(run, planned, self.done)
             else:
-                train_to_the_end(run, ray, planned, self.done)
+                train_to_the_end(run, planned, self.done)
             expect_as_if_undisturbed(run, self.undisturbed)
             if len(self.done) == before:  # a sign that lasts a millisecond is not always seen so often
                 assert planned[0].count > 1, f"the run ended before {planned[0]}"

@@ -52,6 +52,12 @@ class Machines:
         (name,) = (each for each in resources if each.startswith("machine-"))
         self._kill(self._processes[int(name.removeprefix("machine-"))])
 
+    def kill_that_of(self, pid: int) -> None:
+        """As `kill`: the machine on which a process lives."""
+        above = {each.pid for each in psutil.Process(pid).parents()}
+        (machine,) = (process for process in self._processes if process.pid in above)
+        self._kill(machine)
+
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         for pid in [process.pid, *(each.pid for each in family)]:

@@ -113,7 +113,7 @@ def ready_ranks(
     """
     if not on_cluster:
         check_embedded(config)
-    with session() as folder, _owned(job := new_job(config, run_dir, folder, target)):
+    with session() as folder, _owned(job := _new_job(config, run_dir, folder, target)):
         store.clear_leftovers(run_dir.checkpoints)
         if on_cluster:
             with fleet_of(job, folder) as fleet:
@@ -129,7 +129,7 @@ def ready_ranks(
             server.wait()
 
 
-def new_job(config: RunConfig, run_dir: RunDir, folder: Path, target: str = RANK_TARGET) -> Job:
+def _new_job(config: RunConfig, run_dir: RunDir, folder: Path, target: str) -> Job:
     """A job of a session, by its folder, in a run's."""
     absolute, id = RunDir(run_dir.path.resolve()), secrets.token_hex(8)
     return Job(

@@ -34,12 +34,14 @@ def session() -> Iterator[Path]:
         [sys.executable, "-I", "-S", __file__, folder], stdin=subprocess.PIPE, start_new_session=True
     )
     marks = {_MARK: folder, "SPT_NOENV": "1"}  # the second has Ray's processes keep it when they change their titles
+    before = {name: os.environ[name] for name in marks if name in os.environ}  # of a session around this one
     os.environ.update(marks)
     try:
         yield Path(folder)
     finally:
         for name in marks:
             del os.environ[name]
+        os.environ.update(before)
         reaper.communicate(timeout=2 * _REAPING_SECONDS)
 
 

@@ -230,6 +230,6 @@ def _are_gone(ranks: dict[int, ForkedRank]) -> bool:
     """Reap ranks that have been killed; returns whether all could be, in time: a device may hold one up for ever."""
     deadline = time.monotonic() + _DYING_SECONDS
     while ranks and (ended := wait(list(ranks), max(0.0, deadline - time.monotonic()))):
-        for descriptor in filter(ranks.__contains__, ended):
+        for descriptor in set(ranks).intersection(ended):
             ranks.pop(descriptor).reap()
     return not ranks

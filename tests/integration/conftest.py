@@ -1,7 +1,6 @@
 """What the drills share: one small job, one Ray a module, and runs that nobody disturbed, each trained once."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +16,9 @@ def small_job(tmp_path_factory: pytest.TempPathFactory) -> SmallJob:
 
 
 @pytest.fixture(scope="module")
-def ray_folder() -> Iterator[Path]:
-    with drill.one_ray() as folder:
-        yield folder
+def one_ray() -> Iterator[None]:
+    with drill.one_ray():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -30,14 +29,14 @@ def undisturbed_runs() -> dict[tuple[int, str], DrilledRun]:
 @pytest.fixture
 def undisturbed(
     small_job: SmallJob,
-    ray_folder: Path,
+    one_ray: None,
     undisturbed_runs: dict[tuple[int, str], DrilledRun],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Undisturbed:
     def run(num_steps: int = NUM_STEPS, layout: str = "TP2 x PP2") -> DrilledRun:
         if (num_steps, layout) not in undisturbed_runs:
             new = small_job.new_run(tmp_path_factory.mktemp("undisturbed"), num_steps, layout)
-            drill.train_to_the_end(new, ray_folder)
+            drill.train_to_the_end(new)
             expect_as_if_undisturbed(new, new)
             undisturbed_runs[num_steps, layout] = new
         return undisturbed_runs[num_steps, layout]

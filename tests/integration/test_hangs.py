@@ -14,11 +14,11 @@ from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed, expect_e
 
 
 def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on_without_it(
-    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+    small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     expected = undisturbed()
     run = small_job.new_run(tmp_path, supervise={"hang_seconds": 2.0, "hang_factor": 2.0})
-    drill.train_to_the_end(run, ray_folder, [kill("rank", "event step", 3, rank=2, number=signal.SIGSTOP)])
+    drill.train_to_the_end(run, [kill("rank", "event step", 3, rank=2, number=signal.SIGSTOP)])
     (hung,) = run.events("hung")
     assert hung["suspects"] == [2] and hung["verdict"].startswith("rank 2 on node 0 is stopped (SIGSTOP); the other 3 ")
     stacks = Path(hung["stacks"]).read_text()
@@ -31,7 +31,7 @@ def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on_without_it(
 
 @pytest.mark.slow
 def test_a_rank_that_is_slow_is_named_and_the_run_goes_on_with_it(
-    small_job: SmallJob, ray_folder: Path, tmp_path: Path
+    small_job: SmallJob, one_ray: None, tmp_path: Path
 ) -> None:
     """It is stopped for half of the time, beside others that wait for it."""
     run = small_job.new_run(
@@ -44,7 +44,7 @@ def test_a_rank_that_is_slow_is_named_and_the_run_goes_on_with_it(
         return True
 
     try:
-        drill.train_to_the_end(run, ray_folder, [Deed("slow", slow_down, "event step", 3)])
+        drill.train_to_the_end(run, [Deed("slow", slow_down, "event step", 3)])
     finally:
         is_over.set()
     named = run.events("straggler")

@@ -14,16 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
-from launcher.job import ranks as job
-from launcher.job.embedded_ray import isolated
 from launcher.job.failures import NodeFailed, RankFailed
-from launcher.job.fleet import fleet_of
 from launcher.job.ranks import Ranks, ready_ranks, run_ranks
-from launcher.job.session import session
 from launcher.node import ownership
+from machines import machines
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree, parse_yaml
 from trainer.run_dir import RunDir
@@ -284,23 +279,10 @@ def test_two_machines_without_a_cluster_are_refused_before_anything_starts(tmp_p
 
 
 def test_ranks_of_two_machines_meet_at_the_first(tmp_path: Path) -> None:
-    """Two raylets stand in for two machines."""
     run_dir = new_run(tmp_path / "run", nodes=2)
-    new_job = job._new_job(config(nodes=2), run_dir, "fake_ranks:meet_at_rendezvous")
-    ownership.claim(new_job.lock, new_job.id, PATIENCE_SECONDS)
-    with session() as folder, isolated():
-        os.environ["RAY_TMPDIR"] = str(folder)  # `isolated` removes it at its end
-        cluster = Cluster()
-        try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1")
-            ray.init(cluster.address, log_to_driver=False, configure_logging=False)
-            with fleet_of(new_job, folder) as fleet:
-                Ranks(fleet).run("train", do_nothing)
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    target = "fake_ranks:meet_at_rendezvous"
+    with machines(2), ready_ranks(config(nodes=2), run_dir, target, on_cluster=True) as ranks:
+        ranks.run("train", do_nothing)
     seen = [json.loads((run_dir.path / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert [rank["local_rank"] for rank in seen] == [0, 1, 0, 1]
     assert len({rank["rendezvous"] for rank in seen}) == 1
-    ownership.wait_until_free(new_job.lock, PATIENCE_SECONDS)

@@ -16,12 +16,10 @@ import pytest
 import drill
 from deeds import Deed, Doer, Done, find, kill
 from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_sound_resumes
-from launcher.job import ranks as jobs
-from launcher.job.fleet import Fleet, fleet_of
-from launcher.job.ranks import Ranks
+from launcher.job.fleet import Fleet
 from launcher.node.leaving import Process, drain_with_ray, leave, processes
 from launcher.verbs import stages
-from machines import Machines, machines
+from machines import machines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -51,7 +49,7 @@ def test_a_worker_that_leaves_is_left_in_time_and_the_run_goes_on(small_job: Sma
     hooks: list[threading.Thread] = []
     left: list[bool] = []
 
-    def hook(agents: Fleet, cluster: Machines) -> None:
+    def hook(agents: Fleet) -> None:
         find_here = processes_of_machine(str(agents.machine_of(1)))
         hooks.append(threading.Thread(target=lambda: left.append(end(find_here))))
         hooks[0].start()
@@ -60,18 +58,16 @@ def test_a_worker_that_leaves_is_left_in_time_and_the_run_goes_on(small_job: Sma
         return leave(run.run_dir, DEADLINE_SECONDS, find_here, drain_with_ray)
 
     done: list[Done] = []
-    with machines(3) as cluster, drill.claimed(run) as claim:
-        job = jobs.new_job(run.config, run.run_dir, cluster.folder)
-        with jobs._owned(job), fleet_of(job, cluster.folder) as agents:
-            claim._ranks = Ranks(agents)
-            deeds = [
-                kill("rank", "event step", 4, number=signal.SIGSTOP),  # so that the run does not end meanwhile
-                Deed("leave", lambda _: hook(agents, cluster) is None, "event step", 0),
-                Deed("go on", lambda run: run.run_dir.stop_path.exists() and wake(run), "event step", 0),
-            ]
-            with Doer(run, deque(deeds), done):
-                stages.train(claim)
-            hooks[0].join(DEADLINE_SECONDS)
+    with machines(3), drill.claimed(run) as claim:
+        agents = claim.ranks().fleet
+        deeds = [
+            kill("rank", "event step", 4, number=signal.SIGSTOP),  # so that the run does not end meanwhile
+            Deed("leave", lambda _: hook(agents) is None, "event step", 0),
+            Deed("go on", lambda run: run.run_dir.stop_path.exists() and wake(run), "event step", 0),
+        ]
+        with Doer(run, deque(deeds), done):
+            stages.train(claim)
+        hooks[0].join(DEADLINE_SECONDS)
     assert left == [True] and len(done) == 3
     (asked,) = run.events("preempted")
     assert asked["step"] == asked["saved_step"] and "is to be drained" in asked["reason"]

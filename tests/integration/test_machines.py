@@ -1,12 +1,12 @@
 """Machines that are lost, leave and come back: the run goes on with those there are, and computes the same."""
 
 import os
+import re
 import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,32 +15,31 @@ from ray.core.generated import autoscaler_pb2
 
 import drill
 from deeds import Deed, Doer, Done, find, kill
-from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_sound_resumes, processes_of
-from launcher.job import ranks as jobs
-from launcher.job.fleet import Fleet, fleet_of
-from launcher.job.ranks import Ranks
+from drilled_run import (
+    DrilledRun,
+    SmallJob,
+    expect_exact_ledger,
+    expect_nothing_left,
+    expect_sound_resumes,
+    processes_of,
+)
+from launcher.job.fleet import Fleet
 from launcher.verbs import stages
 from machines import Machines, machines
+from trainer.checkpoint.format import store
 from trainer.events import surviving_steps
+from trainer.stop import Preempted
 
 pytestmark = pytest.mark.timeout(300)
 
 LAYOUT, NUM_STEPS = "DP2 ZeRO-1", 40
 
 
-@contextmanager
-def fleet(run: DrilledRun, cluster: Machines) -> Iterator[Fleet]:
-    job = jobs.new_job(run.config, run.run_dir, cluster.folder)
-    with jobs._owned(job), fleet_of(job, cluster.folder) as found:
-        yield found
-
-
 def train(run: DrilledRun, cluster: Machines, deeds: Callable[[Fleet], list[Deed]]) -> None:
     """To the end, while that is done; `deeds` are told of the agents."""
     done: list[Done] = []
-    with drill.claimed(run) as claim, fleet(run, cluster) as agents:
-        claim._ranks = Ranks(agents)
-        planned = deeds(agents)
+    with drill.claimed(run) as claim:
+        planned = deeds(claim.ranks().fleet)
         with Doer(run, deque(planned), done):
             stages.train(claim)
     assert len(done) == len(planned)
@@ -139,8 +138,28 @@ def test_a_spare_takes_the_place_of_a_machine_that_is_lost(
 ) -> None:
     run = small_job.new_run(tmp_path, NUM_STEPS, LAYOUT, launch={"nodes": 2, "spares": 1})
     with machines(3) as cluster:
-        train(run, cluster, lambda agents: [Deed("lose a machine", lose(cluster, agents, 0), "event step", 4)])
+        train(
+            run,
+            cluster,
+            lambda agents: [
+                kill("rank", "event step", 4, number=signal.SIGSTOP),  # so that the run does not end meanwhile
+                Deed("lose its machine", lose(cluster, agents, 0), "event step", 0),
+            ],
+        )
     assert lives(run) == [(2, 2), (2, 2)] and losses(run) == expected
+
+
+@pytest.mark.slow
+def test_the_only_machine_is_to_be_drained_and_the_run_ends(small_job: SmallJob, tmp_path: Path) -> None:
+    run = small_job.new_run(tmp_path, num_steps=400)
+    with machines(1) as cluster, pytest.raises(Preempted) as end:
+        train(run, cluster, lambda agents: [Deed("drain", drain(cluster, agents, 0), "event step", 2)])
+    assert re.match(r"node [0-9a-f]{8} is to be drained: stopped after step \d+, saved", str(end.value))
+    (preempted,) = run.events("preempted")
+    assert preempted["saved_step"] == preempted["step"] < 400
+    checkpoint = run.run_dir.checkpoints / store.folder_name(preempted["step"])
+    assert store.newest_valid(run.run_dir.checkpoints) == checkpoint
+    expect_nothing_left(run)
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def expect_saved_and_resumed(run: DrilledRun) -> list[Event]:
 
 
 def test_whoever_asks_the_run_saves_ends_and_goes_on(
-    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+    small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     run = small_job.new_run(tmp_path)
     deeds = [
@@ -52,7 +52,7 @@ def test_whoever_asks_the_run_saves_ends_and_goes_on(
         Deed("stop file", ask_by_file, "event step", 2, ends_life=True),
     ]
     done: list[Done] = []
-    drill.train_to_the_end(run, ray_folder, deeds, done)
+    drill.train_to_the_end(run, deeds, done)
     assert len(done) == len(deeds)
     expect_as_if_undisturbed(run, undisturbed())
     asked = expect_saved_and_resumed(run)
@@ -66,7 +66,7 @@ def test_whoever_asks_the_run_saves_ends_and_goes_on(
 
 @pytest.mark.slow
 def test_ranks_that_do_not_end_in_time_are_killed(
-    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+    small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     """One hangs; what was saved before is what the run goes on from."""
     run = small_job.new_run(tmp_path, grace_seconds=0.5)
@@ -74,7 +74,7 @@ def test_ranks_that_do_not_end_in_time_are_killed(
         kill("rank", "event checkpoint_saved", rank=1, number=signal.SIGSTOP, ends_life=False),
         sigterm("driver", "event step", 0),
     ]
-    drill.train_to_the_end(run, ray_folder, deeds)
+    drill.train_to_the_end(run, deeds)
     expect_as_if_undisturbed(run, undisturbed())
     (preempted,) = run.events("preempted")
     assert "did not end in time (checkpoint.grace_seconds 0.5) and were killed" in preempted["reason"]
@@ -83,7 +83,7 @@ def test_ranks_that_do_not_end_in_time_are_killed(
 
 @pytest.mark.slow
 def test_a_machine_that_leaves_before_its_ranks_have_saved_was_preempted_too(
-    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+    small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     run = small_job.new_run(tmp_path)
     deeds = [
@@ -91,7 +91,7 @@ def test_a_machine_that_leaves_before_its_ranks_have_saved_was_preempted_too(
         sigterm("driver", "event step", 0, ends_life=False),
         kill("agent", "event step", 0),
     ]
-    drill.train_to_the_end(run, ray_folder, deeds)
+    drill.train_to_the_end(run, deeds)
     expect_as_if_undisturbed(run, undisturbed())
     (preempted,) = run.events("preempted")
     assert preempted["reason"].startswith("SIGTERM, then node 0: the agent died")
@@ -99,11 +99,11 @@ def test_a_machine_that_leaves_before_its_ranks_have_saved_was_preempted_too(
 
 @pytest.mark.slow
 def test_no_time_at_all_harms_nothing(
-    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+    small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     run = small_job.new_run(tmp_path, grace_seconds=0.01)
     deeds = [sigterm("driver", sign, 2) for sign in ("event step", "room step-*/rank-*.part", "event step")]
-    drill.train_to_the_end(run, ray_folder, deeds)
+    drill.train_to_the_end(run, deeds)
     expect_as_if_undisturbed(run, undisturbed())
     assert len(run.events("preempted")) == len(deeds)
 

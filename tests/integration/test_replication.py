@@ -1,4 +1,4 @@
-"""A machine is lost with its memory, and the run goes on from its neighbour's copy: real ranks on two raylets."""
+"""A machine is lost with its memory, and the run goes on from its neighbour's copy: real ranks on two Ray nodes."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -6,16 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import ray
-from ray.cluster_utils import Cluster
 
-from launcher.job import ranks as job
-from launcher.job.embedded_ray import isolated
 from launcher.job.failures import RankFailed
-from launcher.job.fleet import fleet_of
-from launcher.job.ranks import Ranks
-from launcher.job.session import session
-from launcher.node import ownership
+from launcher.job.ranks import Ranks, ready_ranks
+from machines import machines
 from small_run import NUM_STEPS, broadgauge, write_config
 from trainer import config_file
 from trainer.checkpoint.format import store
@@ -29,28 +23,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * PATIENCE_SECONDS)]
 
 
 @contextmanager
-def two_machines() -> Iterator[Path]:
-    with session() as folder, isolated():
-        os.environ["RAY_TMPDIR"] = str(folder)  # `isolated` removes it at its end
-        cluster = Cluster()
-        try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=1, include_dashboard=False, node_ip_address="127.0.0.1")
-            ray.init(cluster.address, log_to_driver=False, configure_logging=False)
-            yield folder
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-
-
-@contextmanager
-def ranks_of(config: RunConfig, run_dir: RunDir, folder: Path) -> Iterator[Ranks]:
+def ranks_of(config: RunConfig, run_dir: RunDir) -> Iterator[Ranks]:
     run_dir.create(config)
-    new_job = job.new_job(config, run_dir, folder)
-    ownership.claim(new_job.lock, new_job.id, PATIENCE_SECONDS)
-    with fleet_of(new_job, folder) as fleet:
-        yield Ranks(fleet)
-    ownership.wait_until_free(new_job.lock, PATIENCE_SECONDS)
+    with ready_ranks(config, run_dir, on_cluster=True) as ranks:
+        yield ranks
 
 
 def kill_rank(run_dir: RunDir, is_time: Callable[[], bool]) -> Callable[[], None]:
@@ -86,8 +62,8 @@ def test_the_copy_of_a_lost_machine_s_snapshot_is_gone_on_from(tmp_path: Path) -
     assert broadgauge("prepare", path, "--out", prepared).returncode == 0
     config = config_file.load(path, [f"data.prepared={prepared}"])
     undisturbed, disturbed = RunDir(tmp_path / "undisturbed"), RunDir((tmp_path / "disturbed").resolve())
-    with two_machines() as folder:
-        with ranks_of(config, undisturbed, folder) as ranks:
+    with machines(2):
+        with ranks_of(config, undisturbed) as ranks:
             ranks.run("train", lambda: None)
         memory = tmp_path / "memory"
         assert not list(memory.rglob("*.safetensors"))  # given back at the end
@@ -96,12 +72,12 @@ def test_the_copy_of_a_lost_machine_s_snapshot_is_gone_on_from(tmp_path: Path) -
             replicas = list(memory.rglob("replica/step-*/manifest.json"))
             return len(replicas) == 2
 
-        with ranks_of(config, disturbed, folder) as ranks, pytest.raises(RankFailed):
+        with ranks_of(config, disturbed) as ranks, pytest.raises(RankFailed):
             ranks.run("train", kill_rank(disturbed, both_are_copied))
         (room,) = memory.rglob("node-00001")
         for item in room.glob("step-*"):
             store._remove(item)
-        with ranks_of(config, disturbed, folder) as ranks:
+        with ranks_of(config, disturbed) as ranks:
             ranks.run("train", lambda: None)
     starts = [event for event in read_events(disturbed.events_path) if event["kind"] == "training_started"]
     assert [start["tier"] for start in starts] == ["disk", "memory"] and starts[1]["step"] > 0

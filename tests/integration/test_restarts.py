@@ -29,12 +29,12 @@ def expect_whole(run: DrilledRun) -> None:
 
 
 def test_after_a_crash_the_newest_snapshot_is_a_checkpoint_and_no_memory_is_held(
-    small_job: SmallJob, ray_folder: Path, tmp_path: Path
+    small_job: SmallJob, one_ray: None, tmp_path: Path
 ) -> None:
     run = small_job.new_run(tmp_path, NUM_STEPS, **SNAPSHOTS_ALONE)
     done: list[Done] = []
 
-    drill.train_to_the_end(run, ray_folder, [kill("rank", "event checkpoint_snapshot", 3, rank=2)], done)
+    drill.train_to_the_end(run, [kill("rank", "event checkpoint_snapshot", 3, rank=2)], done)
     (failed,) = run.events("life_failed")
     assert len(done) == 1 and failed["what"] == "rank" and "rank 2 was killed by SIGKILL" in failed["error"]
     step = run.events("checkpoint_saved")[0]["step"]

@@ -54,10 +54,10 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def train_once(run: DrilledRun, ray_folder: Path, deeds: list[Deed]) -> None:
+def train_once(run: DrilledRun, one_ray: None, deeds: list[Deed]) -> None:
     """One life, in which all of that is done."""
     done: list[Done] = []
-    with drill.supervised(run, ray_folder) as supervisor, Doer(run, deque(deeds), done):
+    with drill.supervised(run) as supervisor, Doer(run, deque(deeds), done):
         supervisor.train()
     assert len(done) == len(deeds)
 
@@ -92,13 +92,13 @@ def leave_half_a_snapshot(run: DrilledRun) -> None:
 
 
 def test_saves_are_skipped_and_counted_while_one_is_slow(
-    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+    small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     """Nor does what an earlier life left in memory hold the run up."""
     run = small_job.new_run(tmp_path, when_busy="skip")
     leave_half_a_snapshot(run)
     deeds = [pause_service("event checkpoint_snapshot"), wake_service("event checkpoint_skipped", 5)]
-    train_once(run, ray_folder, deeds)
+    train_once(run, deeds)
     expect_as_if_undisturbed(run, undisturbed())
     taken, skipped = steps_of(run, "checkpoint_snapshot"), steps_of(run, "checkpoint_skipped")
     assert len(skipped) >= 5 and sorted(taken + skipped) == list(range(1, NUM_STEPS + 1))
@@ -109,12 +109,12 @@ def test_saves_are_skipped_and_counted_while_one_is_slow(
 
 @pytest.mark.slow
 def test_saves_wait_for_one_that_is_slow(
-    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+    small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     run = small_job.new_run(tmp_path, when_busy="wait", every_steps=2, snapshot_every_steps=None)
     seconds = 0.5
     deeds = [pause_service("event checkpoint_snapshot"), wake_service("event step", 1, seconds)]
-    train_once(run, ray_folder, deeds)
+    train_once(run, deeds)
     expect_as_if_undisturbed(run, undisturbed())
     every = list(range(2, NUM_STEPS + 1, 2))
     assert steps_of(run, "checkpoint_snapshot") == steps_of(run, "checkpoint_saved") == every
@@ -125,13 +125,13 @@ def test_saves_wait_for_one_that_is_slow(
 
 @pytest.mark.slow
 def test_auto_saves_after_a_minute_and_then_as_seldom_as_a_save_is_cheap(
-    small_job: SmallJob, ray_folder: Path, tmp_path: Path
+    small_job: SmallJob, one_ray: None, tmp_path: Path
 ) -> None:
     """The first save comes when a minute is over, and costs so little that none is due before the end; killed after
     it, the run goes on from it and has kept the measure."""
     num_steps = 2000
     run = small_job.new_run(tmp_path, num_steps, every_steps=None, every_seconds="auto", snapshot_every_steps=None)
-    train_once(run, ray_folder, [kill("rank", "event checkpoint_saved", rank=2)])
+    train_once(run, [kill("rank", "event checkpoint_saved", rank=2)])
     first_life, second_life = run.events("training_started")
     first, last = run.events("checkpoint_snapshot")
     assert second_life["step"] == first["step"] and last["step"] == num_steps
@@ -150,7 +150,7 @@ def test_auto_saves_after_a_minute_and_then_as_seldom_as_a_save_is_cheap(
 
 def test_training_goes_on_while_the_disk_is_full_or_read_only_and_fails_only_without_its_last_checkpoint(
     small_job: SmallJob,
-    ray_folder: Path,
+    one_ray: None,
     undisturbed: Callable[..., DrilledRun],
     tmp_path: Path,
     tmpfs: Callable[..., Path],
@@ -167,7 +167,7 @@ def test_training_goes_on_while_the_disk_is_full_or_read_only_and_fails_only_wit
         Deed("writable", remount(mounted, "rw"), "event step"),
         Deed("fill", fill(mounted), "event checkpoint_saved"),
     ]
-    with drill.supervised(run, ray_folder) as supervisor:
+    with drill.supervised(run) as supervisor:
         done: list[Done] = []
         verdict = r"training has ended, but its last checkpoint .*16 could not be written: No space left on device"
         with pytest.raises(JobFailed, match=verdict), Doer(run, deque(deeds), done):
@@ -229,14 +229,14 @@ def verify_all(run: DrilledRun) -> bool:
 @pytest.mark.slow
 def test_without_room_for_snapshots_training_waits_for_the_disk(
     small_job: SmallJob,
-    ray_folder: Path,
+    one_ray: None,
     undisturbed: Callable[..., DrilledRun],
     tmp_path: Path,
     tmpfs: Callable[..., Path],
 ) -> None:
     run = small_job.new_run(tmp_path)
     tmpfs(run.snapshots_in, state_bytes(undisturbed()) // 2)
-    train_once(run, ray_folder, [])
+    train_once(run, [])
     expect_as_if_undisturbed(run, undisturbed())
     failed = run.events("checkpoint_failed")
     assert [event["step"] for event in failed] == list(range(1, NUM_STEPS + 1))
@@ -247,7 +247,7 @@ def test_without_room_for_snapshots_training_waits_for_the_disk(
 @pytest.mark.slow
 def test_memory_that_somebody_fills_is_waited_out(
     small_job: SmallJob,
-    ray_folder: Path,
+    one_ray: None,
     undisturbed: Callable[..., DrilledRun],
     tmp_path: Path,
     tmpfs: Callable[..., Path],
@@ -259,17 +259,17 @@ def test_memory_that_somebody_fills_is_waited_out(
         Deed("fill", fill(memory), "event checkpoint_snapshot", 3),
         Deed("clear", clear(memory), "event checkpoint_failed", 2),
     ]
-    train_once(run, ray_folder, deeds)
+    train_once(run, deeds)
     expect_as_if_undisturbed(run, undisturbed())
     assert steps_of(run, "checkpoint_saved")[-1] == NUM_STEPS
 
 
 @pytest.mark.slow
 def test_a_folder_for_snapshots_that_cannot_be_used_is_no_end(
-    small_job: SmallJob, ray_folder: Path, undisturbed: Callable[..., DrilledRun], tmp_path: Path
+    small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
     run = small_job.new_run(tmp_path, snapshots_in=str(tmp_path / "run.yaml"))
-    with drill.supervised(run, ray_folder) as supervisor:
+    with drill.supervised(run) as supervisor:
         supervisor.train()
     assert history(run) == history(undisturbed())
     assert steps_of(run, "checkpoint_saved") == [4, 8, 12, 16]
