@@ -1,6 +1,6 @@
 """How long a run stands still when something dies: kill -9, and the time to the next completed step.
 
-`make bench-recovery`, or with other numbers `python -m benchmarks.recovery --ranks 20 --agents 5 --machines 5 --seed 0`.
+`make bench-recovery`, or with other numbers `python -m benchmarks.recovery --ranks 20 --agents 20 --machines 20`.
 
 Runs of four ranks on this machine, killed at random moments: a rank or the agent (tensor 2 x pipeline 2), or all
 processes of one of two Ray nodes with two ranks each, beside a third that is a spare (tensor 2 x data 2). The state is
@@ -58,9 +58,12 @@ class Recovery:
 class Killer(threading.Thread):
     """Kills again and again, waits for the next step each time, and asks the run to end."""
 
-    def __init__(self, run: DrilledRun, number: int, deed: Deed, seed: int) -> None:
+    def __init__(
+        self, run: DrilledRun, number: int, seed: int, deed: Deed, mend: Callable[[], object] | None = None
+    ) -> None:
+        """`mend` is what follows each time, when the run trains again."""
         super().__init__(name="killer", daemon=True)
-        self._run, self._number, self._deed = run, number, deed
+        self._run, self._number, self._deed, self._mend = run, number, deed, mend
         self._draw = random.Random(seed)
         self.recoveries: list[Recovery] = []
 
@@ -73,6 +76,8 @@ class Killer(threading.Thread):
                 killed_at = time.time()
             self._wait_for_step(killed_at)
             self.recoveries.append(Recovery.after(killed_at, self._run.events()))
+            if self._mend is not None:
+                self._mend()
         self._run.run_dir.stop_path.touch()
 
     def _wait_for_step(self, since: float) -> None:
@@ -85,10 +90,16 @@ class Killer(threading.Thread):
             time.sleep(0.05)
 
 
-def measure(run: DrilledRun, number: int, seed: int, deed_for: Callable[[Fleet], Deed]) -> list[Recovery]:
+def measure(
+    run: DrilledRun,
+    number: int,
+    seed: int,
+    deed_for: Callable[[Fleet], Deed],
+    mend: Callable[[], object] | None = None,
+) -> list[Recovery]:
     """On the Ray to which this process is connected."""
     with drill.claimed(run) as claim:
-        killer = Killer(run, number, deed_for(claim.ranks().fleet), seed)
+        killer = Killer(run, number, seed, deed_for(claim.ranks().fleet), mend)
         killer.start()
         with suppress(Preempted):
             stages.train(claim)
@@ -97,14 +108,18 @@ def measure(run: DrilledRun, number: int, seed: int, deed_for: Callable[[Fleet],
 
 
 def lose_a_machine(cluster: Machines, agents: Fleet, draw: random.Random) -> Deed:
-    """When there is a spare; another machine is added for the next time."""
+    """When there is a spare whose fork server has imported what ranks need."""
+    num_lost = 0
 
     def do(run: DrilledRun) -> bool:
+        nonlocal num_lost
+        imported = sum(log.read_text().count("imported ") for log in run.run_dir.logs.glob("node-*.log"))
         rank = find(run, "rank", draw.randrange(4))
-        if rank is None or len(agents.present()) < len(agents):
+        if rank is None or len(agents.present()) < len(agents) or imported < len(agents) + num_lost:
+            time.sleep(0.1)
             return False
         cluster.kill_that_of(rank)
-        cluster.start()
+        num_lost += 1
         return True
 
     return do
@@ -126,8 +141,8 @@ def show(what: str, found: Sequence[Recovery]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=20, help="kills of a rank")
-    parser.add_argument("--agents", type=int, default=5, help="kills of the agent")
-    parser.add_argument("--machines", type=int, default=5, help="kills of a machine")
+    parser.add_argument("--agents", type=int, default=20, help="kills of the agent")
+    parser.add_argument("--machines", type=int, default=20, help="kills of a machine")
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args()
     draw = random.Random(told.seed)
@@ -146,8 +161,10 @@ def main() -> None:
             launch = {"nodes": 2, "spares": 1}
             run = job.new_run(Path(scratch) / "machines", _STEPS, "TP2 x DP2 ZeRO-1", launch=launch, every_steps=20)
             with machines(3) as cluster:
-                deed_for = lambda agents: lose_a_machine(cluster, agents, draw)  # noqa: E731
-                show("machine lost", measure(run, told.machines, told.seed, deed_for))
+                found = measure(
+                    run, told.machines, told.seed, lambda agents: lose_a_machine(cluster, agents, draw), cluster.start
+                )
+            show("machine lost", found)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from trainer.config import RunConfig
 from trainer.rank_spec import Task
 
 _PLACEMENT_SECONDS = 60.0  # the cluster has what is asked for, but another job may hold it
-_ANSWER_SECONDS = 2.0  # for an agent that lives to say so
+_ANSWER_SECONDS = 1.0  # for an agent that lives to say so; one that is given up in error costs a second
 _REPORT_SECONDS = 15.0  # for agents to collect the stacks of their ranks
 _THREADS = 6  # of an agent: a round, its life, questions; of a peer: following, giving out
 
