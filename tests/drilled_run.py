@@ -32,7 +32,10 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "TP2 x PP2": {"tensor": 2, "pipeline": 2},
     "TP2 x DP2 ZeRO-1": {"tensor": 2, "pipeline": 1, "data": 2, "zero": 1},
 }
-OTHER_LAYOUTS: dict[str, dict[str, int]] = {"DP2 ZeRO-1": {"tensor": 1, "pipeline": 1, "data": 2, "zero": 1}}
+OTHER_LAYOUTS: dict[str, dict[str, int]] = {
+    "DP2 ZeRO-1": {"tensor": 1, "pipeline": 1, "data": 2, "zero": 1},
+    "PP2 x DP2": {"tensor": 1, "pipeline": 2, "data": 2, "zero": 1},
+}
 
 
 @dataclass(frozen=True)

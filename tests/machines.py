@@ -52,11 +52,15 @@ class Machines:
         (name,) = (each for each in resources if each.startswith("machine-"))
         self._kill(self._processes[int(name.removeprefix("machine-"))])
 
+    def name_of(self, pid: int) -> str:
+        """The machine on which a process lives."""
+        above = {each.pid for each in psutil.Process(pid).parents()}
+        (number,) = (number for number, process in enumerate(self._processes) if process.pid in above)
+        return f"machine-{number}"
+
     def kill_that_of(self, pid: int) -> None:
         """As `kill`: the machine on which a process lives."""
-        above = {each.pid for each in psutil.Process(pid).parents()}
-        (machine,) = (process for process in self._processes if process.pid in above)
-        self._kill(machine)
+        self._kill(self._processes[int(self.name_of(pid).removeprefix("machine-"))])
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []

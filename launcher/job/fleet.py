@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launcher.job import cluster, replication
 from launcher.job.failures import JobFailed
+from launcher.job.news import Down, Up
 from launcher.job.replication import SnapshotPeer
 from launcher.node.agent import Agent, Job, NodeEnd, Round
 from launcher.node.stacks import RankReport
@@ -32,25 +32,6 @@ _REPORT_SECONDS = 15.0  # for agents to collect the stacks of their ranks
 _THREADS = 6  # of an agent: a round, its life, questions; of a peer: following, giving out
 
 _LOST = NodeEnd((), "the agent died, and its ranks with it")
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """An agent answers for the first time."""
-
-    slot: int
-    machine: str
-    """Ray's name of it (hex)."""
-
-
-@dataclass(frozen=True)
-class Lost:
-    """An agent died."""
-
-    slot: int
-
-
-News = Arrived | Lost
 
 
 class _Slot:
@@ -91,7 +72,7 @@ class Life:
         _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
         for ref in silent:
             self._ends[self._running.pop(asked[ref])] = _LOST
-        while self._running:  # services save what the ranks have left
+        while self._running:
             self._note(ray.wait(list(self._running))[0])
 
     def ask_for_beats(self) -> list[Any]:
@@ -138,23 +119,23 @@ class Fleet:
         """Ray's name of the machine of an agent that has answered."""
         return self._slots[slot].machine
 
-    def present(self) -> list[Arrived]:
+    def present(self) -> list[Up]:
         """The agents that have answered so far."""
-        return [Arrived(number, slot.machine) for number, slot in enumerate(self._slots) if slot.machine is not None]
+        return [Up(number, slot.machine) for number, slot in enumerate(self._slots) if slot.machine is not None]
 
-    def news(self) -> list[News]:
+    def news(self) -> list[Up | Down]:
         """What has become of agents since the last call; one that died is replaced by another, on a machine that Ray
         has or gets."""
-        found: list[News] = []
+        found: list[Up | Down] = []
         for number, slot in enumerate(self._slots):
             waiting = [slot.life] if slot.machine else [slot.arrival, slot.life]
             done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
             if slot.life in done:
                 self._replace(number)
-                found.append(Lost(number))
+                found.append(Down(number))
             elif slot.arrival in done:
                 slot.machine = ray.get(slot.arrival)
-                found.append(Arrived(number, str(slot.machine)))
+                found.append(Up(number, str(slot.machine)))
         return found
 
     def silent(self, slots: Iterable[int]) -> list[int]:
@@ -163,7 +144,7 @@ class Fleet:
         ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
         return [slot for ref, slot in asked.items() if answer_of(ref) is None]
 
-    def replace(self, slots: Iterable[int]) -> list[Lost]:
+    def replace(self, slots: Iterable[int]) -> list[Down]:
         """Give up the agents of these slots and start others."""
         return [self._replace(slot) for slot in slots]
 
@@ -198,9 +179,16 @@ class Fleet:
         return Life(agents, rounds, peers)
 
     def end(self) -> None:
-        """End the agents, and whatever lives with them."""
-        asked = [slot.agent.leave.remote() for slot in self._slots]
-        ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
+        """End the agents when what their ranks have left is saved, and whatever lives with them."""
+        leaving = {slot.agent.leave.remote(): number for number, slot in enumerate(self._slots) if slot.machine}
+        while leaving:
+            done, _ = ray.wait(list(leaving), num_returns=len(leaving), timeout=_ANSWER_SECONDS)
+            silent = self.silent(number for ref, number in leaving.items() if ref not in done)
+            leaving = {ref: number for ref, number in leaving.items() if ref not in done and number not in silent}
+        self.kill()
+
+    def kill(self) -> None:
+        """End the agents, whatever they are doing."""
         for slot in self._slots:
             _kill(slot)
 
@@ -211,10 +199,10 @@ class Fleet:
         address: str = ray.get(first.pick_rendezvous.remote())
         return address
 
-    def _replace(self, number: int) -> Lost:
+    def _replace(self, number: int) -> Down:
         _kill(self._slots[number])
         self._slots[number] = self._start(number)
-        return Lost(number)
+        return Down(number)
 
     def _start(self, number: int) -> _Slot:
         config = self.job.config
@@ -268,6 +256,9 @@ def fleet_of(job: Job, folder: Path) -> Iterator[Fleet]:
         fleet = Fleet(group, _in_order(group, config, machines), job, where, folder)
         try:
             yield fleet
+        except KeyboardInterrupt:  # of somebody who does not want to wait
+            fleet.kill()
+            raise
         finally:
             fleet.end()
     finally:

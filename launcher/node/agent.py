@@ -14,7 +14,7 @@ import ray
 
 from launcher import placement
 from launcher.node import fork_server
-from launcher.node.checkpoint_process import ServiceKeeper, ServiceOptions
+from launcher.node.checkpoint_process import Ending, ServiceKeeper, ServiceOptions
 from launcher.node.fork_server import Channel, Goodbye, Kill, Ready, ServerOptions, Start
 from launcher.node.forked_rank import RankEnd
 from launcher.node.stacks import RankReport, collect
@@ -117,6 +117,7 @@ class Agent:
         self._ready: Ready | None = None
         self._server: Channel | None = None
         self._sending = threading.Lock()
+        self._keeper: ServiceKeeper | None = None
         self._beats = job.server_options(slot).folder / "beats"
         self._ranks = range(0)
         self._problem = "the fork server died, and its ranks with it"
@@ -150,21 +151,17 @@ class Agent:
     def run(self, this_round: Round) -> NodeEnd:
         """Fork this machine's ranks and return when all have ended; when one fails, the others are killed at once.
 
-        What they have left to be saved is saved then, and uploaded too unless they failed: whoever goes on is not kept
-        waiting by a network.
+        What ranks that have ended well have left to be saved is saved and uploaded then. Those that failed are begun
+        anew, and the checkpoint service lives on.
         """
         if self._server is None:
             return NodeEnd((), self._problem)
-        saves = this_round.task == "train" and this_round.config.checkpoint.needs_service
-        keeper = self._checkpoint_service(this_round) if saves else None
-        end = NodeEnd((), self._problem)
         try:
-            end = self._run_ranks(self._server, this_round, keeper)
+            end = self._run_ranks(self._server, this_round)
         except (EOFError, OSError):
-            pass  # it is the problem already
-        finally:
-            if keeper is not None:
-                keeper.drain(is_at_the_end=not end.went_wrong)
+            end = NodeEnd((), self._problem)
+        if not end.went_wrong:
+            self._end_service(Ending.WELL)
         return end
 
     def beats(self) -> dict[int, Beat]:
@@ -183,20 +180,20 @@ class Agent:
                 self._send(self._server, Kill())
 
     def leave(self) -> None:
-        """Have the fork server end, ranks and all; the agent is of no use afterwards."""
+        """Have ranks, fork server and checkpoint service end; the agent is of no use afterwards."""
         if self._server is not None:
             with suppress(OSError):  # it has ended by itself
                 self._send(self._server, Goodbye())
+        self._end_service(Ending.FAILED)
 
-    def _run_ranks(self, server: Channel, this_round: Round, keeper: ServiceKeeper | None) -> NodeEnd:
+    def _run_ranks(self, server: Channel, this_round: Round) -> NodeEnd:
         """Raises:
         EOFError, OSError: the fork server died.
         """
         self._ready = self._ready or server.recv()
         if self._ready.problem:
             return NodeEnd((), self._ready.problem)
-        if keeper is not None:
-            keeper.start()
+        self._keep_service(this_round)
         shutil.rmtree(self._beats, ignore_errors=True)
         self._beats.mkdir(mode=0o700)
         self._ranks = this_round.ranks
@@ -207,9 +204,25 @@ class Agent:
         with self._sending:
             server.send(message)
 
-    def _checkpoint_service(self, this_round: Round) -> ServiceKeeper:
+    def _keep_service(self, this_round: Round) -> None:
+        """The one of the round before, if it does for this one too."""
+        saves = this_round.task == "train" and this_round.config.checkpoint.needs_service
+        options = self._service_options(this_round) if saves else None
+        if self._keeper is not None and self._keeper.options != options:
+            self._end_service(Ending.ELSEWHERE)
+        if self._keeper is None and options is not None:
+            log = self._job.logs / f"checkpoints-{this_round.node}.log"
+            self._keeper = ServiceKeeper(options, log, self._job.cwd)
+            self._keeper.start()
+
+    def _end_service(self, ending: Ending) -> None:
+        if self._keeper is not None:
+            self._keeper.drain(ending)
+            self._keeper = None
+
+    def _service_options(self, this_round: Round) -> ServiceOptions:
         ranks = this_round.ranks
-        options = ServiceOptions(
+        return ServiceOptions(
             room=str(self._job.room_path(this_round.node)),
             run_dir=str(self._job.run_dir),
             config_yaml=config_file.dump(this_round.config),
@@ -220,7 +233,6 @@ class Agent:
             lock=str(self._job.lock),
             job_id=self._job.id,
         )
-        return ServiceKeeper(options, self._job.logs / f"checkpoints-{this_round.node}.log", self._job.cwd)
 
     def _watch(self, server: Channel, num_ranks: int) -> tuple[RankEnd, ...]:
         failed: list[RankEnd] = []

@@ -1,10 +1,10 @@
-"""The checkpoint service as a process: one per machine, kept alive by the machine's agent, outliving the ranks.
+"""The checkpoint service as a process: one per machine, kept alive by the machine's agent, from life to life of ranks.
 
 It ends when its standard input does, by the agent's will or with the agent, but only after it has saved what the ranks
 have left in the room. It imports no torch: it is there in a third of a second, and again after it was killed.
 
 Its standard input: a line with the options, which are too long for a command line, and not for everybody to read; then
-nothing while training; then, where the run has come to its end, a line that says so; then its end.
+nothing while training; then an `Ending`; then its end.
 """
 
 import json
@@ -18,6 +18,7 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from enum import Enum
 from io import RawIOBase
 from pathlib import Path
 
@@ -38,9 +39,16 @@ _HEALTHY_SECONDS = 10.0
 """A service that lived longer did not die of how it was started."""
 _MOST_DEATHS = 20
 """Of a service that is to finish its work, before it is given up: what it left stays in the room."""
-_AT_THE_END = b"the run has ended: upload what is left\n"
 
 _log = logging.getLogger(__name__)
+
+
+class Ending(Enum):
+    """What is left to do for a service that is to end."""
+
+    WELL = "the ranks have done what they were to do: save and upload what they have left"
+    FAILED = "save what they have left; the next command sends it"
+    ELSEWHERE = "the same, but wait for no other machine: ranks begin anew as other machines' neighbours"
 
 
 @dataclass(frozen=True)
@@ -94,11 +102,12 @@ def _serve(agent: RawIOBase) -> None:
     while not _has_spoken(agent):
         if not (presence.show() and service.work()):
             _has_spoken(agent, _PASS_SECONDS)
+    ending = Ending[agent.readline().decode().strip() or "FAILED"]
     while not presence.show():
         time.sleep(_PASS_SECONDS)
-    service.finish()
+    service.finish(may_wait=ending is not Ending.ELSEWHERE)
     presence.end()
-    if uploads is not None and agent.readline() == _AT_THE_END:
+    if uploads is not None and ending is Ending.WELL:
         uploads.finish(may_wait=lambda: not _has_spoken(agent))
     log.close()
 
@@ -119,9 +128,10 @@ class ServiceKeeper:
     """Keeps the service of this machine alive from `start` to `drain`; of the agent."""
 
     def __init__(self, options: ServiceOptions, log: Path, cwd: str) -> None:
-        self._options, self._log, self._cwd = options, log, cwd
+        self.options = options
+        self._log, self._cwd = log, cwd
         self._is_draining = threading.Event()
-        self._is_at_the_end = False
+        self._ending = Ending.FAILED
         self._lock = threading.Lock()
         """Around the process and what it is told."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -132,17 +142,12 @@ class ServiceKeeper:
         self._thread = threading.Thread(target=self._keep, name="checkpoint-service-keeper", daemon=True)
         self._thread.start()
 
-    def drain(self, *, is_at_the_end: bool = True) -> None:
-        """Return when the service has saved what there is to save, and has ended.
-
-        Args:
-            is_at_the_end: whether the ranks have done what they were to do. What they saved is uploaded then too; where
-                they failed, the next life of the run sends it.
-        """
+    def drain(self, ending: Ending) -> None:
+        """Return when the service has done what there is to do, and has ended."""
         if self._thread is None:
             return
         with self._lock:
-            self._is_at_the_end = is_at_the_end
+            self._ending = ending
             self._is_draining.set()
             self._tell_to_end()
         self._thread.join()
@@ -171,7 +176,7 @@ class ServiceKeeper:
         process = self._spawn()
         with self._lock:
             self._process = process
-            self._say(json.dumps(asdict(self._options)).encode() + b"\n")
+            self._say(json.dumps(asdict(self.options)).encode() + b"\n")
             if self._is_draining.is_set():
                 self._tell_to_end()
         try:
@@ -184,9 +189,8 @@ class ServiceKeeper:
                         process.stdin.close()
 
     def _tell_to_end(self) -> None:
-        if self._is_at_the_end:
-            self._say(_AT_THE_END)
-        elif self._process is not None and self._process.stdin is not None:
+        self._say(f"{self._ending.name}\n".encode())
+        if self._ending is not Ending.WELL and self._process is not None and self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()
 
@@ -198,7 +202,7 @@ class ServiceKeeper:
 
     def _record_death(self, code: int | None) -> None:
         try:
-            log = EventLog(RunDir(Path(self._options.run_dir)).events_path)
+            log = EventLog(RunDir(Path(self.options.run_dir)).events_path)
             log.write("checkpoint_service_died", code=code, log=str(self._log))
             log.close()
         except OSError as error:  # the record may lie on a disk that is full
@@ -209,7 +213,7 @@ class ServiceKeeper:
             return subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-c", "from launcher.node.checkpoint_process import serve; serve()"),
-                    self._options.run_dir,  # for whoever looks at the processes of the machine
+                    self.options.run_dir,  # for whoever looks at the processes of the machine
                 ],
                 stdin=subprocess.PIPE,
                 stdout=log,

@@ -132,31 +132,33 @@ def serve() -> None:
     die_with(spawner)
     options = ServerOptions(**{**told, **{name: Path(told[name]) for name in ("logs", "lock", "folder")}})
     faulthandler.enable()
+    hold = ExitStack()  # not closed: whoever waits for the run to be free waits for the end of this process
     with suppress(ProcessLookupError):  # the keeper has ended already
-        _serve(options, socket.socket(fileno=listener_fd), os.pidfd_open(keeper))
+        _serve(options, hold, socket.socket(fileno=listener_fd), os.pidfd_open(keeper))
     shutil.rmtree(options.folder, ignore_errors=True)
     with suppress(OSError):  # other slots are in it
         options.folder.parent.rmdir()
+    sys.stdout.flush()
+    os._exit(0)  # taking all that was imported down takes longer than all else it does at its end
 
 
-def _serve(options: ServerOptions, listener: socket.socket, keeper: int) -> None:
+def _serve(options: ServerOptions, hold: ExitStack, listener: socket.socket, keeper: int) -> None:
     """One agent after the other, while the run is its job's: in between another job may claim it."""
-    with ExitStack() as hold:
+    if not hold.enter_context(ownership.held(options.lock, options.job_id)):
+        return
+    entry, problem = _preload(options.target)
+    live_on()
+    gc.freeze()  # a collection in a rank would write to, and so copy, every page shared with the others
+    seconds = None
+    while (agent := _next_agent(listener, keeper, seconds)) is not None:
         if not hold.enter_context(ownership.held(options.lock, options.job_id)):
             return
-        entry, problem = _preload(options.target)
-        live_on()
-        gc.freeze()  # a collection in a rank would write to, and so copy, every page shared with the others
-        seconds = None
-        while (agent := _next_agent(listener, keeper, seconds)) is not None:
-            if not hold.enter_context(ownership.held(options.lock, options.job_id)):
+        with agent, suppress(OSError):  # it dies while it is told something
+            agent.send(Ready(problem))
+            if not _obey(agent, entry, options.logs, keeper):
                 return
-            with agent, suppress(OSError):  # it dies while it is told something
-                agent.send(Ready(problem))
-                if not _obey(agent, entry, options.logs, keeper):
-                    return
-            hold.close()
-            seconds = _LINGER_SECONDS
+        hold.close()
+        seconds = _LINGER_SECONDS
 
 
 def _next_agent(listener: socket.socket, keeper: int, seconds: float | None) -> "Channel | None":

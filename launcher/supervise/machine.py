@@ -7,6 +7,7 @@ set of ranks from its start to its end, on some of the slots. At most one life i
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
+from launcher.job.news import Down, Up
 from launcher.supervise import budget
 from launcher.supervise.budget import Failure, Memory
 from trainer.config import SuperviseConfig
@@ -37,21 +38,6 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------------------------------- what happens
-
-
-@dataclass(frozen=True)
-class Up:
-    """An agent answers."""
-
-    slot: int
-    machine: str
-
-
-@dataclass(frozen=True)
-class Down:
-    """An agent was lost; another one for its slot has been asked for, and comes up when there is a machine."""
-
-    slot: int
 
 
 @dataclass(frozen=True)

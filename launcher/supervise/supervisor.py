@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from launcher.job.failures import JobFailed, NodeFailed, RankFailed, explain
-from launcher.job.fleet import Arrived, Fleet, Life, answer_of
+from launcher.job.fleet import Fleet, Life, answer_of
+from launcher.job.news import Down
 from launcher.job.preemption import Preemption, late
 from launcher.node.agent import NodeEnd
 from launcher.supervise import hang, machine
@@ -13,7 +14,6 @@ from launcher.supervise.budget import Failure
 from launcher.supervise.machine import (
     AskRanks,
     Command,
-    Down,
     End,
     EndAsked,
     Event,
@@ -26,7 +26,6 @@ from launcher.supervise.machine import (
     State,
     Stopped,
     Tick,
-    Up,
 )
 from launcher.supervise.sizing import sizes
 from launcher.supervise.watch import Watch
@@ -78,8 +77,8 @@ class Supervisor:
         """
         with self._preemption.of_training():
             try:
-                for agent in self._fleet.present():  # from a task before
-                    self._take(Up(agent.slot, agent.machine))
+                for event in self._fleet.present():  # from a task before
+                    self._take(event)
                 while self._state.phase not in machine.ENDED:
                     for event in self._look():
                         self._take(event)
@@ -90,7 +89,10 @@ class Supervisor:
         self._conclude()
 
     def _take(self, event: Event) -> None:
+        before = self._state.excluded
         self._state, command = machine.react(self._plan, self._state, event, time.monotonic())
+        for name in self._state.excluded - before:
+            self._log.write("machine_excluded", machine=name, failures=self._state.memory.machines[name])
         if command is not None:
             self._do(command)
 
@@ -123,8 +125,7 @@ class Supervisor:
         yield from self._recorded()
         if ends is not None:
             yield from self._ended(ends)
-        for news in self._fleet.news():
-            yield Up(news.slot, news.machine) if isinstance(news, Arrived) else Down(news.slot)
+        yield from self._fleet.news()
         yield from self._notices()
         if self._preemption.is_late() and self._life is not None:
             yield from self._too_late(self._life)
@@ -227,13 +228,12 @@ class Supervisor:
         slots = self._state.life
         down: set[int] = set()
         for news in self._fleet.news():
-            yield Up(news.slot, news.machine) if isinstance(news, Arrived) else Down(news.slot)
-            down |= set() if isinstance(news, Arrived) else {news.slot}
+            yield news
+            down |= {news.slot} if isinstance(news, Down) else set()
         broken = {slots[node] for node, end in ends.items() if end.problem} - down
         machines = {slot: self._state.machines.get(slot, "") for slot in slots}
         silent = self._fleet.silent(set(slots) - down - broken) if len(slots) > 1 else []
-        for lost in self._fleet.replace([*broken, *silent]):
-            yield Down(lost.slot)
+        yield from self._fleet.replace([*broken, *silent])
         self._cause = explain(ends, self._fleet.job.logs)
         failure = self._failure(self._cause, slots, machines)
         if silent:

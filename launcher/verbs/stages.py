@@ -40,6 +40,7 @@ WARNINGS = {
     "checkpoint_upload_failed": "the checkpoint of step {step} could not be uploaded: {reason}",
     "checkpoint_service_died": "the checkpoint service died (exit code {code}) and is replaced; see {log}",
     "life_failed": "{error}",
+    "machine_excluded": "machine {machine} is left out after {failures} failures",
     "hung": "the ranks hang: {verdict}",
     "straggler": "rank {rank} on node {node} is slow in {phase}: steps take {ratio:.2g} times as long",
     "checkpoint_skipped": "no checkpoint of step {step}: {reason}",

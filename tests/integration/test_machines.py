@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -27,6 +28,7 @@ from launcher.job.fleet import Fleet
 from launcher.verbs import stages
 from machines import Machines, machines
 from trainer.checkpoint.format import store
+from trainer.checkpoint.service.room import room_path
 from trainer.events import surviving_steps
 from trainer.stop import Preempted
 
@@ -62,8 +64,8 @@ def expected(small_job: SmallJob, tmp_path_factory: pytest.TempPathFactory) -> l
     return undisturbed_losses(small_job, tmp_path_factory.mktemp("undisturbed"), NUM_STEPS)
 
 
-def undisturbed_losses(small_job: SmallJob, folder: Path, num_steps: int) -> list[float]:
-    run = small_job.new_run(folder, num_steps, LAYOUT)
+def undisturbed_losses(small_job: SmallJob, folder: Path, num_steps: int, layout: str = LAYOUT) -> list[float]:
+    run = small_job.new_run(folder, num_steps, layout)
     assert subprocess.run(run.command, capture_output=True, timeout=drill.PATIENCE_SECONDS, check=False).returncode == 0
     return losses(run)
 
@@ -181,3 +183,117 @@ def test_a_machine_that_is_to_be_drained_is_left_in_time(
     assert asked["step"] == asked["saved_step"] and "is to be drained" in asked["reason"]
     assert run.events("training_started")[-1]["step"] == asked["step"] and not run.events("life_failed")
     assert lives(run) == [(2, 2), (2, 2)] and losses(run) == expected
+
+
+@pytest.mark.slow
+def test_stages_on_machines_of_their_own_shrink_and_grow_together(small_job: SmallJob, tmp_path: Path) -> None:
+    """A lost machine costs a whole replica; the machine left over waits until there is another."""
+    num_steps = 100
+    run = small_job.new_run(
+        tmp_path, num_steps, "PP2 x DP2", launch={"nodes": 4}, supervise={"patience_seconds": 1.0, "grow_seconds": 0.5}
+    )
+    with machines(4) as cluster:
+        train(
+            run,
+            cluster,
+            lambda agents: [
+                kill("rank", "event step", 4, number=signal.SIGSTOP),
+                Deed("lose a machine", lose(cluster, agents, 3), "event step", 0),
+                kill("rank", "event training_started", number=signal.SIGSTOP),
+                Deed("add one", add(cluster), "event step", 0),
+                Deed("go on", wake_when(lambda: len(agents.present()) == 4), "event step", 0),
+            ],
+        )
+    assert lives(run) == [(4, 2), (2, 1), (4, 2)]
+    expected = undisturbed_losses(small_job, tmp_path / "undisturbed", num_steps, "PP2 x DP2")
+    assert losses(run) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_lost_machine_is_had_from_its_neighbour_by_the_spare(
+    small_job: SmallJob, expected: list[float], tmp_path: Path
+) -> None:
+    """Nothing is on disk but the beginning."""
+    run = small_job.new_run(
+        tmp_path, NUM_STEPS, LAYOUT, launch={"nodes": 2, "spares": 1}, every_steps=1000, replicate=True
+    )
+    second_room = room_path(run.snapshots_in, run.run_dir.path.resolve(), run.run_dir.id, node=1)
+
+    def lose_with_memory(cluster: Machines, agents: Fleet) -> Callable[[DrilledRun], bool]:
+        def do(_: DrilledRun) -> bool:
+            if len(list(run.snapshots_in.rglob("replica/step-*/manifest.json"))) < 2:
+                return False
+            cluster.kill(str(agents.machine_of(1)))
+            shutil.rmtree(second_room)
+            return True
+
+        return do
+
+    with machines(3) as cluster:
+        train(
+            run,
+            cluster,
+            lambda agents: [
+                kill("rank", "event step", 6, number=signal.SIGSTOP),
+                Deed("lose a machine", lose_with_memory(cluster, agents), "event step", 0),
+            ],
+        )
+    first, second = run.events("training_started")
+    assert first["step"] == 0 and second["step"] > 0 and second["tier"] == "memory"
+    assert lives(run) == [(2, 2), (2, 2)] and losses(run) == expected
+
+
+@pytest.mark.slow
+def test_a_machine_that_fails_again_and_again_is_left_out(
+    small_job: SmallJob, expected: list[float], tmp_path: Path
+) -> None:
+    run = small_job.new_run(
+        tmp_path, NUM_STEPS, LAYOUT, launch={"nodes": 1, "spares": 1}, supervise={"max_node_failures": 2}
+    )
+    seen: list[str] = []
+    with machines(2) as cluster:
+
+        def look(run: DrilledRun) -> bool:
+            pid = find(run, "rank")
+            seen.extend([] if pid is None else [cluster.name_of(pid)])
+            return pid is not None
+
+        train(
+            run,
+            cluster,
+            lambda _: [
+                part
+                for _ in range(3)
+                for part in (
+                    kill("rank", "event step", number=signal.SIGSTOP),
+                    Deed("look where it is", look, "event step", 0),
+                    kill("rank", "event step", 0),
+                )
+            ],
+        )
+    assert seen[0] == seen[1] != seen[2]
+    (left_out,) = run.events("machine_excluded")
+    assert left_out["failures"] == 2 and left_out["machine"] == run.events("life_failed")[0]["machine"]
+    assert lives(run) == [(1, 2)] * 4 and losses(run) == expected
+
+
+@pytest.mark.slow
+def test_a_command_that_is_killed_leaves_nothing_on_any_machine_and_goes_on_when_run_again(
+    small_job: SmallJob, expected: list[float], tmp_path: Path
+) -> None:
+    run = small_job.new_run(tmp_path, NUM_STEPS, LAYOUT, launch={"nodes": 2})
+    with machines(2) as cluster:
+        command = [*run.command, "--ray", cluster.address]
+        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        kill_it = Deed("kill the command", lambda _: first.kill() is None, "event step", 4)
+        with Doer(run, deque([kill_it]), []):
+            assert first.wait(drill.PATIENCE_SECONDS) == -signal.SIGKILL
+        deadline = time.monotonic() + drill.PATIENCE_SECONDS
+        while processes_of(run):
+            assert time.monotonic() < deadline, processes_of(run)
+            time.sleep(0.1)
+        second = subprocess.run(command, capture_output=True, text=True, timeout=drill.PATIENCE_SECONDS, check=False)
+        assert second.returncode == 0, second.stderr
+    assert run.events("training_started")[-1]["step"] > 0 and losses(run) == expected
+    expect_exact_ledger(run)
+    expect_nothing_left(run)

@@ -1,4 +1,4 @@
-"""From where a run goes on: the disk after a crash that its service outlived, memory after one that it did not."""
+"""From where a run goes on: memory while its command lives, or was killed with all else; a checkpoint after its end."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ import pytest
 import drill
 from deeds import Deed, Doer, Done, find, kill
 from drilled_run import DrilledRun, SmallJob, expect_exact_ledger, expect_nothing_left, expect_sound_resumes
+from launcher.job.failures import JobFailed
 from trainer.checkpoint.format import store
 
 NUM_STEPS = 8
@@ -28,18 +29,34 @@ def expect_whole(run: DrilledRun) -> None:
     expect_nothing_left(run)
 
 
-def test_after_a_crash_the_newest_snapshot_is_a_checkpoint_and_no_memory_is_held(
+def test_a_rank_that_crashes_goes_on_from_memory_and_nothing_is_written(
     small_job: SmallJob, one_ray: None, tmp_path: Path
 ) -> None:
     run = small_job.new_run(tmp_path, NUM_STEPS, **SNAPSHOTS_ALONE)
-    done: list[Done] = []
-
-    drill.train_to_the_end(run, [kill("rank", "event checkpoint_snapshot", 3, rank=2)], done)
+    drill.train_to_the_end(run, [kill("rank", "event checkpoint_snapshot", 3, rank=2)])
     (failed,) = run.events("life_failed")
-    assert len(done) == 1 and failed["what"] == "rank" and "rank 2 was killed by SIGKILL" in failed["error"]
-    step = run.events("checkpoint_saved")[0]["step"]
+    assert failed["what"] == "rank" and "rank 2 was killed by SIGKILL" in failed["error"]
     copied = [event["step"] for event in run.events("checkpoint_snapshot") if event["time"] < failed["time"]]
-    assert step >= copied[-1] >= 3
+    first, second = run.events("training_started")
+    assert (first["step"], first["tier"]) == (0, "disk")
+    assert second["tier"] == "memory" and second["step"] >= copied[-1] >= 3
+    assert [event["step"] for event in run.events("checkpoint_saved")] == [NUM_STEPS]
+    expect_whole(run)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_for_good_leaves_its_newest_snapshot_as_a_checkpoint(
+    small_job: SmallJob, one_ray: None, tmp_path: Path
+) -> None:
+    run = small_job.new_run(tmp_path, NUM_STEPS, supervise={"max_failures": 0}, **SNAPSHOTS_ALONE)
+    done: list[Done] = []
+    deeds = deque([kill("rank", "event checkpoint_snapshot", 3, rank=2)])
+    with drill.supervised(run) as supervisor, Doer(run, deeds, done), pytest.raises(JobFailed, match="rank 2 was kill"):
+        supervisor.train()
+    (step,) = (event["step"] for event in run.events("checkpoint_saved"))
+    assert done and newest_snapshot(run) <= step < NUM_STEPS
+    expect_nothing_left(run)
+    drill.train_to_the_end(run)
     assert [(event["step"], event["tier"]) for event in run.events("training_started")] == [(0, "disk"), (step, "disk")]
     expect_whole(run)
 

@@ -54,7 +54,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
-def train_once(run: DrilledRun, one_ray: None, deeds: list[Deed]) -> None:
+def train_once(run: DrilledRun, deeds: list[Deed]) -> None:
     """One life, in which all of that is done."""
     done: list[Done] = []
     with drill.supervised(run) as supervisor, Doer(run, deque(deeds), done):

@@ -77,18 +77,21 @@ class CheckpointService:
             each.is_complete() and (each.is_pending() or each.is_written()) for each in self._room.snapshots()
         )
 
-    def finish(self) -> None:
+    def finish(self, *, may_wait: bool = True) -> None:
         """The ranks have ended: save what is there, once more what could not be, and give the memory back.
 
         On a single machine the newest snapshot becomes a checkpoint too, if it was not to be one: memory is no place to
         leave it. What could not be saved stays in the room.
+
+        Args:
+            may_wait: for other machines to do their part, a minute at most.
         """
         self._retry_at.clear()
         self._hash_all()
         if self._machine.num_nodes == 1:
             for snapshot in list(self._room.restartable())[-1:]:
                 snapshot.make_durable()
-        deadline = self._clock() + _LAST_OTHERS_SECONDS
+        deadline = self._clock() + (_LAST_OTHERS_SECONDS if may_wait else 0.0)
         while self.work() or (not self.is_idle() and self._clock() < deadline):
             time.sleep(_POLL_SECONDS)
         left = list(self._room.restartable())

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from launcher.node import ownership
-from launcher.node.checkpoint_process import ServiceKeeper, ServiceOptions, restart_delay
+from launcher.node.checkpoint_process import Ending, ServiceKeeper, ServiceOptions, restart_delay
 from made_checkpoints import write_checkpoint
 from made_snapshots import World, names
 from trainer.checkpoint.format import store
@@ -79,7 +79,7 @@ def test_a_config_of_any_length_reaches_the_service_and_nobody_else(bench: Bench
     written = bench.world.snapshot(10)
     keeper.start()
     command = " ".join(service_of(keeper).cmdline())
-    keeper.drain()
+    keeper.drain(Ending.WELL)
     assert bench.world.committed(10) == written and names(bench.world.folder / "memory") == []
     assert "key" not in command and bench.options.run_dir in command and not bench.events("checkpoint_service_died")
 
@@ -92,7 +92,7 @@ def test_a_death_is_recorded_and_another_goes_on(bench: Bench) -> None:
     assert (death["code"], death["log"]) == (-signal.SIGKILL, str(bench.run_dir.logs / "checkpoints-0.log"))
     written = bench.world.snapshot(10)
     wait_for(lambda: store.steps(bench.world.checkpoints))
-    keeper.drain()
+    keeper.drain(Ending.WELL)
     assert bench.world.committed(10) == written
 
 
@@ -103,13 +103,34 @@ def test_a_service_waits_until_the_one_before_it_has_ended(bench: Bench) -> None
     written = bench.world.snapshot(10)
     keeper = bench.keeper()
     keeper.start()
-    draining = threading.Thread(target=keeper.drain)
+    draining = threading.Thread(target=keeper.drain, args=[Ending.WELL])
     draining.start()
     draining.join(1.0)
     assert draining.is_alive() and not store.steps(bench.world.checkpoints)
     before.end()
     draining.join(PATIENCE_SECONDS)
     assert bench.world.committed(10) == written
+
+
+@pytest.mark.parametrize("ending", [Ending.ELSEWHERE, Ending.FAILED])
+def test_other_machines_are_waited_for_unless_ranks_begin_elsewhere(
+    ending: Ending, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first machine has done its part, and the second does not come: for a minute it may."""
+    keeper = bench.keeper(num_nodes=2)
+    bench.world.snapshot(10)
+    keeper.start()
+    part = bench.world.checkpoints / f"{store.folder_name(10)}.tmp" / "part-00000.manifest.json"
+    wait_for(part.exists)
+    draining = threading.Thread(target=keeper.drain, args=[ending], daemon=True)
+    draining.start()
+    draining.join(2.0)
+    assert draining.is_alive() == (ending is Ending.FAILED)
+    if draining.is_alive():
+        monkeypatch.setattr("launcher.node.checkpoint_process._MOST_DEATHS", 1)
+        service_of(keeper).kill()
+    draining.join(PATIENCE_SECONDS)
+    assert not draining.is_alive()
 
 
 def test_one_that_cannot_live_is_tried_less_and_less_often(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +144,7 @@ def test_one_that_cannot_live_is_tried_less_and_less_often(bench: Bench, monkeyp
     wait_for(lambda: [event["code"] for event in bench.events("checkpoint_service_died")][1:2] == [1])
     assert "model" in (log / "checkpoints-0.log").read_text()
     monkeypatch.setattr("launcher.node.checkpoint_process._MOST_DEATHS", 1)
-    keeper.drain()
+    keeper.drain(Ending.WELL)
     assert [restart_delay(number) for number in (0, 1, 2, 3)] == [0.2, 0.2, 0.4, 0.8] and restart_delay(10**6) == 30.0
 
 
@@ -151,7 +172,7 @@ def test_a_store_that_hangs_holds_up_no_save_and_no_restart(
         written = hanging.world.snapshot(step)
         wait_for(lambda step=step: step in store.steps(hanging.world.checkpoints))
         assert hanging.world.committed(step) == written
-    keeper.drain(is_at_the_end=False)  # returns
+    keeper.drain(Ending.FAILED)  # returns
     assert not hanging.events("checkpoint_upload_failed")  # it does hang
 
 
@@ -160,7 +181,7 @@ def test_at_the_end_of_a_run_the_upload_is_waited_for_until_the_agent_is_gone(ha
     keeper = hanging.keeper()
     keeper.start()
     service = service_of(keeper)
-    drain = threading.Thread(target=keeper.drain, daemon=True)
+    drain = threading.Thread(target=keeper.drain, args=[Ending.WELL], daemon=True)
     drain.start()
     wait_for(lambda: not (hanging.world.rooms[0].path.exists()))
     drain.join(timeout=1.0)
@@ -177,6 +198,6 @@ def test_what_a_run_has_saved_is_uploaded_before_it_ends(tmp_path: Path) -> None
     keeper.start()
     service_of(keeper)
     bench.world.snapshot(10)
-    keeper.drain()
+    keeper.drain(Ending.WELL)
     assert [event["step"] for event in bench.events("checkpoint_uploaded")] == [10]
     assert names(tmp_path / "remote") == ["step-00000010"]

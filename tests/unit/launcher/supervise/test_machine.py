@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.job.news import Down, Up
 from launcher.supervise import machine
 from launcher.supervise.budget import Failure, Kind
 from launcher.supervise.machine import (
     AskRanks,
     Command,
-    Down,
     End,
     EndAsked,
     Event,
@@ -25,7 +25,6 @@ from launcher.supervise.machine import (
     State,
     Stopped,
     Tick,
-    Up,
     react,
 )
 from trainer.config import SuperviseConfig
