@@ -110,6 +110,8 @@ class Fleet:
         self.job, self.where = job, where
         self._group, self._bundles, self._folder = group, bundles, folder
         self._num_rounds = 0
+        self._served = set[int]()
+        """Slots on which ranks were the last time."""
         self._slots = [self._start(slot) for slot in range(len(bundles))]
 
     def __len__(self) -> int:
@@ -163,6 +165,8 @@ class Fleet:
             config: for that many machines; the job's own unless told.
         """
         slots, config = range(self.where.nodes) if slots is None else slots, config or self.job.config
+        self._wait_for({self._slots[slot].agent.rest.remote(): slot for slot in self._served - set(slots)})
+        self._served = set(slots)
         where = Placement(len(slots), self.where.ranks_per_node, self.where.gpus_per_node)
         agents = [self._slots[slot].agent for slot in slots]
         peers = [peer for slot in slots if (peer := self._slots[slot].peer) is not None]
@@ -180,17 +184,21 @@ class Fleet:
 
     def end(self) -> None:
         """End the agents when what their ranks have left is saved, and whatever lives with them."""
-        leaving = {slot.agent.leave.remote(): number for number, slot in enumerate(self._slots) if slot.machine}
-        while leaving:
-            done, _ = ray.wait(list(leaving), num_returns=len(leaving), timeout=_ANSWER_SECONDS)
-            silent = self.silent(number for ref, number in leaving.items() if ref not in done)
-            leaving = {ref: number for ref, number in leaving.items() if ref not in done and number not in silent}
+        self._wait_for({slot.agent.leave.remote(): number for number, slot in enumerate(self._slots) if slot.machine})
         self.kill()
 
     def kill(self) -> None:
         """End the agents, whatever they are doing."""
         for slot in self._slots:
             _kill(slot)
+
+    def _wait_for(self, asked: Mapping[Any, int]) -> None:
+        """Until all have done what they were asked for, or do not live; those who were asked, by the answer's ref."""
+        waiting = dict(asked)
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_ANSWER_SECONDS)
+            silent = self.silent(number for ref, number in waiting.items() if ref not in done)
+            waiting = {ref: number for ref, number in waiting.items() if ref not in done and number not in silent}
 
     def _pick_rendezvous(self, first: Any, where: Placement) -> str:
         self._num_rounds += 1
@@ -201,6 +209,7 @@ class Fleet:
 
     def _replace(self, number: int) -> Down:
         _kill(self._slots[number])
+        self._served.discard(number)
         self._slots[number] = self._start(number)
         return Down(number)
 

@@ -179,6 +179,10 @@ class Agent:
             with suppress(OSError):  # they died with it
                 self._send(self._server, Kill())
 
+    def rest(self) -> None:
+        """Save what ranks have left here: they begin anew on other machines."""
+        self._end_service(Ending.ELSEWHERE)
+
     def leave(self) -> None:
         """Have ranks, fork server and checkpoint service end; the agent is of no use afterwards."""
         if self._server is not None:

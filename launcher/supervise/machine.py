@@ -26,6 +26,11 @@ Phase = Literal[
 LIVING: frozenset[Phase] = frozenset({"running", "saving", "draining"})
 ENDED: frozenset[Phase] = frozenset({"finished", "preempted", "failed"})
 
+_GATHERING_SECONDS = 10.0
+"""For all agents to answer before the first life starts without some, on those of the others that are enough."""
+_ARRIVAL_SECONDS = 60.0
+"""For as many agents as the run has machines to answer the first time, where patience is shorter."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -250,14 +255,17 @@ def _go_on(plan: Plan, state: State, now: float) -> tuple[State, Command | None]
 
 def _next_life(plan: Plan, state: State, now: float) -> tuple[State, Command | None]:
     """Start it as soon as it may, with as many machines as there are after patience."""
-    free, full = usable(state), plan.sizes[0]
-    if len(free) >= full:
-        return _start(state, full, now) if now >= state.not_before else (state, None)
+    free, full, is_first = usable(state), plan.sizes[0], state.phase == "starting"
     since = now if state.short_since is None else state.short_since
-    state = replace(state, short_since=since, phase="starting" if state.phase == "starting" else "resizing")
     num_lost = sum(slot not in state.up for slot in range(plan.num_slots))
+    if len(free) >= full:
+        if is_first and num_lost and now - since < _GATHERING_SECONDS:  # who comes first is not who lies best
+            return replace(state, short_since=since), None
+        return _start(state, full, now) if now >= state.not_before else (state, None)
+    state = replace(state, short_since=since, phase="starting" if is_first else "resizing")
+    patience_seconds = max(plan.policy.patience_seconds, _ARRIVAL_SECONDS if is_first else 0.0)
     may_come = min(full, len(free) + num_lost) > (_largest(plan, len(free)) or 0)
-    if (may_come and now - since < plan.policy.patience_seconds) or now < state.not_before:
+    if (may_come and now - since < patience_seconds) or now < state.not_before:
         return state, None
     size = _largest(plan, len(free))
     if size is not None:

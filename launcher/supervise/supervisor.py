@@ -77,8 +77,8 @@ class Supervisor:
         """
         with self._preemption.of_training():
             try:
-                for event in self._fleet.present():  # from a task before
-                    self._take(event)
+                for agent in self._fleet.present():  # from a task before
+                    self._take(agent)
                 while self._state.phase not in machine.ENDED:
                     for event in self._look():
                         self._take(event)

@@ -64,8 +64,7 @@ def up(*slots: int) -> list[Event]:
 
 def running(num_slots: int = 1, sizes: tuple[int, ...] = (1,), policy: SuperviseConfig = POLICY) -> Job:
     job = Job(num_slots, sizes, policy)
-    assert job.see(*up(*range(num_slots))[: sizes[0]]) == StartLife(tuple(range(sizes[0])), "the first life")
-    job.see(*up(*range(sizes[0], num_slots))) if num_slots > sizes[0] else None
+    assert job.see(*up(*range(num_slots))) == StartLife(tuple(range(sizes[0])), "the first life")
     job.see(Started(0))
     return job
 
@@ -234,6 +233,23 @@ def test_a_machine_that_fails_again_and_again_is_left_out_where_others_suffice()
     alone = running()
     alone.fail(machine="m0", step=1), alone.fail(machine="m0", step=2)
     assert alone.later(60) == StartLife((0,), "rank 0 raised ValueError") and not alone.state.excluded
+
+
+def test_the_first_life_waits_a_moment_for_all_agents() -> None:
+    """Slots are in the order of the machines: those that come first are not those that lie best."""
+    job = Job(3, (2, 1))
+    assert job.see(*up(2, 1)) is None and job.later(9) is None and job.state.phase == "starting"
+    assert replace_job(job).see(*up(0)) == StartLife((0, 1), "the first life")
+    assert job.later(2) == StartLife((1, 2), "the first life")
+
+
+def test_a_small_patience_is_none_for_agents_that_are_just_coming_up() -> None:
+    job = Job(2, (2, 1), replace_policy(patience_seconds=1.0))
+    assert job.see(Tick()) is None and job.later(59) is None
+    nobody, one = replace_job(job), replace_job(job)
+    assert nobody.later(2) == End("0 of 2 machines are left, and no layout of this run fits on so few")
+    one.see(*up(1))
+    assert one.later(2) == StartLife((1,), "the first life")
 
 
 def test_a_life_needs_a_layout() -> None:
