@@ -4,9 +4,10 @@ import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import ray
+from ray._private import ray_constants
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.exceptions import RayError
 
@@ -27,23 +28,36 @@ def connected(address: str, env: Mapping[str, str]) -> Iterator[None]:
         UserError: there is none to connect to.
     """
     assert not ray.is_initialized()
-    try:
-        with _sigterm_kept():
-            ray.init(
-                address=_listening(address),
-                log_to_driver=False,
-                configure_logging=False,
-                runtime_env={"env_vars": {**env, **_path_of_this_code()}},
-            )
-    except (OSError, RayError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out"
-        ) from error
+    with ExitStack() as resources:
+        try:
+            found = _listening(address)
+            if _is_loopback(found):
+                resources.enter_context(on_loopback())
+            with _sigterm_kept():
+                ray.init(
+                    address=found,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    runtime_env={"env_vars": {**env, **_path_of_this_code()}},
+                )
+        except (OSError, RayError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"--ray {address}: no Ray cluster to connect to ({reason}); start one, or leave --ray out"
+            ) from error
+        resources.callback(ray.shutdown)
+        yield
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Meanwhile Ray does not put the machine's own address in the place of 127.0.0.1."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -75,13 +89,25 @@ def _listening(address: str) -> str:
     Raises:
         OSError: nothing does, or there is no cluster to find.
     """
-    found = canonicalize_bootstrap_address_or_die(address)
-    host, _, port = found.rpartition(":")
+    found = canonicalize_bootstrap_address_or_die(address)  # for a loopback address, the machine's own
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+        _connect(found)
     except OSError as error:
+        if _is_loopback(address) and not _is_loopback(found):
+            with suppress(OSError):
+                _connect(address)
+                return address
         raise ConnectionError(f"nothing answers at {found}: {error.strerror or error}") from error
     return found
+
+
+def _connect(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+
+
+def _is_loopback(address: str) -> bool:
+    return address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
 
 
 def _path_of_this_code() -> dict[str, str]:

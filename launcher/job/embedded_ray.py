@@ -10,8 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 import ray
-from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from launcher.job.cluster import on_loopback
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # the least Ray accepts; nothing but commands passes through it
 
@@ -66,14 +67,12 @@ def isolated() -> Iterator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_memory_monitor_refresh_ms": "0",  # short of memory, Ray would kill the agent; the kernel picks better
     }
-    clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # or Ray puts the machine's address in the place of 127.0.0.1
     _replace_environment(theirs, ours)
     try:
-        yield
+        with on_loopback():
+            yield
     finally:
         _replace_environment([name for name in os.environ if name.startswith("RAY_")], theirs)
-        ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
 
 
 def _replace_environment(old: Iterable[str], new: Mapping[str, str]) -> None:

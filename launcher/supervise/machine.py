@@ -220,7 +220,7 @@ def _stopped(plan: Plan, state: State, event: Stopped, now: float) -> tuple[Stat
         return _ended(state, "preempted", event.reason)
     was_to_grow = state.enough_since is not None and not state.leaving & frozenset(state.life)
     memory = state.memory.after_growth() if was_to_grow else state.memory.after_preemption()
-    return _go_on(plan, replace(state, memory=memory), now)
+    return _go_on(plan, replace(state, memory=memory, why=event.reason), now)
 
 
 def _failed(plan: Plan, state: State, failure: Failure, now: float) -> tuple[State, Command | None]:

@@ -284,10 +284,11 @@ def test_a_command_that_is_killed_leaves_nothing_on_any_machine_and_goes_on_when
     run = small_job.new_run(tmp_path, NUM_STEPS, LAYOUT, launch={"nodes": 2})
     with machines(2) as cluster:
         command = [*run.command, "--ray", cluster.address]
-        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         kill_it = Deed("kill the command", lambda _: first.kill() is None, "event step", 4)
         with Doer(run, deque([kill_it]), []):
-            assert first.wait(drill.PATIENCE_SECONDS) == -signal.SIGKILL
+            _, complaint = first.communicate(timeout=drill.PATIENCE_SECONDS)
+        assert first.returncode == -signal.SIGKILL, complaint
         deadline = time.monotonic() + drill.PATIENCE_SECONDS
         while processes_of(run):
             assert time.monotonic() < deadline, processes_of(run)

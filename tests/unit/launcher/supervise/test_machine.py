@@ -166,8 +166,8 @@ def test_an_agent_that_died_is_waited_for() -> None:
 def test_a_job_whose_only_machine_is_drained_was_preempted() -> None:
     job = running()
     assert job.see(Leaving(0, "node m0 is to be drained", 30.0)) == AskRanks("node m0 is to be drained", 30.0)
-    assert job.see(Stopped("saved")) == End(
-        "node m0 is to be drained; 0 of 1 machines are left, and no layout of this run fits on so few"
+    assert job.see(Stopped("saved at step 7")) == End(
+        "saved at step 7; 0 of 1 machines are left, and no layout of this run fits on so few"
     )
     assert job.state.phase == "preempted"
 
@@ -192,7 +192,7 @@ def test_without_one_the_run_waits_and_then_shrinks_and_grows_again() -> None:
     assert job.see(Up(2, "m9")) is None
     assert job.later(9) is None
     assert job.later(1) == AskRanks("there are machines for more than 2 nodes again") and job.state.phase == "saving"
-    assert job.see(Stopped("saved")) == StartLife((0, 1, 2, 3), "there are machines for more than 2 nodes again")
+    assert job.see(Stopped("saved")) == StartLife((0, 1, 2, 3), "saved")
 
 
 def test_a_machine_that_comes_back_in_time_is_not_waited_for_longer() -> None:
@@ -221,7 +221,7 @@ def test_one_that_flaps_does_not_make_the_run_grow_again_and_again() -> None:
 def test_machines_that_leave_for_good_are_not_waited_for() -> None:
     job = running(3, (3, 2, 1))
     assert job.see(Leaving(1, "node m1 is to be drained")) == AskRanks("node m1 is to be drained")
-    assert job.see(Stopped("saved")) == StartLife((0, 2), "node m1 is to be drained")
+    assert job.see(Stopped("saved")) == StartLife((0, 2), "saved")
 
 
 def test_a_machine_that_fails_again_and_again_is_left_out_where_others_suffice() -> None:
