@@ -10,6 +10,7 @@ import typer
 from launcher.cli.options import ConfigFile, SetOption
 from trainer import config_file
 from trainer.config import RunConfig, UserError
+from trainer.stop import Interrupted
 
 KUBERNETES = "k8s"
 _RAY = ("ray://", "http://", "https://")
@@ -107,7 +108,10 @@ class _Kubernetes:
         with connected(self.context, self.namespace) as cluster:
             made = submit(cluster, rayjob, _say, Pace())
             if made is not None and follow:
-                follow_to_its_end(cluster, made, _say, Pace())
+                try:
+                    follow_to_its_end(cluster, made, _say, Pace())
+                except KeyboardInterrupt as interrupt:
+                    raise Interrupted("no longer following; the run goes on, and --delete stops it") from interrupt
 
     def _render(self, config: RunConfig) -> dict[str, object]:
         from launcher.submit.kubernetes import rayjob, template

@@ -108,6 +108,17 @@ class Preemption:
         return {node: deadline / 1000 - time.time() if deadline else None for node, deadline in draining.items()}
 
 
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """What a signal raises in Ray's compiled code comes out as itself, without the SystemError around it."""
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__, Preempted | KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise
+
+
 def late(events: Sequence[Event], checkpoints: Path, grace_seconds: float) -> str:
     """What was still to be done when the grace period was over, after the events of a run."""
     grace = f"when checkpoint.grace_seconds {grace_seconds:g} were over"

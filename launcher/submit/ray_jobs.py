@@ -28,6 +28,7 @@ from launcher.job.failures import JobFailed
 from launcher.submit.attempts import Attempt, check_end, id_of, newest
 from launcher.submit.package import CONFIG_NAME, check_paths, write_package
 from trainer.config import RunConfig, UserError
+from trainer.stop import Interrupted
 
 _DASHBOARD_PORT = 8265  # Ray's default
 _ANSWER_SECONDS = 10.0  # that a cluster may take to accept a connection
@@ -110,26 +111,26 @@ def _is_at_work(cluster: "Cluster", attempt: Attempt) -> UserError:
     return UserError(f"{attempt.id} is at work on this run; {cluster.how_to_attend(attempt)}")
 
 
-def follow(submitted: Submitted, show: Callable[[str], object], *, patience_seconds: float = 60.0) -> bool:
-    """Show what the job prints until it has ended; whether it has, which is not so after Ctrl-C.
+def follow(submitted: Submitted, show: Callable[[str], object], *, patience_seconds: float = 60.0) -> None:
+    """Show what the job prints until it has ended.
 
     Args:
         patience_seconds: that the cluster may be out of reach.
 
     Raises:
+        Interrupted: Ctrl-C; the job goes on.
         Preempted, UserError, JobFailed: how it ended, unless well; see `check_end`.
         JobFailed: the cluster is gone.
     """
     cluster, job_id = submitted.cluster, submitted.attempt.id
     if submitted.had_succeeded:
-        return True
+        return
     try:
         job, printed = asyncio.run(_follow(cluster.client, job_id, show, patience_seconds))
-    except KeyboardInterrupt:
-        show(f"\nno longer following; the job goes on: {cluster.how_to_attend(submitted.attempt)}\n")
-        return False
+    except KeyboardInterrupt as interrupt:
+        attend = cluster.how_to_attend(submitted.attempt)
+        raise Interrupted(f"no longer following; the job goes on: {attend}") from interrupt
     check_end(Attempt(submitted.attempt.number, job), printed)
-    return True
 
 
 async def _follow(

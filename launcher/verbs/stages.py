@@ -14,7 +14,7 @@ from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
 from launcher.job import cluster
 from launcher.job.failures import JobFailed
-from launcher.job.preemption import Preemption, listening
+from launcher.job.preemption import Preemption, listening, unwrapped
 from launcher.job.ranks import Ranks, ready_ranks
 from launcher.job.ray_workers import WORKER_ENV, RayWorkers
 from launcher.job.recovery import fetch_newer
@@ -103,7 +103,8 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
         written = EventReader(run_dir.events_path)
         written.skip_to_end()
         try:
-            yield ClaimedRun(config, run_dir, display, log, preemption, ray is not None, resources)
+            with unwrapped():
+                yield ClaimedRun(config, run_dir, display, log, preemption, ray is not None, resources)
         except Preempted as end:
             if not any(event["kind"] == "preempted" for event in written.new_events()):  # by the ranks
                 log.write("preempted", reason=str(end))

@@ -23,7 +23,7 @@ from launcher.verbs.stages import is_finished
 from ray_head import RayHead, client_with
 from trainer.config import UserError
 from trainer.run_dir import RunDir
-from trainer.stop import Preempted
+from trainer.stop import Interrupted, Preempted
 
 NUM_STEPS = 16
 PATIENCE_SECONDS = 120  # only a broken program waits this long
@@ -51,7 +51,7 @@ def reference(small_job: SmallJob, head: RayHead, tmp_path_factory: pytest.TempP
     run = small_job.new_run(tmp_path_factory.mktemp("reference"), NUM_STEPS)
     printed: list[str] = []
     with client_with(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=head.token):
-        assert ray_jobs.follow(submit(run, head), printed.append)
+        ray_jobs.follow(submit(run, head), printed.append)
     assert f"{run.run_dir.export}: 28 of 28 tensors equal bit for bit" in " ".join("".join(printed).split())
     return run
 
@@ -99,8 +99,9 @@ def test_a_run_that_is_stopped_has_saved_and_goes_on(
         if len(printed) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    assert not ray_jobs.follow(first, interrupt)
-    assert "no longer following; the job goes on: follow it with `ray job logs --follow" in printed[-1]
+    goes_on = "no longer following; the job goes on: follow it with `ray job logs --follow"
+    with pytest.raises(Interrupted, match=goes_on):
+        ray_jobs.follow(first, interrupt)
     with pytest.raises(UserError, match=f"{first.attempt.id} is at work on this run; follow it with") as refusal:
         submit(run, head)
     assert "\n" not in str(refusal.value)
@@ -115,7 +116,7 @@ def test_a_run_that_is_stopped_has_saved_and_goes_on(
 
     second = submit(run, head)
     assert second.attempt.id == f"{first.attempt.id}-2" and "attempt 2" in second.line
-    assert ray_jobs.follow(second, printed.append)
+    ray_jobs.follow(second, printed.append)
     expect_gone_on(run)
     expect_as_if_undisturbed(run, reference)
 
@@ -193,7 +194,7 @@ def test_a_cluster_that_is_lost_is_told_and_another_goes_on_from_the_disk(
         with client_with(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=fresh.token):
             second = submit(run, fresh)
             assert second.attempt.id == first.attempt.id  # it knows of no other
-            assert ray_jobs.follow(second, lambda text: None)
+            ray_jobs.follow(second, lambda text: None)
     finally:
         fresh.kill()
     started = run.events("training_started")[-1]
@@ -232,7 +233,7 @@ def test_a_stopped_run_has_its_whole_grace_period(
     ray_jobs.stop(run.config, run.run_dir.path, head.url)
     with pytest.raises(Preempted, match=r"SIGTERM: the ranks did not end in time \(checkpoint.grace_seconds 6\)"):
         ray_jobs.follow(first, lambda text: None)
-    assert ray_jobs.follow(submit(run, head), lambda text: None)
+    ray_jobs.follow(submit(run, head), lambda text: None)
     expect_as_if_undisturbed(run, reference)
 
 
@@ -247,6 +248,6 @@ def test_a_driver_that_is_killed_leaves_nothing_at_work_and_the_run_goes_on(
     os.kill(driver, signal.SIGKILL)
     with pytest.raises(JobFailed, match=f"{first.attempt.id}: exit code -9; submit the run again to go on"):
         ray_jobs.follow(first, lambda text: None)
-    assert ray_jobs.follow(submit(run, head), lambda text: None)
+    ray_jobs.follow(submit(run, head), lambda text: None)
     assert run.events("training_started")[-1]["step"] > 0
     expect_as_if_undisturbed(run, reference)

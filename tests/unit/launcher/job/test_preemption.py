@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.job.preemption import Preemption, late, listening
+from launcher.job.preemption import Preemption, late, listening, unwrapped
 from made_checkpoints import write_checkpoint
 from trainer.events import EventLog, read_events
 from trainer.run_dir import RunDir
@@ -148,3 +148,12 @@ def test_what_was_still_to_be_done_is_told_apart(ended: bool, saved: bool, words
     if saved:
         write_checkpoint(tmp_path / "checkpoints", 6, {"master/weight": np.zeros((2, 2), np.float32)}, files=1)
     assert late(read_events(tmp_path / "events.jsonl"), tmp_path / "checkpoints", GRACE_SECONDS).startswith(words)
+
+
+@pytest.mark.parametrize("cause", [Preempted("SIGTERM"), KeyboardInterrupt()])
+def test_what_compiled_code_wraps_comes_out_as_itself(cause: BaseException) -> None:
+    with pytest.raises(type(cause)) as found, unwrapped():
+        raise SystemError("wait returned a result with an exception set") from cause
+    assert found.value is cause
+    with pytest.raises(SystemError, match="another"), unwrapped():
+        raise SystemError("another") from ValueError()
