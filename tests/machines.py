@@ -1,5 +1,6 @@
 """Several Ray nodes on this machine, each of which stands in for a machine with room for one agent."""
 
+import json
 import os
 import signal
 import subprocess
@@ -31,10 +32,10 @@ class Machines:
         ray.init(self.address, log_to_driver=False, configure_logging=False)
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self) -> str:
-        """Start a node, from any thread; returns a resource that it alone has."""
+    def start(self, **labels: str) -> str:
+        """Start a node with labels of Ray, from any thread; returns a resource that it alone has."""
         name = f"machine-{len(self._processes)}"
-        command = [sys.executable, __file__, self.address, name]
+        command = [sys.executable, __file__, self.address, name, json.dumps(labels)]
         log = open(self.folder / f"{name}.log", "wb")  # noqa: SIM115
         self._processes.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
         log.close()
@@ -91,7 +92,7 @@ def machines(number: int) -> Iterator[Machines]:
             cluster.end()
 
 
-def _be_machine(address: str, name: str) -> None:
+def _be_machine(address: str, name: str, labels: str) -> None:
     """The life of a process that has started a node, whose processes the kernel ends with it."""
     from ray._private import ray_constants
     from ray._private.node import Node
@@ -105,6 +106,7 @@ def _be_machine(address: str, name: str) -> None:
         num_cpus=1,
         num_gpus=0,
         resources={name: 1},
+        labels=json.loads(labels),
         object_store_memory=100 * 2**20,
         min_worker_port=0,
         max_worker_port=0,

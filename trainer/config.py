@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from trainer.data_config import DataConfig
 from trainer.rules import broken
-from trainer.section import Section, Tokens
+from trainer.section import Section, Strings, Tokens
 from trainer.section import UserError as UserError
 from trainer.support import RULES
 from trainer.urls import holds_secrets, without_secrets
@@ -251,7 +251,7 @@ class LaunchConfig(Section):
     """Machines beyond nodes whose warm agents wait to take a lost one's place."""
     labels: dict[str, str] = Field({})
     """Ray's labels that every machine must have, such as `ray.io/accelerator-type: H100`."""
-    topology: tuple[str, ...] = ("ray.io/region", "ray.io/availability-zone")
+    topology: Strings = ("ray.io/region", "ray.io/availability-zone")
     """Ray's labels that tell which machines are near each other, from wide to narrow; below them addresses do."""
     env: dict[str, str] = Field({})
     """Environment variables of agents and ranks, such as `NCCL_DEBUG: INFO`. No secrets: they stand in the run's

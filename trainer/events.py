@@ -39,6 +39,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     life_started        number (of the job's lives), nodes, data (replicas), why: ranks are started
     life_failed         what ("rank", "agent", "machine" or "hang"), error, machine (Ray's name of it), step: ranks were
                         cut short after that step
+    machine_excluded    machine (Ray's name of it), failures: of its own, so that lives are begun without it
     hung                verdict (one line), suspects (ranks), stacks (path): ranks that said nothing for long are killed
     straggler           rank, node, phase, ratio (of the time that steps take to what they would without it)
     preempted           reason; where ranks were training also step, saved_step: the run was asked to end, and did

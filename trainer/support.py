@@ -73,7 +73,6 @@ _BOTH = Condition(
     lambda config: config.parallel.context > 1 and config.parallel.sequence,
 )
 _ROTARY = Condition(" where `model.positions` is `rotary`", lambda config: config.model.positions == "rotary")
-_EVEN_NODES = Condition(" where `launch.ranks_per_node` is empty", lambda config: config.launch.ranks_per_node is None)
 
 RULES: tuple[Rule, ...] = (
     Multiple(
@@ -202,20 +201,10 @@ RULES: tuple[Rule, ...] = (
     Multiple(
         whole=("parallel.pipeline", "parallel.context", "parallel.data"),
         of=("launch.nodes",),
-        when=_EVEN_NODES,
         why="the nodes share whole tensor parallel groups out evenly",
         yields=True,
         example={"launch.nodes": 2},
         change=("launch.nodes", "parallel.data"),
-    ),
-    Multiple(
-        whole=("launch.ranks_per_node",),
-        of=("parallel.tensor",),
-        why="tensor parallel ranks exchange activations in every layer, and so live on one node",
-        yields=True,
-        example={"parallel.tensor": 2, "launch.nodes": 2, "launch.ranks_per_node": 1},
-        change=("launch.ranks_per_node", "parallel.tensor"),
-        instead=("launch.ranks_per_node", None),
     ),
     Equal(
         left=_RANKS,

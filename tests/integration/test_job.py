@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.job.cluster import machines as cluster_has
 from launcher.job.failures import NodeFailed, RankFailed
 from launcher.job.ranks import Ranks, ready_ranks, run_ranks
 from launcher.node import ownership
+from launcher.placement import place
 from machines import machines
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree, parse_yaml
@@ -279,10 +281,22 @@ def test_two_machines_without_a_cluster_are_refused_before_anything_starts(tmp_p
 
 
 def test_ranks_of_two_machines_meet_at_the_first(tmp_path: Path) -> None:
-    run_dir = new_run(tmp_path / "run", nodes=2)
-    target = "fake_ranks:meet_at_rendezvous"
-    with machines(2), ready_ranks(config(nodes=2), run_dir, target, on_cluster=True) as ranks:
-        ranks.run("train", do_nothing)
+    """On the machines that the labels ask for, in their order, and with the environment that the run asks for."""
+    launch = {"nodes": 2, "labels": {"kind": "fast"}, "topology": "rack", "env": {"NCCL_DEBUG": "WARN"}}
+    run_dir, target = new_run(tmp_path / "run", **launch), "fake_ranks:meet_at_rendezvous"
+    with machines(0) as cluster:
+        names = [cluster.start(kind=kind, rack=rack) for kind, rack in (("fast", "2"), ("slow", "0"), ("fast", "1"))]
+        for name in names:
+            cluster.wait_for(name)
+        with ready_ranks(config(**launch), run_dir, target, on_cluster=True) as ranks:
+            ranks.run("train", do_nothing)
+            here = [json.loads((run_dir.path / f"rank-{rank}.json").read_text()) for rank in range(4)]
+            assert [cluster.name_of(rank["parent"]) for rank in here] == [names[2], names[2], names[0], names[0]]
+        with pytest.raises(
+            UserError, match="launch.labels kind=odd are on 0 of 4 machines, and 2 are needed; .* kind=f"
+        ):
+            place(config(**{**launch, "labels": {"kind": "odd"}}), cluster_has())
     seen = [json.loads((run_dir.path / f"rank-{rank}.json").read_text()) for rank in range(4)]
     assert [rank["local_rank"] for rank in seen] == [0, 1, 0, 1]
     assert len({rank["rendezvous"] for rank in seen}) == 1
+    assert {rank["env"]["NCCL_DEBUG"] for rank in seen} == {"WARN"}

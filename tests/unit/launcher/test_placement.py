@@ -145,7 +145,7 @@ def pipelined(pipeline: int, data: int, nodes: int, **launch: object) -> RunConf
 def test_machines_are_numbered_by_labels_and_then_by_address() -> None:
     machines = racked("b", "a", "b", "a")
     assert in_order(pipelined(1, 4, nodes=4), machines) == [1, 3, 2, 0]
-    assert in_order(pipelined(1, 4, nodes=4, topology=[]), machines) == [2, 0, 1, 3]  # 10 follows 9
+    assert in_order(pipelined(1, 4, nodes=4, topology=["zone"]), machines) == [2, 0, 1, 3]  # 10 follows 9
     assert in_order(pipelined(1, 3, nodes=3, spares=1), machines) == [1, 3, 2, 0]  # the last is the spare
 
 

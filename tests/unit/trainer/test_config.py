@@ -484,9 +484,20 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
     ),
     "nodes": (
         ["parallel.data=4", "launch.nodes=3"],
-        ["tensor 1 x pipeline 1 x context 1 x data 4 = 4", "launch.nodes 3", "use 2 or 4 for launch.nodes"],
+        ["pipeline 1 x context 1 x data 4 = 4", "launch.nodes 3", "use 2 or 4 for launch.nodes"],
         "launch.nodes",
         [2, 4],
+    ),
+    "a tensor parallel group over two nodes": (
+        ["parallel.tensor=4", "launch.nodes=2", "launch.ranks_per_node=2"],
+        [
+            "pipeline 1 x context 1 x data 1 = 1",
+            "launch.nodes 2",
+            "whole tensor parallel groups",
+            "or 2 for parallel.data",
+        ],
+        "parallel.data",
+        [2],
     ),
     "more nodes than ranks": (
         ["launch.nodes=3"],
@@ -606,7 +617,7 @@ def works(tree: Tree) -> bool:
         and (vp == 1 or (pp > 1 and per_replica % pp == 0))
         and (not layout["sequence"] or tp > 1)
         and model["seq_length"] % pieces == 0
-        and (tp * pp * cp * dp) % launch["nodes"] == 0
+        and (pp * cp * dp) % launch["nodes"] == 0
         and (per_node is None or per_node * launch["nodes"] == tp * pp * cp * dp)
     )
 

@@ -186,7 +186,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     spawned = subprocess.run([sys.executable, "-c", spawner], cwd=tmp_path, capture_output=True, timeout=30)
     assert spawned.returncode == -signal.SIGKILL, spawned.stderr
     ownership.wait_until_free(options.lock, timeout_seconds=5)
-    assert not psutil.pid_exists(int(spawned.stdout)) or psutil.Process(int(spawned.stdout)).status() == "zombie"
+    assert_ends(int(spawned.stdout))
 
 
 # --------------------------------------------------------------------------------------- agents that die, and others
