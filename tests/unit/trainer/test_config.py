@@ -489,15 +489,10 @@ RULES: dict[str, tuple[list[str], list[str], str, list[Any]]] = {
         [2, 4],
     ),
     "a tensor parallel group over two nodes": (
-        ["parallel.tensor=4", "launch.nodes=2", "launch.ranks_per_node=2"],
-        [
-            "pipeline 1 x context 1 x data 1 = 1",
-            "launch.nodes 2",
-            "whole tensor parallel groups",
-            "or 2 for parallel.data",
-        ],
-        "parallel.data",
-        [2],
+        ["parallel.tensor=4", "launch.nodes=2"],
+        ["pipeline 1 x context 1 x data 1 = 1", "launch.nodes 2", "whole tensor parallel groups", "use 1 for launch"],
+        "launch.nodes",
+        [1],
     ),
     "more nodes than ranks": (
         ["launch.nodes=3"],
