@@ -10,13 +10,12 @@ FAST = [
     *FEATURES,
     "one rank",
     "TP2 SP x PP2 x DP2 interleaved",
-    "Llama-class TP2 SP x PP2 x CP2",
     "Llama-class PP2 x DP2 ZeRO-2 interleaved + bf16",
     "GPT-3 TP2 x CP2 x DP2 ZeRO-2 + bf16",
     "GPT-1 TP2 SP x PP2",
 ]
 # Deep combinations of which the fast ones hold every part.
-SLOW = ["CP2 x TP2 x PP2", "TP2 x PP2 x DP2 + bf16"]
+SLOW = ["Llama-class TP2 SP x PP2 x CP2", "CP2 x TP2 x PP2", "TP2 x PP2 x DP2 + bf16"]
 
 
 @pytest.mark.parametrize("case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])

@@ -238,7 +238,7 @@ def process_name(pid: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_driver_cleans_up(number: signal.Signals, tmp_path: Path, temp_root: Path) -> None:
     run_dir = new_run(tmp_path / "run")
     driver = start_driver(run_dir, temp_root)

@@ -163,6 +163,7 @@ def test_of_an_edited_corpus_only_what_has_changed_is_done_again(corpus: Path, t
     assert content_of(out) == content_of(prepared(config, tmp_path / "fresh", *allow))
 
 
+@pytest.mark.slow
 def test_a_corpus_that_has_moved_is_not_read_again(corpus: Path, tmp_path: Path) -> None:
     config, out = half_done(corpus, tmp_path)
     before = parts_of(out)
@@ -338,6 +339,7 @@ def test_a_data_set_that_ends_up_empty_is_noted(web: Path, tmp_path: Path) -> No
         assert shown.returncode == 0 and "--- " not in shown.stdout
 
 
+@pytest.mark.slow
 def test_changed_evaluation_texts_are_looked_for_again(web: Path, tmp_path: Path) -> None:
     """What an interrupted run decided about the earlier ones is not used, down to which phrases are common."""
     shutil.copy(web / "evaluation.jsonl", tmp_path / "evaluation.jsonl")

@@ -237,8 +237,8 @@ def fused(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("passes", "kind"),
     [
-        ("one pass", "one split"),
         ("two passes", "many splits"),
+        pytest.param("one pass", "one split", marks=pytest.mark.slow),
         pytest.param("one pass", "many splits", marks=pytest.mark.slow),
         pytest.param("two passes", "one split", marks=pytest.mark.slow),
     ],

@@ -111,6 +111,7 @@ class TestUndisturbed:
 
 
 class TestOtherVerbs:
+    @pytest.mark.slow
     def test_eval_gives_the_run_s_own_figure_in_another_layout(self, finished: tuple[Path, str]) -> None:
         run_dir, _ = finished
         one_rank = ("--set", "parallel.tensor=1", "parallel.pipeline=1")
@@ -122,6 +123,7 @@ class TestOtherVerbs:
         assert result["unigram_loss"] == recorded["unigram_loss"]
         assert result["loss"] == pytest.approx(recorded["loss"], abs=5e-3)  # bf16
 
+    @pytest.mark.slow
     def test_export_of_an_earlier_checkpoint(self, finished: tuple[Path, str], tmp_path: Path) -> None:
         run_dir, _ = finished
         outcome = broadgauge("export", run_dir / "checkpoints" / "step-00000016", "--out", tmp_path / "hf")
@@ -216,14 +218,20 @@ def ends_as_if_undisturbed(config_file: Path, run_dir: Path, undisturbed: Path) 
     assert weights_digest(run_dir / "export") == weights_digest(undisturbed / "export")
 
 
-def test_kill_9_and_ctrl_c_do_not_show_in_the_result(
+def test_kill_9_does_not_show_in_the_result(config_file: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_and_kill(config_file, run_dir, "step", at=11)  # between two checkpoints
+    ends_as_if_undisturbed(config_file, run_dir, finished[0])
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_does_not_show_in_the_result(
     config_file: Path, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    code, complaint = run_and_interrupt(signal.SIGINT, config_file, run_dir, "step")  # which saves
+    code, complaint = run_and_interrupt(signal.SIGINT, config_file, run_dir, "step")
     assert code == 130
     assert re.fullmatch(r"interrupted: Ctrl-C: stopped after step (\d+), saved at step \1; .*", complaint.strip())
-    run_and_kill(config_file, run_dir, "step", at=11)  # between two checkpoints
     ends_as_if_undisturbed(config_file, run_dir, finished[0])
 
 
