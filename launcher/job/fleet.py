@@ -135,9 +135,9 @@ class Fleet:
             if slot.life in done:
                 self._replace(number)
                 found.append(Down(number))
-            elif slot.arrival in done:
-                slot.machine = ray.get(slot.arrival)
-                found.append(Up(number, str(slot.machine)))
+            elif slot.arrival in done and (machine := answer_of(slot.arrival)) is not None:
+                slot.machine = str(machine)
+                found.append(Up(number, slot.machine))
         return found
 
     def silent(self, slots: Iterable[int]) -> list[int]:
@@ -163,6 +163,9 @@ class Fleet:
 
         Args:
             config: for that many machines; the job's own unless told.
+
+        Raises:
+            RayError: a machine is lost at this moment.
         """
         slots, config = range(self.where.nodes) if slots is None else slots, config or self.job.config
         self._wait_for({self._slots[slot].agent.rest.remote(): slot for slot in self._served - set(slots)})
@@ -184,8 +187,10 @@ class Fleet:
 
     def end(self) -> None:
         """End the agents when what their ranks have left is saved, and whatever lives with them."""
-        self._wait_for({slot.agent.leave.remote(): number for number, slot in enumerate(self._slots) if slot.machine})
-        self.kill()
+        try:
+            self._wait_for({each.agent.leave.remote(): slot for slot, each in enumerate(self._slots) if each.machine})
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """End the agents, whatever they are doing."""

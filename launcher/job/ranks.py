@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,13 @@ from pathlib import Path
 from ray._common.utils import get_system_memory
 
 from launcher.job.embedded_ray import embedded_ray
-from launcher.job.failures import explain
+from launcher.job.failures import JobFailed, explain
 from launcher.job.fleet import Fleet, fleet_of
 from launcher.job.session import memory_folder, session
 from launcher.node import fork_server, ownership
 from launcher.node.agent import Job
 from launcher.placement import Machine, place
+from launcher.sizing import sizes
 from trainer.checkpoint.format import store
 from trainer.config import RunConfig, UserError
 from trainer.rank_spec import Task
@@ -24,6 +26,7 @@ from trainer.run_dir import RunDir
 RANK_TARGET = "trainer.rank:main"
 
 _POLL_SECONDS = 0.1
+_ARRIVAL_SECONDS = 60.0  # for machines that were lost to be replaced, before a task begins on fewer
 _LEAVING_SECONDS = 30.0  # for killed processes to be gone; it takes them less than one
 
 _log = logging.getLogger(__name__)
@@ -64,13 +67,28 @@ class Ranks:
             UserError: a rank raised one.
             RankFailed: a rank failed.
             NodeFailed: an agent or a fork server did.
+            JobFailed: too few machines are left.
         """
-        life = self.fleet.begin(task, checkpoint=checkpoint, output=output)
+        slots, config = self._gather()
+        life = self.fleet.begin(task, slots, config, checkpoint=checkpoint, output=output)
         while (ends := life.poll(_POLL_SECONDS)) is None:
             on_poll()
         on_poll()
         if any(end.went_wrong for end in ends.values()):
             raise explain(ends, self.fleet.job.logs)
+
+    def _gather(self) -> tuple[list[int], RunConfig]:
+        """The slots on which to run, and the config for as many: some machines may have been lost before."""
+        configs, deadline = sizes(self.fleet.job.config), time.monotonic() + _ARRIVAL_SECONDS
+        while True:
+            self.fleet.news()
+            slots = [agent.slot for agent in self.fleet.present()]
+            size = next((size for size in configs if size <= len(slots)), None)
+            if size is not None and (size == max(configs) or time.monotonic() > deadline):
+                return slots[:size], configs[size]
+            if time.monotonic() > deadline:
+                raise JobFailed(f"{len(slots)} of {max(configs)} machines are left, and no layout fits on so few")
+            time.sleep(_POLL_SECONDS)
 
 
 # ---------------------------------------------------------------------------------------------- starting and ending
@@ -90,7 +108,9 @@ def check_embedded(config: RunConfig) -> None:
 def this_machine(config: RunConfig) -> Machine:
     """As a Ray of its own would see it, for what the run asks of it."""
     gpus = 0
-    if config.launch.device == "cuda":
+    if config.launch.device == "auto":
+        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    elif config.launch.device == "cuda":
         from trainer.device import num_gpus  # imports torch, which only those who have asked for GPUs wait for
 
         gpus = num_gpus()

@@ -26,6 +26,7 @@ from trainer.heartbeat import Beat, beat_path, read
 from trainer.rank_spec import RankSpec, Task
 from trainer.run_dir import RunDir
 
+_GOODBYE_SECONDS = 5.0  # for a fork server to end
 _STACK_SECONDS = 5.0  # for ranks to tell where they are; one that can takes milliseconds
 
 
@@ -108,13 +109,12 @@ class Agent:
     """
 
     def __init__(self, job: Job, slot: int) -> None:
-        """Connect to the fork server of the slot on this machine, or start one, which begins to import at once.
+        """Connect to the fork server of the slot on this machine, or start one; when this returns, it has imported.
 
         Args:
             slot: number of the agent among those of the job, spares included.
         """
         self._job, self._slot = job, slot
-        self._ready: Ready | None = None
         self._server: Channel | None = None
         self._sending = threading.Lock()
         self._keeper: ServiceKeeper | None = None
@@ -123,14 +123,25 @@ class Agent:
         self._problem = "the fork server died, and its ranks with it"
         try:
             self._server = self._connect(job.server_options(slot))
+        except (EOFError, ConnectionResetError):
+            pass  # it is the problem already
         except OSError as error:
             self._problem = f"the fork server does not start: {error}"
 
-    def _connect(self, options: ServerOptions) -> Channel:
-        with suppress(OSError):  # none listens
-            return fork_server.connect(options)
+    def _connect(self, options: ServerOptions) -> "Channel | None":
+        """To a fork server that has imported what ranks need; None, and a problem, if it could not."""
+        with suppress(OSError, EOFError):  # none listens, or it was just about to end
+            return self._greeted(fork_server.connect(options))
         _spawn_for_good(options, self._job.server_env, self._job.cwd, keeper=os.getppid())  # Ray's own process here
-        return fork_server.connect(options)
+        return self._greeted(fork_server.connect(options))
+
+    def _greeted(self, server: Channel) -> "Channel | None":
+        """Raises:
+        EOFError, OSError: the server has ended.
+        """
+        ready: Ready = server.recv()
+        self._problem = ready.problem or self._problem
+        return None if ready.problem else server
 
     def machine(self) -> str:
         """Ray's name of the machine (hex): an answer to whoever wants to know whether the agent lives."""
@@ -174,10 +185,12 @@ class Agent:
         return collect(self._beats, self._ranks, _STACK_SECONDS, all_threads=True)
 
     def kill_ranks(self) -> None:
-        """End the round that is under way, if one is: `run` returns."""
+        """End the round that is under way, if one is: `run` returns, as soon as what ranks have left is saved."""
         if self._server is not None:
             with suppress(OSError):  # they died with it
                 self._send(self._server, Kill())
+        if (keeper := self._keeper) is not None:
+            keeper.hurry()
 
     def rest(self) -> None:
         """Save what ranks have left here: they begin anew on other machines."""
@@ -186,20 +199,22 @@ class Agent:
     def leave(self) -> None:
         """Have ranks, fork server and checkpoint service end; the agent is of no use afterwards."""
         if self._server is not None:
-            with suppress(OSError):  # it has ended by itself
+            with suppress(OSError, EOFError):  # it has ended, and tidied up
                 self._send(self._server, Goodbye())
+                while self._server.poll(_GOODBYE_SECONDS):
+                    self._server.recv()
         self._end_service(Ending.FAILED)
 
     def _run_ranks(self, server: Channel, this_round: Round) -> NodeEnd:
         """Raises:
         EOFError, OSError: the fork server died.
         """
-        self._ready = self._ready or server.recv()
-        if self._ready.problem:
-            return NodeEnd((), self._ready.problem)
         self._keep_service(this_round)
-        shutil.rmtree(self._beats, ignore_errors=True)
-        self._beats.mkdir(mode=0o700)
+        try:
+            shutil.rmtree(self._beats, ignore_errors=True)
+            self._beats.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            return NodeEnd((), f"there is no place for signs of life: {error}")
         self._ranks = this_round.ranks
         self._send(server, Start(self._specs(this_round), self._rank_env(this_round.where)))
         return NodeEnd(self._watch(server, len(this_round.ranks)))

@@ -153,6 +153,13 @@ class ServiceKeeper:
         self._thread.join()
         self._thread = None
 
+    def hurry(self) -> None:
+        """Wait for no upload any more; of one that is draining."""
+        with self._lock:
+            if self._is_draining.is_set() and self._ending is Ending.WELL:
+                self._ending = Ending.FAILED
+                self._tell_to_end()
+
     def _keep(self) -> None:
         """One that dies is replaced, also while it drains: the next one finishes the work."""
         num_deaths = num_early_deaths = 0

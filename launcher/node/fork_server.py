@@ -12,6 +12,7 @@ anything. It ends with its keeper, a process that lives as long as the machine i
 whoever has spawned it. The kernel kills the ranks with the fork server.
 """
 
+import errno
 import faulthandler
 import gc
 import importlib
@@ -19,6 +20,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -123,7 +125,13 @@ def connect(options: ServerOptions) -> Channel:
     Raises:
         OSError: no fork server listens.
     """
-    return Client(str(options.socket_path), family="AF_UNIX")
+    peer = socket.socket(socket.AF_UNIX)
+    try:
+        peer.connect(str(options.socket_path))
+    except OSError:
+        peer.close()
+        raise
+    return _trusted(peer)
 
 
 def serve() -> None:
@@ -132,40 +140,69 @@ def serve() -> None:
     die_with(spawner)
     options = ServerOptions(**{**told, **{name: Path(told[name]) for name in ("logs", "lock", "folder")}})
     faulthandler.enable()
+    own = _inode(options.socket_path)
     hold = ExitStack()  # not closed: whoever waits for the run to be free waits for the end of this process
+    last_agent = None  # is kept from being closed before its time
     with suppress(ProcessLookupError):  # the keeper has ended already
-        _serve(options, hold, socket.socket(fileno=listener_fd), os.pidfd_open(keeper))
-    shutil.rmtree(options.folder, ignore_errors=True)
-    with suppress(OSError):  # other slots are in it
-        options.folder.parent.rmdir()
+        last_agent = _serve(options, hold, socket.socket(fileno=listener_fd), os.pidfd_open(keeper))
+    if _inode(options.socket_path) == own:  # else the next one is here already
+        shutil.rmtree(options.folder, ignore_errors=True)
+        with suppress(OSError):  # other slots are in it
+            options.folder.parent.rmdir()
     sys.stdout.flush()
     os._exit(0)  # taking all that was imported down takes longer than all else it does at its end
 
 
-def _serve(options: ServerOptions, hold: ExitStack, listener: socket.socket, keeper: int) -> None:
-    """One agent after the other, while the run is its job's: in between another job may claim it."""
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _serve(options: ServerOptions, hold: ExitStack, listener: socket.socket, keeper: int) -> "Channel | None":
+    """One agent after the other, while the run is its job's: in between another job may claim it.
+
+    Returns the channel to the agent that is there at the end, and sees it closed when all is tidied up.
+    """
     if not hold.enter_context(ownership.held(options.lock, options.job_id)):
-        return
+        return None
     entry, problem = _preload(options.target)
     live_on()
     gc.freeze()  # a collection in a rank would write to, and so copy, every page shared with the others
     seconds = None
     while (agent := _next_agent(listener, keeper, seconds)) is not None:
         if not hold.enter_context(ownership.held(options.lock, options.job_id)):
-            return
-        with agent, suppress(OSError):  # it dies while it is told something
+            return agent
+        with suppress(OSError):  # it has died, which is seen below
             agent.send(Ready(problem))
-            if not _obey(agent, entry, options.logs, keeper):
-                return
+        if problem or not _obey(agent, entry, options.logs, keeper):
+            return agent
+        agent.close()
         hold.close()
         seconds = _LINGER_SECONDS
+    return None
 
 
 def _next_agent(listener: socket.socket, keeper: int, seconds: float | None) -> "Channel | None":
     if wait([listener, keeper], seconds) != [listener]:
+        listener.close()
         return None
     accepted, _ = listener.accept()
-    return Connection(accepted.detach())
+    return _trusted(accepted)
+
+
+def _trusted(peer: socket.socket) -> "Channel":
+    """The channel to a process of this user: what comes through it is unpickled.
+
+    Raises:
+        PermissionError: it is somebody else's.
+    """
+    _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    if uid != os.getuid():
+        peer.close()
+        raise PermissionError(errno.EACCES, f"user {uid} is at the other end")
+    return Connection(peer.detach())
 
 
 def _preload(target: str) -> tuple[Entry, str | None]:
@@ -200,8 +237,9 @@ def _obey(agent: Channel, entry: Entry, logs: Path, keeper: int) -> bool:
             if ready is agent:
                 message = _heard(agent)
                 if isinstance(message, Start):
-                    forked = [fork_rank(spec, entry, message.env, logs) for spec in message.specs]
-                    running |= {rank.fileno(): rank for rank in forked}
+                    for spec in message.specs:
+                        rank = fork_rank(spec, entry, message.env, logs)
+                        running[rank.fileno()] = rank
                 else:
                     _kill(running)
             elif ready == keeper:

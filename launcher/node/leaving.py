@@ -88,7 +88,8 @@ def ray_node(found: Sequence[Process]) -> RayNode | None:
     for process in found:
         if os.path.basename(process.arguments[0]) == "raylet":
             flags = dict(each.split("=", 1) for each in process.arguments if each.startswith("--") and "=" in each)
-            return RayNode(flags["--gcs-address"], flags["--node_id"])
+            address, name = flags.get("--gcs-address"), flags.get("--node_id")
+            return RayNode(address, name) if address and name else None
     return None
 
 
@@ -96,7 +97,7 @@ def _processes() -> Iterator[Process]:
     for name in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError):  # gone by now
             arguments = Path("/proc", name, "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-            parent = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1]
+            parent = Path("/proc", name, "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
             yield Process(int(name), int(parent), [argument.decode(errors="replace") for argument in arguments])
 
 

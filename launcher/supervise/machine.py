@@ -26,9 +26,9 @@ Phase = Literal[
 LIVING: frozenset[Phase] = frozenset({"running", "saving", "draining"})
 ENDED: frozenset[Phase] = frozenset({"finished", "preempted", "failed"})
 
-_GATHERING_SECONDS = 10.0
+_GATHERING_SECONDS = 30.0
 """For all agents to answer before the first life starts without some, on those of the others that are enough."""
-_ARRIVAL_SECONDS = 60.0
+_ARRIVAL_SECONDS = 300.0
 """For as many agents as the run has machines to answer the first time, where patience is shorter."""
 
 
@@ -38,7 +38,7 @@ class Plan:
 
     policy: SuperviseConfig
     sizes: tuple[int, ...]
-    """Numbers of machines that hold a layout, downwards from the full one; see `launcher.supervise.sizing`."""
+    """Numbers of machines that hold a layout, downwards from the full one; see `launcher.sizing`."""
     num_slots: int
 
 

@@ -4,11 +4,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ray.exceptions import RayError
+
 from launcher.job.failures import JobFailed, NodeFailed, RankFailed, explain
 from launcher.job.fleet import Fleet, Life, answer_of
 from launcher.job.news import Down
 from launcher.job.preemption import Preemption, late
 from launcher.node.agent import NodeEnd
+from launcher.sizing import sizes
 from launcher.supervise import hang, machine
 from launcher.supervise.budget import Failure
 from launcher.supervise.machine import (
@@ -27,7 +30,6 @@ from launcher.supervise.machine import (
     Stopped,
     Tick,
 )
-from launcher.supervise.sizing import sizes
 from launcher.supervise.watch import Watch
 from trainer.config import UserError
 from trainer.events import EventLog, EventReader, read_events
@@ -57,6 +59,8 @@ class Supervisor:
         self._plan = Plan(config.supervise, tuple(self._configs), len(fleet))
         self._state = State()
         self._life: Life | None = None
+        self._unbegun: RayError | None = None
+        """Why the life that was just to be started was not."""
         self._num_lives = 0
         self._step = 0
         self._was_asked = False
@@ -110,13 +114,18 @@ class Supervisor:
         self._preemption.forget()
         self._num_lives += 1
         self._log.write("life_started", number=self._num_lives, nodes=len(slots), data=config.parallel.data, why=why)
-        self._life = self._fleet.begin("train", slots, config)
+        try:
+            self._life = self._fleet.begin("train", slots, config)
+        except RayError as error:  # a machine is lost at this very moment
+            self._unbegun = error
         self._watch, self._asked = Watch(config.supervise, time.monotonic()), []
 
     # ----------------------------------------------------------------------------------------------- what has happened
 
     def _look(self) -> Iterator[Event]:
         self._on_poll()
+        if self._unbegun is not None:
+            yield from self._not_begun(self._unbegun)
         ends = None
         if self._life is not None:
             ends = self._life.poll(_POLL_SECONDS)
@@ -132,6 +141,18 @@ class Supervisor:
         if self._life is not None:
             yield from self._watched(self._life)
         yield Tick()
+
+    def _not_begun(self, error: RayError) -> Iterator[Event]:
+        self._unbegun = None
+        slots = self._state.life
+        silent = self._fleet.silent(slots)
+        machines = {slot: self._state.machines.get(slot, "") for slot in slots}
+        yield from self._fleet.replace(silent)
+        reason = f"the ranks could not be started: {' '.join(str(error).split())}"
+        self._cause = JobFailed(reason)
+        yield self._recorded_failure(
+            Failure("machine" if silent else "agent", reason, machines[silent[0]] if silent else "", self._step)
+        )
 
     def _recorded(self) -> Iterator[Event]:
         for event in self._events.new_events():

@@ -221,7 +221,7 @@ def test_ranks_end_with_their_agent(bench: Bench) -> None:
     (bench.run_dir / "behaviour").write_text("block")
     first = bench.agent()
     server = first._server
-    assert server is not None and server.recv() == Ready(None)
+    assert server is not None
     this_round = Round("evaluate", "file:///nowhere", first._job.config, THREE_HERE, 1)
     server.send(Start(first._specs(this_round), {}))
     until(lambda: len(list(bench.run_dir.glob("pid-*"))) == 3)

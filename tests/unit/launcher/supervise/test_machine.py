@@ -238,14 +238,14 @@ def test_a_machine_that_fails_again_and_again_is_left_out_where_others_suffice()
 def test_the_first_life_waits_a_moment_for_all_agents() -> None:
     """Slots are in the order of the machines: those that come first are not those that lie best."""
     job = Job(3, (2, 1))
-    assert job.see(*up(2, 1)) is None and job.later(9) is None and job.state.phase == "starting"
+    assert job.see(*up(2, 1)) is None and job.later(29) is None and job.state.phase == "starting"
     assert replace_job(job).see(*up(0)) == StartLife((0, 1), "the first life")
     assert job.later(2) == StartLife((1, 2), "the first life")
 
 
 def test_a_small_patience_is_none_for_agents_that_are_just_coming_up() -> None:
     job = Job(2, (2, 1), replace_policy(patience_seconds=1.0))
-    assert job.see(Tick()) is None and job.later(59) is None
+    assert job.see(Tick()) is None and job.later(299) is None
     nobody, one = replace_job(job), replace_job(job)
     assert nobody.later(2) == End("0 of 2 machines are left, and no layout of this run fits on so few")
     one.see(*up(1))
