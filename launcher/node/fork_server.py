@@ -142,9 +142,8 @@ def serve() -> None:
     faulthandler.enable()
     own = _inode(options.socket_path)
     hold = ExitStack()  # not closed: whoever waits for the run to be free waits for the end of this process
-    last_agent = None  # is kept from being closed before its time
     with suppress(ProcessLookupError):  # the keeper has ended already
-        last_agent = _serve(options, hold, socket.socket(fileno=listener_fd), os.pidfd_open(keeper))
+        _serve(options, hold, socket.socket(fileno=listener_fd), os.pidfd_open(keeper))
     if _inode(options.socket_path) == own:  # else the next one is here already
         shutil.rmtree(options.folder, ignore_errors=True)
         with suppress(OSError):  # other slots are in it
@@ -160,28 +159,27 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _serve(options: ServerOptions, hold: ExitStack, listener: socket.socket, keeper: int) -> "Channel | None":
+def _serve(options: ServerOptions, hold: ExitStack, listener: socket.socket, keeper: int) -> None:
     """One agent after the other, while the run is its job's: in between another job may claim it.
 
-    Returns the channel to the agent that is there at the end, and sees it closed when all is tidied up.
+    `hold` has the run, and the channel to an agent: at the end as well, so that the agent learns of the end last.
     """
     if not hold.enter_context(ownership.held(options.lock, options.job_id)):
-        return None
+        return
     entry, problem = _preload(options.target)
     live_on()
     gc.freeze()  # a collection in a rank would write to, and so copy, every page shared with the others
     seconds = None
     while (agent := _next_agent(listener, keeper, seconds)) is not None:
+        hold.enter_context(agent)
         if not hold.enter_context(ownership.held(options.lock, options.job_id)):
-            return agent
+            return
         with suppress(OSError):  # it has died, which is seen below
             agent.send(Ready(problem))
         if problem or not _obey(agent, entry, options.logs, keeper):
-            return agent
-        agent.close()
+            return
         hold.close()
         seconds = _LINGER_SECONDS
-    return None
 
 
 def _next_agent(listener: socket.socket, keeper: int, seconds: float | None) -> "Channel | None":

@@ -23,7 +23,7 @@ from statistics import median_low
 from trainer.heartbeat import Beat, Phase
 
 _STEP_PHASES: tuple[Phase, ...] = ("loading data", "computing", "agreeing")
-_LEAST_STEPS = 5
+LEAST_STEPS = 5
 """Between two looks that may be compared: they fall into the middle of a step, which counts for one or the other."""
 
 
@@ -64,7 +64,7 @@ def find(earlier: Mapping[int, Beat], later: Mapping[int, Beat], factor: float) 
 def _own_shares(earlier: Beat, later: Beat) -> dict[Phase, float] | None:
     """Of the time that steps took, what the rank did not wait for others, by phase."""
     is_same = (earlier.pid, earlier.start_ticks) == (later.pid, later.start_ticks)
-    if not is_same or later.num_steps - earlier.num_steps < _LEAST_STEPS:
+    if not is_same or later.num_steps - earlier.num_steps < LEAST_STEPS:
         return None
     spent = {phase: later.seconds[phase] - earlier.seconds[phase] for phase in _STEP_PHASES}
     waited = {phase: later.waited[phase] - earlier.waited[phase] for phase in _STEP_PHASES}

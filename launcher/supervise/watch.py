@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from launcher.supervise.hang import silence_limit
-from launcher.supervise.stragglers import Straggler, Streaks, find
+from launcher.supervise.stragglers import LEAST_STEPS, Straggler, Streaks, find
 from trainer.config import SuperviseConfig
 from trainer.heartbeat import Beat, Phase
 
@@ -34,7 +34,8 @@ class Watch:
         """Note what all ranks said last; returns those that have held the others up for long, once."""
         self._beats = beats
         when, before = self._compared
-        if now - when < self._policy.straggler_seconds:
+        num_steps = [beats[rank].num_steps - before[rank].num_steps for rank in beats.keys() & before.keys()]
+        if now - when < self._policy.straggler_seconds or min(num_steps, default=LEAST_STEPS) < LEAST_STEPS:
             return []
         found = find(before, beats, self._policy.straggler_factor)
         self._compared, self._streaks = (now, beats), self._streaks.after(found)

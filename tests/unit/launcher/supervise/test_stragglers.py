@@ -8,6 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from launcher.supervise.stragglers import Straggler, Streaks, find
+from launcher.supervise.watch import Watch
+from trainer.config import SuperviseConfig
 from trainer.heartbeat import PHASES, Beat, Phase
 
 NUM_STEPS = 20
@@ -129,3 +131,17 @@ def test_only_who_is_found_again_and_again_is_told_and_told_once() -> None:
         streaks = streaks.after(look)
         told.append(streaks.reached(3))
     assert told == [[], [], [1], [], [2], [], [], [], [2]]
+
+
+def test_slow_steps_are_looked_at_over_as_long_as_it_takes() -> None:
+    """A look every second at a run that does a step in as long: five of them make a look that counts."""
+    watch = Watch(SuperviseConfig(straggler_seconds=1.0, straggler_factor=1.5), 0.0)
+    beats = dict.fromkeys(range(3), START)
+    named = {}
+    for second in range(1, 30):
+        for slow, beat in beats.items():
+            own = 1.0 if slow == 2 else 0.4
+            beats[slow] = after(beat, 1, {"computing": 1.0}, {"computing": 1.0 - own})
+        for found in watch.saw(dict(beats), float(second)):
+            named[second] = (found.rank, found.ratio)
+    assert named == {16: (2, pytest.approx(2.5))}
