@@ -280,6 +280,23 @@ def test_two_machines_without_a_cluster_are_refused_before_anything_starts(tmp_p
     assert not list(run_dir.logs.iterdir())
 
 
+@pytest.mark.slow
+def test_a_task_after_a_machine_was_lost_runs_on_those_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.job.ranks._ARRIVAL_SECONDS", 1.0)
+    whole = from_tree({"parallel": {"data": 2}, "launch": {"device": "cpu", "nodes": 2}})
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create(whole)
+    with machines(2) as cluster, ready_ranks(whole, run_dir, "fake_ranks:succeed", on_cluster=True) as ranks:
+        ranks.run("evaluate", do_nothing)
+        cluster.kill(str(ranks.fleet.machine_of(0)))
+        until(lambda: (ranks.fleet.news(), len(ranks.fleet.present()))[1] == 1)
+        ranks.run("evaluate", do_nothing)
+    told = json.loads((run_dir.path / "rank-0.json").read_text())
+    assert told["world_size"] == 1 and from_tree(parse_yaml(told["config_yaml"])).parallel.data == 1
+
+
 def test_ranks_of_two_machines_meet_at_the_first(tmp_path: Path) -> None:
     """On the machines that the labels ask for, in their order, and with the environment that the run asks for."""
     launch = {"nodes": 2, "labels": {"kind": "fast"}, "topology": "rack", "env": {"NCCL_DEBUG": "WARN"}}

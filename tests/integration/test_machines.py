@@ -298,3 +298,27 @@ def test_a_command_that_is_killed_leaves_nothing_on_any_machine_and_goes_on_when
     assert run.events("training_started")[-1]["step"] > 0 and losses(run) == expected
     expect_exact_ledger(run)
     expect_nothing_left(run)
+
+
+@pytest.mark.slow
+def test_a_spare_that_is_lost_with_the_machine_that_it_should_replace_is_no_end(
+    small_job: SmallJob, tmp_path: Path
+) -> None:
+    """Ray believes for a while that it is there, and ranks are to be started on it."""
+    num_steps = 40
+    supervise = {"patience_seconds": 1.0, "grow_seconds": 1000.0}
+    run = small_job.new_run(tmp_path, num_steps, LAYOUT, launch={"nodes": 2, "spares": 1}, supervise=supervise)
+    with machines(3) as cluster:
+        train(
+            run,
+            cluster,
+            lambda agents: [
+                kill("rank", "event step", 4, number=signal.SIGSTOP),
+                Deed("lose the spare", lose(cluster, agents, 2), "event step", 0),
+                Deed("lose its machine", lose(cluster, agents, 0), "event step", 0),
+            ],
+        )
+    assert lives(run) == [(2, 2), (2, 2), (1, 1)]
+    assert "the ranks could not be started" in run.events("life_failed")[1]["error"]
+    expected = undisturbed_losses(small_job, tmp_path / "undisturbed", num_steps)
+    assert losses(run) == pytest.approx(expected, rel=1e-3)

@@ -176,7 +176,8 @@ def test_a_store_that_hangs_holds_up_no_save_and_no_restart(
     assert not hanging.events("checkpoint_upload_failed")  # it does hang
 
 
-def test_at_the_end_of_a_run_the_upload_is_waited_for_until_the_agent_is_gone(hanging: Bench) -> None:
+@pytest.mark.parametrize("why", ["the agent is gone", "the grace period is over"])
+def test_at_the_end_of_a_run_the_upload_is_waited_for_until(why: str, hanging: Bench) -> None:
     write_checkpoint(hanging.run_dir.checkpoints, 10, TENSORS, files=2)
     keeper = hanging.keeper()
     keeper.start()
@@ -186,8 +187,11 @@ def test_at_the_end_of_a_run_the_upload_is_waited_for_until_the_agent_is_gone(ha
     wait_for(lambda: not (hanging.world.rooms[0].path.exists()))
     drain.join(timeout=1.0)
     assert drain.is_alive()
-    assert keeper._process is not None and keeper._process.stdin is not None
-    keeper._process.stdin.close()  # as the kernel does it for an agent that is killed
+    if why == "the agent is gone":
+        assert keeper._process is not None and keeper._process.stdin is not None
+        keeper._process.stdin.close()  # as the kernel does it for an agent that is killed
+    else:
+        keeper.hurry()
     drain.join(timeout=PATIENCE_SECONDS)
     assert not drain.is_alive() and not service.is_running()
 
