@@ -297,6 +297,20 @@ class SuperviseConfig(Section):
         return self
 
 
+class MonitoringConfig(Section):
+    listen: Literal["loopback", "network", "nowhere"] = "loopback"
+    """Who may reach the page and the metrics of a run: this machine, others too (the page then asks for a token), or
+    nobody."""
+    page_port: int = Field(0, ge=0, lt=2**16)
+    """Port of the page and of the run's metrics, where the command runs; 0: any that is free."""
+    node_port: int = Field(0, ge=0, lt=2**16)
+    """Port of each machine's metrics; 0: any that is free, which is also taken where this one is not."""
+    ranks_every_seconds: float = Field(10.0, gt=0.0)
+    """Between two records of how long each rank works in a step (s)."""
+    device_peak_flops: float | None = Field(None, gt=0.0)
+    """Floating-point operations a second of one device at its peak, for MFU; empty: as known for its name."""
+
+
 class RunConfig(Section):
     """A whole run, from raw text to an exported model."""
 
@@ -328,6 +342,8 @@ class RunConfig(Section):
     """Machines, processes and threads."""
     supervise: SuperviseConfig = SuperviseConfig()
     """What happens when ranks or machines fail, hang, leave or come back."""
+    monitoring: MonitoringConfig = MonitoringConfig()
+    """The page and the metrics of a run; may change while it goes on."""
 
     @property
     def tokens_per_step(self) -> int:

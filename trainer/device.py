@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 import torch.utils._device
 
+from trainer.heartbeat import Memory
+
 DeviceKind = Literal["cpu", "cuda"]
 
 # torch functions that megatron-core calls with device="cuda" or pin_memory=True
@@ -31,6 +33,7 @@ _FACTORIES = (
     "rand",
 )
 _CPU = torch.device("cpu")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _seam_is_active = False
 
@@ -56,6 +59,27 @@ def activate(kind: DeviceKind, local_rank: int = 0) -> torch.device:
     _redirect_cuda_to_cpu()
     _keep_freed_memory()
     return _CPU
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given; so what comes next is not charged with it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory(device: torch.device) -> Memory:
+    """What this process holds now."""
+    with open("/proc/self/statm") as statm:
+        resident = int(statm.read().split()[1]) * _PAGE_BYTES
+    if device.type != "cuda":
+        return Memory(resident=resident)
+    found = torch.cuda.memory_stats(device)
+    return Memory(found["allocated_bytes.all.current"], found["reserved_bytes.all.current"], resident)
+
+
+def name_of(device: torch.device) -> str:
+    """Of its model, as the vendor calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def backend(kind: DeviceKind) -> str:

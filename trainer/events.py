@@ -15,10 +15,11 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     data_prepared       documents, tokens (each by split), vocab_size, dropped, repaired (counts by reason)
     blend               datasets: of each data set share (of the training samples) and epochs (passes over it)
     training_started    step, checkpoint (path, or null for a fresh start), tier ("memory" or "disk"),
-                        threads_per_rank; steps after it are void
+                        threads_per_rank, ranks, device (its model, as the vendor calls it); steps after it are void
     checkpoint_rejected reason: a damaged checkpoint was passed over
     step                step (1-based), tokens (consumed so far), first_sample, num_samples, tokens_xxh3 (of what all
-                        replicas were fed, see `trainer.data.digest`), loss, grad_norm, lr, seconds
+                        replicas were fed, see `trainer.data.digest`), loss, grad_norm, lr, seconds, phases (of them in
+                        each phase of the step, see `trainer.heartbeat.StepPhase`, on rank 0)
     step_skipped        step, first_sample, num_samples, tokens_xxh3, reason ("not finite", "loss spike", "gradient
                         norm spike", or "quarantined" where it was not computed), loss, grad_norm (null where there is
                         no number); the weights are as before it

@@ -10,6 +10,7 @@ Imports no torch, so that the launcher can read beats.
 """
 
 import faulthandler
+import math
 import mmap
 import os
 import signal
@@ -18,23 +19,55 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-Phase: TypeAlias = Literal[
-    "starting", "loading data", "computing", "agreeing", "evaluating", "saving", "restoring", "ending"
-]
+StepPhase: TypeAlias = Literal["loading data", "computing", "reducing gradients", "updating", "agreeing"]
+"""Of a step, in order. Computing is forward and backward; under ZeRO 2 and 3 most of the reduction happens in it."""
+Phase: TypeAlias = StepPhase | Literal["starting", "evaluating", "saving", "restoring", "ending"]
 
-PHASES: tuple[Phase, ...] = get_args(Phase)
+STEP_PHASES: tuple[StepPhase, ...] = get_args(StepPhase)
+PHASES: tuple[Phase, ...] = (*STEP_PHASES, "starting", "evaluating", "saving", "restoring", "ending")
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
-_SLOT_BYTES = 256
-_BODY = struct.Struct(f"=QQQQqQQdd{len(PHASES)}d{len(PHASES)}d")
+_STARTING = _NUMBERS["starting"]
+_SLOT_BYTES = 512
+_LENGTHS = len(PHASES), len(PHASES), 2 * len(STEP_PHASES), 3
+"""Numbers of a beat: time in each phase, of it waited, both of the last step, memory."""
+_BODY = struct.Struct(f"=QQQQqQQdd{sum(_LENGTHS)}d")
+_MEMORY_SECONDS = 1.0  # between two measurements, which take tens of microseconds
 _CHECKSUM = struct.Struct("=I")
 _TRIES = 10
 """Reads of a file of which both slots are being written: the rank would have to beat twice in each."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank holds, in bytes."""
+
+    allocated: int = 0
+    """Of the device, in tensors."""
+    reserved: int = 0
+    """Of the device, used or not."""
+    resident: int = 0
+    """Of the host."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How a rank's time went in its last step."""
+
+    seconds: Mapping[StepPhase, float]
+    waited: Mapping[StepPhase, float]
+    """Of these, waiting for other ranks, as far as it can tell."""
+
+    @property
+    def own_seconds(self) -> float:
+        """In which it worked, and others may have waited for it."""
+        return sum(self.seconds.values()) - sum(self.waited.values())
 
 
 @dataclass(frozen=True)
@@ -59,16 +92,24 @@ class Beat:
     """Spent in each phase, but for the one it is in now."""
     waited: Mapping[Phase, float]
     """Of `seconds`, those in which the process waited for other ranks, as far as it can tell."""
+    last_step: StepTime
+    memory: Memory
 
 
 class Heartbeat:
     """The writing side, of one rank."""
 
+    measure: Callable[[], Memory] = Memory
+    """Tells what the process holds; is called after a step, once a second at most."""
+
     def __init__(self, path: Path | None = None) -> None:
         """Without a path, or where no memory is left for the file, nobody is told anything."""
         self._map = _new_file(path) if path is not None else None
-        self._count, self._phase, self._step, self._num_steps = 0, 0, 0, 0
+        self._count, self._phase, self._step, self._num_steps = 0, _STARTING, 0, 0
         self._seconds, self._waited = [0.0] * len(PHASES), [0.0] * len(PHASES)
+        self._before_step = [*self._seconds, *self._waited]
+        self._last_step = [0.0] * (2 * len(STEP_PHASES))
+        self._measured, self._memory = -math.inf, Memory()
         self._began, self._began_unix = time.monotonic(), time.time()
         if self._map is not None and path is not None:
             pid = os.getpid()
@@ -83,18 +124,29 @@ class Heartbeat:
 
     def phase(self, phase: Phase) -> None:
         """From now on the rank does this."""
-        if self._map is None:
-            return
-        now = time.monotonic()
-        self._seconds[self._phase] += now - self._began
-        self._phase, self._began, self._began_unix = _NUMBERS[phase], now, time.time()
+        now = self._count_time()
+        self._phase, self._began_unix = _NUMBERS[phase], time.time()
         self._write(now)
 
     def step_done(self, step: int) -> None:
-        if self._map is None:
-            return
+        now = self._count_time()
         self._step, self._num_steps = step, self._num_steps + 1
-        self._write(time.monotonic())
+        counted, num = [*self._seconds, *self._waited], len(STEP_PHASES)
+        spent = [after - before for after, before in zip(counted, self._before_step, strict=True)]
+        self._last_step, self._before_step = [*spent[:num], *spent[len(PHASES) :][:num]], counted
+        if now - self._measured > _MEMORY_SECONDS:
+            self._memory, self._measured = self.measure(), now
+        self._write(now)
+
+    @property
+    def last_step(self) -> StepTime:
+        return _step_time(self._last_step)
+
+    def _count_time(self) -> float:
+        now = time.monotonic()
+        self._seconds[self._phase] += now - self._began
+        self._began = now
+        return now
 
     def waited(self, seconds: float) -> None:
         """So much of the phase was spent waiting for other ranks; is told with the next beat."""
@@ -114,6 +166,10 @@ class Heartbeat:
             now,
             *self._seconds,
             *self._waited,
+            *self._last_step,
+            self._memory.allocated,
+            self._memory.reserved,
+            self._memory.resident,
         )
         start = self._count % 2 * _SLOT_BYTES
         self._map[start : start + _BODY.size + _CHECKSUM.size] = body + _CHECKSUM.pack(zlib.crc32(body))
@@ -142,7 +198,9 @@ def _sound_body(slot: bytes) -> tuple[float, ...] | None:
 
 
 def _beat_of(fields: tuple[float, ...]) -> Beat:
-    _, pid, start_ticks, main_thread, step, num_steps, phase, began, said, *times = fields
+    _, pid, start_ticks, main_thread, step, num_steps, phase, began, said, *numbers = fields
+    rest = iter(numbers)
+    seconds, waited, last_step, memory = (list(islice(rest, length)) for length in _LENGTHS)
     return Beat(
         pid=int(pid),
         start_ticks=int(start_ticks),
@@ -152,8 +210,18 @@ def _beat_of(fields: tuple[float, ...]) -> Beat:
         phase=PHASES[int(phase)],
         began=began,
         silent_seconds=max(0.0, time.monotonic() - said),
-        seconds=dict(zip(PHASES, times[: len(PHASES)], strict=True)),
-        waited=dict(zip(PHASES, times[len(PHASES) :], strict=True)),
+        seconds=dict(zip(PHASES, seconds, strict=True)),
+        waited=dict(zip(PHASES, waited, strict=True)),
+        last_step=_step_time(last_step),
+        memory=Memory(*map(int, memory)),
+    )
+
+
+def _step_time(numbers: Sequence[float]) -> StepTime:
+    """From seconds, then those waited, of each phase of a step."""
+    num = len(STEP_PHASES)
+    return StepTime(
+        dict(zip(STEP_PHASES, numbers[:num], strict=True)), dict(zip(STEP_PHASES, numbers[num:], strict=True))
     )
 
 

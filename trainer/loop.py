@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import torch
 import torch.distributed as dist
 
+from trainer import device as devices
 from trainer import parallel, stability
 from trainer.agreement import Agreed, Agreement
 from trainer.checkpoint.format.manifest import Manifest
@@ -95,7 +96,7 @@ class Training:
         self._evaluation = HeldoutEvaluation(samples, heldout, config, device)
         self._engine = Engine(config, device)
         self._saver = Saver(self._engine, run_dir.checkpoints, room, record)
-        self._stop, self._heartbeat = stop, heartbeat
+        self._stop, self._heartbeat, self._device = stop, heartbeat, device
         # rank 0 decides when to save
         events = read_events(run_dir.events_path) if dist.get_rank() == 0 else []
         self._agreement = Agreement(config, stop, read_history(events))
@@ -115,6 +116,8 @@ class Training:
             checkpoint=source.shown,
             tier=source.tier,
             threads_per_rank=torch.get_num_threads(),
+            ranks=dist.get_world_size(),
+            device=devices.name_of(self._device),
         )
         if not source.is_own:
             self.evaluate_once()
@@ -142,8 +145,7 @@ class Training:
         def is_sound(loss: float, grad_norm: float) -> bool:
             return stability.fault(self._config.stability, state, loss, grad_norm) is None
 
-        self._heartbeat.phase("computing")
-        stats = self._engine.train_step(batch, lr, place.number - 1, is_sound)
+        stats = self._engine.train_step(batch, lr, place.number - 1, is_sound, self._heartbeat.phase)
         decision, state = stability.judge(self._config.stability, state, place.number, stats.loss, stats.grad_norm)
         assert stats.updated == isinstance(decision, Accept)
         agreed = self._agree(place, self.batches.digest(place.number - 1))
@@ -191,6 +193,7 @@ class Training:
             grad_norm=stats.grad_norm,
             lr=lr,
             seconds=round(seconds, 6),
+            phases={phase: round(each, 6) for phase, each in self._heartbeat.last_step.seconds.items()},
         )
 
     def _record_skip(self, place: Step, reason: str, stats: StepStats | None, tokens_xxh3: str | None) -> None:

@@ -6,6 +6,7 @@ starts no thread.
 
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 with warnings.catch_warnings():  # megatron-core says at length which optional packages it does without
@@ -45,6 +46,7 @@ def main(spec: RankSpec) -> None:
     config = from_tree(parse_yaml(spec.config_yaml))
     kind = devices.resolve(config.launch.device)
     device = devices.activate(kind, spec.local_rank)
+    heartbeat.measure = partial(devices.memory, device)
     run_dir = RunDir(spec.run_dir)
     stop = StopRequest(run_dir.stop_path if spec.rank == 0 else None)
     if spec.task == "train":

@@ -16,6 +16,8 @@ _DOING: Mapping[Phase, str] = {
     "starting": "starting",
     "loading data": "in data loading",
     "computing": "computing",
+    "reducing gradients": "reducing gradients",
+    "updating": "updating the weights",
     "agreeing": "agreeing on the step",
     "evaluating": "evaluating",
     "saving": "saving",

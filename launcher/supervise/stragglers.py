@@ -20,9 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median_low
 
-from trainer.heartbeat import Beat, Phase
+from trainer.heartbeat import STEP_PHASES, Beat, StepPhase
 
-_STEP_PHASES: tuple[Phase, ...] = ("loading data", "computing", "agreeing")
 LEAST_STEPS = 5
 """Between two looks that may be compared: they fall into the middle of a step, which counts for one or the other."""
 
@@ -30,7 +29,7 @@ LEAST_STEPS = 5
 @dataclass(frozen=True)
 class Straggler:
     rank: int
-    phase: Phase
+    phase: StepPhase
     """In which it takes longest, compared with the others."""
     ratio: float
     """How many times as long as they would a step takes, were this rank like the others."""
@@ -52,24 +51,24 @@ def find(earlier: Mapping[int, Beat], later: Mapping[int, Beat], factor: float) 
     if len(shares) < 2:
         return []
     usual = median_low(sum(share.values()) for share in shares.values())
-    usual_in = {phase: median_low(share[phase] for share in shares.values()) for phase in _STEP_PHASES}
+    usual_in = {phase: median_low(share[phase] for share in shares.values()) for phase in STEP_PHASES}
     found = []
     for rank, share in shares.items():
         excess = min(sum(share.values()) - usual, 1 - 1e-9)
-        phase = max(_STEP_PHASES, key=lambda phase, share=share: share[phase] - usual_in[phase])  # type: ignore[misc]
+        phase = max(STEP_PHASES, key=lambda phase, share=share: share[phase] - usual_in[phase])  # type: ignore[misc]
         found.append(Straggler(rank, phase, 1 / (1 - excess)))
     return sorted((each for each in found if each.ratio >= factor), key=lambda each: (-each.ratio, each.rank))
 
 
-def _own_shares(earlier: Beat, later: Beat) -> dict[Phase, float] | None:
+def _own_shares(earlier: Beat, later: Beat) -> dict[StepPhase, float] | None:
     """Of the time that steps took, what the rank did not wait for others, by phase."""
     is_same = (earlier.pid, earlier.start_ticks) == (later.pid, later.start_ticks)
     if not is_same or later.num_steps - earlier.num_steps < LEAST_STEPS:
         return None
-    spent = {phase: later.seconds[phase] - earlier.seconds[phase] for phase in _STEP_PHASES}
-    waited = {phase: later.waited[phase] - earlier.waited[phase] for phase in _STEP_PHASES}
+    spent = {phase: later.seconds[phase] - earlier.seconds[phase] for phase in STEP_PHASES}
+    waited = {phase: later.waited[phase] - earlier.waited[phase] for phase in STEP_PHASES}
     total = sum(spent.values())
-    return {phase: max(0.0, spent[phase] - waited[phase]) / total for phase in _STEP_PHASES} if total > 0 else None
+    return {phase: max(0.0, spent[phase] - waited[phase]) / total for phase in STEP_PHASES} if total > 0 else None
 
 
 @dataclass(frozen=True)

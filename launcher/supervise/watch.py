@@ -7,9 +7,8 @@ from statistics import median
 from launcher.supervise.hang import silence_limit
 from launcher.supervise.stragglers import LEAST_STEPS, Straggler, Streaks, find
 from trainer.config import SuperviseConfig
-from trainer.heartbeat import Beat, Phase
+from trainer.heartbeat import STEP_PHASES, Beat
 
-_STEP_PHASES: tuple[Phase, ...] = ("loading data", "computing", "agreeing")
 _OTHER_PHASES_FACTOR = 6.0
 """What is no step takes longer, and says less meanwhile: reading a checkpoint, waiting for a disk, evaluating."""
 _RECENT_STEPS = 50
@@ -47,7 +46,7 @@ class Watch:
         if not self._beats:
             return now - self._began > self._limit(in_step=False)
         silent_seconds = min(beat.silent_seconds for beat in self._beats.values())
-        return silent_seconds > self._limit(in_step=any(b.phase in _STEP_PHASES for b in self._beats.values()))
+        return silent_seconds > self._limit(in_step=any(b.phase in STEP_PHASES for b in self._beats.values()))
 
     def _limit(self, *, in_step: bool) -> float:
         seconds = median(self._step_seconds) if self._step_seconds else None

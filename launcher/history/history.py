@@ -1,0 +1,223 @@
+"""Everything that the events of a run say, up to date with each one."""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from launcher.history.saves import Saves
+from launcher.history.steps import Steps
+from launcher.history.times import Times
+from trainer.events import Event, read_events
+
+RestartReason = Literal["rank", "agent", "machine", "hang", "preemption", "growth", "command"]
+_RECENT = 100
+_ENDS = ("run_finished", "preempted", "failed", "diverged")
+_MARKED = (
+    *("life_failed", "hung", "straggler", "machine_excluded", "rolled_back", "checkpoint_rejected"),
+    *("checkpoint_failed", "checkpoint_upload_failed", "checkpoint_service_died", "preempted", "diverged", "failed"),
+    *("training_started", "run_finished"),
+)
+_MOST_MARKS = 1000
+
+
+class RunHistory:
+    """Of a run, all its commands and lives. `add` takes events in the order of the record."""
+
+    def __init__(self) -> None:
+        self.steps = Steps()
+        self.skipped: dict[int, Event] = {}
+        """By step: those that count and from which the weights have not learned."""
+        self.saves, self.times = Saves(), Times()
+        self.done: Counter[str] = Counter()
+        """Steps and samples that have updated weights, and steps made void since; never taken back."""
+        self.step_seconds = 0.0
+        """Of all those steps."""
+        self.phase_seconds: Counter[str] = Counter()
+        """The same by phase."""
+        self.num_skipped: Counter[str] = Counter()
+        """Steps by reason, void ones too."""
+        self.num_quarantined_samples = 0
+        self.rollbacks: list[Event] = []
+        self.evaluations: dict[int, Event] = {}
+        """By step."""
+        self.restarts: Counter[str] = Counter()
+        self.stragglers: Counter[str] = Counter()
+        self.num_lives = 0
+        self.failures: list[Event] = []
+        self.excluded: list[str] = []
+        """Machines."""
+        self.training: Event | None = None
+        """The last `training_started`."""
+        self.began: float | None = None
+        """When training first began (Unix time)."""
+        self.ranks: list[Event] = []
+        """What the command has seen of all ranks."""
+        self.marks: deque[Event] = deque(maxlen=_MOST_MARKS)
+        """What explains a bend in a curve, newest last."""
+        self.data: Event | None = None
+        """The last `blend`."""
+        self.end: Event | None = None
+        """The last event that ended a command or a stage, or began one."""
+        self.stage: str | None = None
+        """The last one that was begun."""
+        self.stage_seconds: dict[str, float] = {}
+        """Including what was done before an interruption."""
+        self.export: Event | None = None
+        self.is_whole_run = False
+        """Whether some command was to do all of the run's stages."""
+        self.num_unreadable = 0
+        """Events of known kinds that were not as they must be."""
+        self._cause: RestartReason = "command"
+        self._nodes = 0
+        self._stage_began: float | None = None
+        self._latest = 0.0
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "RunHistory":
+        history = cls()
+        for event in events:
+            history.add(event)
+        return history
+
+    @classmethod
+    def read(cls, path: Path) -> "RunHistory":
+        return cls.of(read_events(path))
+
+    def add(self, event: Event) -> None:
+        """One more event; one that is broken is passed over."""
+        try:
+            self._add(event)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            self.num_unreadable += 1
+
+    # -------------------------------------------------------------------------------------------------------- questions
+
+    @property
+    def step(self) -> int:
+        """The last one that is done and counts."""
+        return max(self.steps.last, self._last_skipped)
+
+    @property
+    def _last_skipped(self) -> int:
+        return next(reversed(self.skipped), 0)
+
+    @property
+    def last_evaluation(self) -> Event | None:
+        return self.evaluated[-1] if self.evaluations else None
+
+    @property
+    def evaluated(self) -> list[Event]:
+        """Held-out evaluations by step; the last one where a step was evaluated again."""
+        return [self.evaluations[step] for step in sorted(self.evaluations)]
+
+    @property
+    def loss(self) -> float | None:
+        return self.steps["loss"][-1] if len(self.steps) else None
+
+    @property
+    def recent(self) -> slice:
+        """The last steps that count."""
+        return slice(max(0, len(self.steps) - _RECENT), len(self.steps))
+
+    def recent_median(self, column: str) -> float | None:
+        values = self.steps[column][self.recent]
+        return median(values) if values else None
+
+    def tokens_per_second(self, seq_length: int, steps: slice | None = None) -> float:
+        """Of the median step, of all unless told, so that start-up and disturbances do not count."""
+        chosen = slice(None) if steps is None else steps
+        columns = zip(self.steps["num_samples"][chosen], self.steps["seconds"][chosen], strict=True)
+        rates = [samples * seq_length / seconds for samples, seconds in columns if seconds > 0]
+        return median(rates) if rates else 0.0  # a short run may have skipped every step
+
+    # ----------------------------------------------------------------------------------------------------------- events
+
+    def _add(self, event: Event) -> None:
+        kind, time = event["kind"], float(event["time"])
+        stands_still = kind in ("checkpoint_snapshot", "checkpoint_waited") or (
+            kind == "checkpoint_saved" and self.saves.held_training_up(event)
+        )
+        self.times.add(event, stands_still=stands_still)
+        self.saves.add(event)
+        self._add_stage(kind, event, time)
+        self._add_training(kind, event)
+        if kind in _MARKED:
+            self.marks.append(event)
+        if kind in (*_ENDS, "stage_started", "stage_finished"):
+            self.end = event
+        self._latest = time
+
+    def _add_stage(self, kind: str, event: Event, time: float) -> None:
+        if self._stage_began is not None and kind in ("run_started", "stage_started", "stage_finished"):
+            end = time if kind == "stage_finished" else self._latest  # one that was cut off ended with its last word
+            assert self.stage is not None
+            self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + end - self._stage_began
+            self._stage_began = None
+        if kind == "stage_started":
+            self.stage, self._stage_began = event["stage"], time
+        self.is_whole_run |= kind == "run_started"
+
+    def _add_training(self, kind: str, event: Event) -> None:
+        match kind:
+            case "step":
+                self._step(event)
+            case "step_skipped":
+                self._step_skipped(event)
+            case "training_started":
+                self._training_started(event)
+            case "rolled_back":
+                self._void_after(event["to_step"])
+                self.rollbacks.append(event)
+            case "evaluated":
+                self.evaluations[event["step"]] = event
+            case "life_started":
+                self._life_started(event)
+            case "life_failed":
+                self.failures.append(event)
+                self._cause = event["what"]
+            case "machine_excluded":
+                self.excluded.append(event["machine"])
+            case "straggler":
+                self.stragglers[event["phase"]] += 1
+            case "ranks":
+                self.ranks.append(event)
+            case "blend":
+                self.data = event
+            case "export_verified":
+                self.export = event
+
+    def _training_started(self, event: Event) -> None:
+        self._void_after(event["step"])
+        self.training = event
+        self.began = float(event["time"]) if self.began is None else self.began
+
+    def _step(self, event: Event) -> None:
+        self._void_after(event["step"] - 1)
+        self.steps.add(event)
+        self.done["steps"] += 1
+        self.done["samples"] += event["num_samples"]
+        self.step_seconds += event["seconds"]
+        self.phase_seconds.update(event.get("phases") or {})
+
+    def _step_skipped(self, event: Event) -> None:
+        self._void_after(event["step"] - 1)
+        self.skipped[event["step"]] = event
+        self.num_skipped[event["reason"]] += 1
+        if event["reason"] == "quarantined":
+            self.num_quarantined_samples += event["num_samples"]
+
+    def _void_after(self, step: int) -> None:
+        self.done["void"] += self.steps.void_after(step)
+        if self._last_skipped > step:
+            self.skipped = {number: event for number, event in self.skipped.items() if number <= step}
+
+    def _life_started(self, event: Event) -> None:
+        self.num_lives += 1
+        if self.num_lives > 1:
+            reason: str = "command" if event["number"] == 1 else self._cause
+            if reason == "preemption" and event["nodes"] > self._nodes:
+                reason = "growth"
+            self.restarts[reason] += 1
+        self._nodes, self._cause = event["nodes"], "preemption"

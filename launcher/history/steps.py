@@ -1,0 +1,60 @@
+"""The steps of a run that count, as columns: a million of them fit into memory, and are void again in no time."""
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+
+from trainer.events import Event
+from trainer.heartbeat import STEP_PHASES
+
+FLOATS = ("time", "loss", "grad_norm", "lr", "seconds", *STEP_PHASES)
+WHOLE = ("step", "tokens", "num_samples")
+
+
+class Steps:
+    """Those whose updates are in the weights, by number."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, array[float] | array[int]] = {
+            **{name: array("q") for name in WHOLE},
+            **{name: array("d") for name in FLOATS},
+        }
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+    def __getitem__(self, name: str) -> Sequence[float]:
+        """A column."""
+        return self.columns[name]
+
+    @property
+    def last(self) -> int:
+        """Number of the last one; zero if there is none."""
+        return int(self.columns["step"][-1]) if len(self) else 0
+
+    def add(self, event: Event) -> None:
+        """A `step` event.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: it is none; nothing was added.
+        """
+        phases = event.get("phases") or {}
+        whole = [int(event[name]) for name in WHOLE]
+        floats = [float(event[name]) for name in FLOATS[: -len(STEP_PHASES)]]
+        floats += [float(phases.get(phase, 0.0)) for phase in STEP_PHASES]
+        for name, value in zip((*WHOLE, *FLOATS), (*whole, *floats), strict=True):
+            self.columns[name].append(value)  # type: ignore[arg-type]
+
+    def void_after(self, step: int) -> int:
+        """Forget those after a step; returns how many."""
+        place = bisect_right(self.columns["step"], step)
+        num_void = len(self) - place
+        if num_void:
+            for column in self.columns.values():
+                del column[place:]
+        return num_void
+
+    def is_ordered(self) -> bool:
+        """Whether every step comes once, as it must."""
+        return all(a < b for a, b in pairwise(self.columns["step"]))
