@@ -13,7 +13,8 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     stage_started       stage
     stage_finished      stage, seconds, result (one line for a person)
     data_prepared       documents, tokens (each by split), vocab_size, dropped, repaired (counts by reason)
-    blend               datasets: of each data set share (of the training samples) and epochs (passes over it)
+    blend               datasets: of each data set share (of the training samples), epochs (passes over it), documents
+                        and tokens (to train on), dropped (counts by reason)
     training_started    step, checkpoint (path, or null for a fresh start), tier ("memory" or "disk"),
                         threads_per_rank, ranks, device (its model, as the vendor calls it); steps after it are void
     checkpoint_rejected reason: a damaged checkpoint was passed over
@@ -42,6 +43,8 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
                         cut short after that step
     machine_excluded    machine (Ray's name of it), failures: of its own, so that lives are begun without it
     hung                verdict (one line), suspects (ranks), stacks (path): ranks that said nothing for long are killed
+    ranks               step, seconds (in which each rank works in a step and does not wait for others; of `group` ranks
+                        in a row the longest), group, min, mean, max, slowest (rank)
     straggler           rank, node, phase, ratio (of the time that steps take to what they would without it)
     preempted           reason; where ranks were training also step, saved_step: the run was asked to end, and did
     export_verified     how ("full", "sample" or "none"), largest_difference (of logits), tokens (compared)

@@ -1,11 +1,11 @@
-"""Every metric of a run, declared once: name, type, unit, labels, meaning. Endpoints, rules and dashboards follow it.
+"""Every metric of a run, declared once: name, type, unit, labels, meaning. Endpoints, rules, dashboards follow it.
 
-There are two kinds of endpoint. A machine's agent serves `NODE`, what its ranks have in common: a job of 10,000 ranks on
-1,250 machines may have 20,000 series in all, which leaves 15 for a machine. The command serves `RUN`, the run as a
+There are two kinds of endpoint. A machine's agent serves `NODE`, what its ranks have in common: a job of 10,000 ranks
+on 1,250 machines may have 20,000 series in all, which leaves 15 for a machine. The command serves `RUN`, the run as a
 whole, once. No label says a step, a rank or a hash: each of their values would be a series for ever.
 
-Names follow Prometheus: one prefix, base units, the unit last, `_total` for what only grows. Values that a restart takes
-back (the step, productive time) are gauges.
+Names follow Prometheus: one prefix, base units, the unit last, `_total` for what only grows. Values that a restart
+takes back (the step, productive time) are gauges.
 """
 
 from dataclasses import dataclass

@@ -71,6 +71,20 @@ class RunDir:
     def loss_plot(self) -> Path:
         return self.path / "loss.png"
 
+    @property
+    def targets_path(self) -> Path:
+        """Where Prometheus finds the endpoints of the command that works on the run."""
+        return self.path / "prometheus.json"
+
+    @property
+    def page_url_path(self) -> Path:
+        """The address of that command's page, with the token if one is needed."""
+        return self.path / "page-url"
+
+    @property
+    def page_token_path(self) -> Path:
+        return self.path / "page-token"
+
     def data_for(self, config: RunConfig) -> Path:
         """The prepared data this run trains on: its own, or the folder that `data.prepared` names."""
         return Path(config.data.prepared) if config.data.prepared else self.data
@@ -87,7 +101,8 @@ class RunDir:
             if self.path.exists() and any(item.name not in _BEFORE_CONFIG for item in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and holds no config.yaml of a run; use another --run-dir")
             return
-        changed = config_file.differences(config_file.load(self.config_path), config)
+        found = config_file.differences(config_file.load(self.config_path), config)
+        changed = [each for each in found if not each.key.startswith("monitoring.")]  # has no part in what is computed
         if changed and self.has_trained():
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(map(str, changed[:4]))}"

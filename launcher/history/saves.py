@@ -1,10 +1,13 @@
 """How a run's saves went."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from trainer.events import Event
+
+_MOST_RECENT = 200
 
 
 @dataclass
@@ -28,6 +31,8 @@ class Saves:
     """By what failed: save, upload, service."""
     newest: Event | None = None
     """The last `checkpoint_saved`."""
+    recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_MOST_RECENT))
+    """Of the last ones: step, time, bytes, seconds."""
     _with_snapshot: int = -1
     """Step of the last snapshot: its checkpoint is written beside training."""
 
@@ -49,6 +54,7 @@ class Saves:
                 self.stall_seconds += event["seconds"]
             case "checkpoint_saved":
                 self.num_saved, self.newest = self.num_saved + 1, event
+                self.recent.append({name: event[name] for name in ("step", "time", "bytes", "seconds")})
                 self.num_bytes += event["bytes"]
                 self.write_seconds += event["seconds"]
                 self.stall_seconds += event["seconds"] if self.held_training_up(event) else 0.0

@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal, Self, get_args
 
+from launcher.exposition import Labels, Values
 from launcher.history.history import RestartReason, RunHistory
 from launcher.history.times import TIME_STATES
 from trainer import metrics
 from trainer.config import RunConfig
 from trainer.hardware import peak_flops
 from trainer.heartbeat import STEP_PHASES
-from trainer.metrics import STATISTICS, Metric
+from trainer.metrics import STATISTICS
 from trainer.plan import model_flops_per_token, num_parameters
 from trainer.schedule import Schedule
-
-Labels = tuple[str, ...]
-Values = dict[Metric, dict[Labels, float]]
-"""Of each metric: values of its labels, in their order -> value."""
 
 RunState = Literal[
     "starting", "preparing", "training", "recovering", "exporting", "generating", "finished", "preempted", "failed"

@@ -40,7 +40,9 @@ class _Slot:
     def __init__(self, agent: Any, peer: Any | None) -> None:
         self.agent, self.peer = agent, peer
         self.machine: str | None = None
+        self.metrics_address: str | None = None
         self.arrival = agent.machine.remote()
+        self.address = agent.metrics_address.remote()
         self.life = agent.live.remote()  # ends with the agent
 
 
@@ -124,6 +126,13 @@ class Fleet:
     def present(self) -> list[Up]:
         """The agents that have answered so far."""
         return [Up(number, slot.machine) for number, slot in enumerate(self._slots) if slot.machine is not None]
+
+    def metrics_addresses(self) -> list[str]:
+        """HOST:PORT of the machines' metrics, of agents that have answered."""
+        for slot in self._slots:
+            if slot.metrics_address is None:
+                slot.metrics_address = answer_of(slot.address)
+        return [slot.metrics_address for slot in self._slots if slot.metrics_address is not None]
 
     def news(self) -> list[Up | Down]:
         """What has become of agents since the last call; one that died is replaced by another, on a machine that Ray

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -13,7 +14,8 @@ from pathlib import Path
 import ray
 
 from launcher import placement
-from launcher.node import fork_server
+from launcher.http_server import HttpServer
+from launcher.node import exporter, fork_server
 from launcher.node.checkpoint_process import Ending, ServiceKeeper, ServiceOptions
 from launcher.node.fork_server import Channel, Goodbye, Kill, Ready, ServerOptions, Start
 from launcher.node.forked_rank import RankEnd
@@ -120,6 +122,7 @@ class Agent:
         self._keeper: ServiceKeeper | None = None
         self._beats = job.server_options(slot).folder / "beats"
         self._ranks = range(0)
+        self._exporter = self._serve_metrics()
         self._problem = "the fork server died, and its ranks with it"
         try:
             self._server = self._connect(job.server_options(slot))
@@ -127,6 +130,18 @@ class Agent:
             pass  # it is the problem already
         except OSError as error:
             self._problem = f"the fork server does not start: {error}"
+
+    def _serve_metrics(self) -> HttpServer | None:
+        """For as long as the agent lives, whatever becomes of ranks."""
+        monitoring = self._job.config.monitoring
+        if monitoring.listen == "nowhere":
+            return None
+        host = ray.util.get_node_ip_address() if monitoring.listen == "network" else "127.0.0.1"
+        try:
+            return exporter.serve(host, monitoring.node_port, self.beats)
+        except OSError as error:
+            print(f"no metrics are served: {error}", file=sys.stderr, flush=True)
+            return None
 
     def _connect(self, options: ServerOptions) -> "Channel | None":
         """To a fork server that has imported what ranks need; None, and a problem, if it could not."""
@@ -147,6 +162,10 @@ class Agent:
         """Ray's name of the machine (hex): an answer to whoever wants to know whether the agent lives."""
         name: str = ray.get_runtime_context().get_node_id()
         return name
+
+    def metrics_address(self) -> str | None:
+        """HOST:PORT of the machine's metrics."""
+        return f"{self._exporter.host}:{self._exporter.port}" if self._exporter is not None else None
 
     def live(self) -> None:
         """Never returns: whoever waits for it learns of the agent's death."""
@@ -204,6 +223,9 @@ class Agent:
                 while self._server.poll(_GOODBYE_SECONDS):
                     self._server.recv()
         self._end_service(Ending.FAILED)
+        if self._exporter is not None:
+            self._exporter.close()
+            self._exporter = None
 
     def _run_ranks(self, server: Channel, this_round: Round) -> NodeEnd:
         """Raises:

@@ -12,7 +12,7 @@ from launcher.job.news import Down
 from launcher.job.preemption import Preemption, late
 from launcher.node.agent import NodeEnd
 from launcher.sizing import sizes
-from launcher.supervise import hang, machine
+from launcher.supervise import hang, machine, rank_times
 from launcher.supervise.budget import Failure
 from launcher.supervise.machine import (
     AskRanks,
@@ -33,6 +33,7 @@ from launcher.supervise.machine import (
 from launcher.supervise.watch import Watch
 from trainer.config import UserError
 from trainer.events import EventLog, EventReader, read_events
+from trainer.heartbeat import Beat
 from trainer.run_dir import RunDir
 from trainer.stop import Interrupted, Preempted
 
@@ -66,6 +67,8 @@ class Supervisor:
         self._was_asked = False
         self._watch = Watch(config.supervise, time.monotonic())
         self._looked, self._asked = 0.0, list[Any]()
+        self._told: tuple[float, Mapping[int, Beat]] = (0.0, {})
+        """When it was last recorded how long ranks work, and what they had said then."""
         self._cause: Exception | None = None
         """What ended the last life that failed."""
         self._events = EventReader(run_dir.events_path)
@@ -197,6 +200,7 @@ class Supervisor:
         answers = [answer for ref in self._asked if (answer := answer_of(ref)) is not None]
         if self._asked and len(answers) == len(self._asked):
             beats = {rank: beat for answer in answers for rank, beat in answer.items()}
+            self._tell_times(beats, now)
             for slow in self._watch.saw(beats, now):
                 node = self._node_of(slow.rank)
                 self._log.write("straggler", rank=slow.rank, node=node, phase=slow.phase, ratio=round(slow.ratio, 3))
@@ -204,6 +208,15 @@ class Supervisor:
                 yield from self._hung(life)
                 return
         self._asked = life.ask_for_beats()
+
+    def _tell_times(self, beats: Mapping[int, Beat], now: float) -> None:
+        """Record how long each rank works in a step, now and then."""
+        when, before = self._told
+        if now - when < self._fleet.job.config.monitoring.ranks_every_seconds:
+            return
+        if (times := rank_times.between(before, beats)) is not None:
+            self._log.write("ranks", step=self._step, **times.fields())
+        self._told = now, beats
 
     def _hung(self, life: Life) -> Iterator[Event]:
         reports = life.reports()

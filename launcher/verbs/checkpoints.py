@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.history.saves import Saves
 from launcher.node import ownership
-from launcher.verbs.save_counts import SaveCounts
 from trainer import config_file
 from trainer.checkpoint.format import retention, store
 from trainer.checkpoint.format.chunk_file import Shape, incomplete, read_layout
@@ -84,7 +84,7 @@ class Survey:
     newest: int | None
     """Step of the one that a run would go on from, as far as can be seen."""
     leftovers: tuple[Path, ...]
-    saves: SaveCounts | None
+    saves: Saves | None
     """How saving went, where the folder is a run's."""
 
 
@@ -140,9 +140,9 @@ def _policy(folder: Path, entries: Iterable[Entry]) -> CheckpointConfig | None:
         return None
 
 
-def _saves(folder: Path) -> SaveCounts | None:
+def _saves(folder: Path) -> Saves | None:
     events = RunDir(folder.resolve().parent).events_path
-    return SaveCounts.of(read_events(events)) if events.is_file() else None
+    return Saves.of(read_events(events)) if events.is_file() else None
 
 
 def _without(path: Path, error: UserError) -> str:

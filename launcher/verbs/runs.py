@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.history.history import RunHistory
 from launcher.report.display import Display
 from launcher.verbs import checks, stages
 from trainer import config_file
 from trainer.config import UserError
-from trainer.events import Event, EventReader, read_events, surviving_steps
+from trainer.events import Event, EventReader, read_events
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
 
@@ -53,41 +54,36 @@ def open_run(path: Path) -> RunDir:
 
 def status(path: Path) -> Status:
     run_dir = open_run(path)
-    events = read_events(run_dir.events_path)
-    steps = [*surviving_steps(events), *surviving_steps(events, "step_skipped")]
-    last = max(steps, key=lambda event: event["step"], default=None)
-    failed = [event for event in events if event["kind"] == "life_failed"]
-    saved = [event["step"] for event in events if event["kind"] == "checkpoint_saved"]
-    state, detail = _state(run_dir, events)
+    history = RunHistory.read(run_dir.events_path)
+    state, detail = _state(run_dir, history)
+    saved = history.saves.newest
     return Status(
         state=state,
         detail=detail,
-        step=last["step"] if last else 0,
+        step=history.step,
         num_steps=Schedule(config_file.load(run_dir.config_path)).num_steps,
-        loss=last["loss"] if last else None,
-        step_seconds=last.get("seconds") if last else None,
-        lives=sum(event["kind"] == "life_started" for event in events),
-        failures=len(failed),
-        last_failure=failed[-1]["error"] if failed else None,
-        saved_step=saved[-1] if saved else None,
+        loss=history.loss,
+        step_seconds=history.steps["seconds"][-1] if len(history.steps) else None,
+        lives=history.num_lives,
+        failures=len(history.failures),
+        last_failure=history.failures[-1]["error"] if history.failures else None,
+        saved_step=saved["step"] if saved else None,
     )
 
 
-def _state(run_dir: RunDir, events: Sequence[Event]) -> tuple[str, str | None]:
-    stage = next((event for event in reversed(events) if event["kind"] == "stage_started"), None)
+def _state(run_dir: RunDir, history: RunHistory) -> tuple[str, str | None]:
+    end = history.end
     if is_worked_on(run_dir):
-        return "working", stage["stage"] if stage else "starting"
-    end = next((event for event in reversed(events) if event["kind"] in (*_ENDS, "stage_started")), None)
+        return "working", history.stage or "starting"
     match end:
         case None:
             return "not begun", None
         case {"kind": "run_finished"}:
             return "finished", None
+        case {"kind": "stage_finished"}:
+            return "finished", end["stage"]
         case {"kind": "stage_started"}:
-            done = any(
-                e["kind"] == "stage_finished" and e["stage"] == end["stage"] for e in events[events.index(end) :]
-            )
-            return ("finished", end["stage"]) if done else ("cut off", f"in {end['stage']}; the same command goes on")
+            return "cut off", f"in {end['stage']}; the same command goes on"
     return str(end["kind"]), end.get("reason") or end.get("error") or end.get("verdict")
 
 

@@ -6,18 +6,22 @@ whatever moment, goes on from there.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from data_pipeline.manifest import Manifest
+from data_pipeline.manifest import DatasetManifest, Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
+from launcher.history.history import RunHistory
 from launcher.job import cluster
 from launcher.job.failures import JobFailed
 from launcher.job.preemption import Preemption, listening, unwrapped
 from launcher.job.ranks import Ranks, ready_ranks
 from launcher.job.ray_workers import WORKER_ENV, RayWorkers
 from launcher.job.recovery import fetch_newer
+from launcher.monitor.monitor import Monitor
 from launcher.placement import check_memory
 from launcher.report import data as data_report
 from launcher.report import training as report
@@ -27,6 +31,7 @@ from launcher.verbs import checks, exporting
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import MANIFEST, read_manifest
 from trainer.config import RunConfig
+from trainer.data.blend import DatasetUse
 from trainer.events import EventLog, EventReader, read_events
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
@@ -57,6 +62,7 @@ class ClaimedRun:
     display: Display
     log: EventLog
     preemption: Preemption
+    monitor: Monitor
     on_cluster: bool = False
     """Whether Ray is connected to a cluster; else the run has a Ray of its own when ranks start."""
     resources: ExitStack = field(default_factory=ExitStack)
@@ -104,7 +110,10 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
         written.skip_to_end()
         try:
             with unwrapped():
-                yield ClaimedRun(config, run_dir, display, log, preemption, ray is not None, resources)
+                monitor = resources.enter_context(closing(Monitor(config, run_dir)))
+                if told := monitor.problem or (monitor.url and f"page      {monitor.url}"):
+                    display.line(told)
+                yield ClaimedRun(config, run_dir, display, log, preemption, monitor, ray is not None, resources)
         except Preempted as end:
             if not any(event["kind"] == "preempted" for event in written.new_events()):  # by the ranks
                 log.write("preempted", reason=str(end))
@@ -134,7 +143,7 @@ def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = 
         export(claimed)
         generate_sample(claimed)
         claimed.log.write("run_finished", seconds=round(time.monotonic() - started, 3))
-        display.console.print(report.summary(config, run_dir, report.RunHistory.read(config, run_dir.events_path)))
+        display.console.print(report.summary(config, run_dir, RunHistory.read(run_dir.events_path)))
 
 
 def is_finished(run_dir: RunDir) -> bool:
@@ -191,9 +200,10 @@ def train(claimed: ClaimedRun) -> None:
     if is_trained(config, run_dir):
         claimed.display.line(f"train     trained already, to step {schedule.num_steps}")
         return
-    uses = checks.planned_epochs(config, Manifest.load(run_dir.data_for(config)))
+    data = run_dir.data_for(config)
+    uses = checks.planned_epochs(config, manifest := Manifest.load(data))
     data_report.show_epochs(uses, claimed.display)
-    claimed.log.write("blend", datasets={use.name: {"share": use.share, "epochs": use.epochs} for use in uses})
+    claimed.log.write("blend", datasets={use.name: _facts_of(use, manifest, data) for use in uses})
     with claimed.stage("train") as bar:
         events = EventReader(run_dir.events_path)
         events.skip_to_end()
@@ -201,7 +211,7 @@ def train(claimed: ClaimedRun) -> None:
         def show_progress() -> None:
             for event in events.new_events():
                 if event["kind"] == "step":
-                    rate = report.step_tokens(schedule, event) / event["seconds"]
+                    rate = event["num_samples"] * config.model.seq_length / event["seconds"]
                     doing = f"train: loss {event['loss']:.3f}, {rate:,.0f} tokens/s"
                     bar.update(doing, event["step"], schedule.num_steps, "steps")
                 elif event["kind"] == "evaluated":
@@ -211,9 +221,17 @@ def train(claimed: ClaimedRun) -> None:
 
         bar.update("train: starting ranks", 0, schedule.num_steps, "steps")
         _train_ranks(claimed, show_progress)
-        history = report.RunHistory.read(config, run_dir.events_path)
-        report.plot_losses(history, run_dir.loss_plot)
-        bar.result = report.verdict(history.evaluations[0], history.evaluations[-1])
+        history = RunHistory.read(run_dir.events_path)
+        report.plot_losses(config, history, run_dir.loss_plot)
+        bar.result = report.verdict(history.evaluated[0], history.evaluated[-1])
+
+
+def _facts_of(use: DatasetUse, manifest: Manifest, data: Path) -> dict[str, Any]:
+    """Of a data set, for the record."""
+    portion = manifest.datasets[use.name]["train"]
+    dropped = {reason: count.count for reason, count in DatasetManifest.load(data / use.name).dropped.items()}
+    facts = {"documents": portion.documents, "tokens": portion.tokens, "dropped": dropped}
+    return {"share": use.share, "epochs": use.epochs, **facts}
 
 
 def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None:
@@ -226,7 +244,12 @@ def _train_ranks(claimed: ClaimedRun, show_progress: Callable[[], None]) -> None
     config, run_dir = claimed.config, claimed.run_dir
     fetch_newer(config, run_dir.checkpoints, claimed.log.write)
     fleet = claimed.ranks().fleet
-    Supervisor(fleet, run_dir, claimed.preemption, claimed.log, show_progress).train()
+
+    def look() -> None:
+        claimed.monitor.found(fleet.metrics_addresses())
+        show_progress()
+
+    Supervisor(fleet, run_dir, claimed.preemption, claimed.log, look).train()
     events = read_events(run_dir.events_path)
     checkpoint = run_dir.checkpoints / store.folder_name(Schedule(config).num_steps)
     if not (checkpoint / MANIFEST).exists():
@@ -245,9 +268,9 @@ def export(claimed: ClaimedRun) -> None:
     with claimed.stage("export") as bar:
         last = Schedule(config).num_steps
         checkpoint = run_dir.checkpoints / store.folder_name(last)
-        history = report.RunHistory.read(config, run_dir.events_path)
+        history = RunHistory.read(run_dir.events_path)
         facts = model_card.training_facts(read_manifest(checkpoint))
-        facts["Held-out loss, nats per token"] = history.evaluations[-1]["loss"]
+        facts["Held-out loss, nats per token"] = history.evaluated[-1]["loss"]
         tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER
         verified = exporting.export_checkpoint(
             config, run_dir, claimed.ranks, checkpoint, tokenizer, run_dir.export, facts

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launcher.verbs.save_counts import SaveCounts
+from launcher.history.saves import Saves
 from made_snapshots import folder_in_memory, names
 from ranks import run_on_ranks
 from small_loop import NUM_STEPS, as_snapshot, config_of, die_at, of_kind, prepare_data, results, services, train
@@ -145,7 +145,7 @@ def test_a_save_that_is_due_while_another_is_under_way(
     stood = {event["step"]: event["seconds"] for event in of_kind(events, "checkpoint_snapshot")}
     assert (6 in waited) == (when_busy == "wait") and waited.keys() <= {6, 7}
     assert all(0 < seconds < stood[step] for step, seconds in waited.items())
-    counts = SaveCounts.of(events)
+    counts = Saves.of(events)
     assert (counts.num_saved, counts.num_skipped) == (len(saved), len(skipped))
     assert (counts.num_waited, counts.waited_seconds) == (len(waited), sum(waited.values()))
 

@@ -1,0 +1,1 @@
+"""What a command shows of its run while it works, and what is left to look at when it has ended."""
