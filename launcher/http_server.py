@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _REQUEST_SECONDS = 10.0  # for a client to say what it wants, or to take what it gets
+_POLL_SECONDS = 0.1  # until it sees that it is to end
 _SEALED = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -49,7 +50,9 @@ class HttpServer:
         """
         self._server = _bound(host, port, routes)
         self.host, self.port = host, int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(_POLL_SECONDS,), name="http", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:

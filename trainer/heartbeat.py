@@ -92,8 +92,8 @@ class Beat:
     """Spent in each phase, but for the one it is in now."""
     waited: Mapping[Phase, float]
     """Of `seconds`, those in which the process waited for other ranks, as far as it can tell."""
-    last_step: StepTime
-    memory: Memory
+    last_step: StepTime = StepTime({}, {})
+    memory: Memory = Memory()
 
 
 class Heartbeat:

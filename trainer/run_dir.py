@@ -73,8 +73,12 @@ class RunDir:
 
     @property
     def targets_path(self) -> Path:
-        """Where Prometheus finds the endpoints of the command that works on the run."""
-        return self.path / "prometheus.json"
+        """Where Prometheus finds the endpoints of the command that works on the run.
+
+        Beside the folder: it takes a pattern in a file's name, `runs/*.prometheus.json`, but none in a folder's.
+        """
+        path = self.path.resolve()
+        return path.with_name(f"{path.name}.prometheus.json")
 
     @property
     def page_url_path(self) -> Path:

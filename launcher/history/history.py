@@ -202,11 +202,11 @@ class RunHistory:
         self.phase_seconds.update(event.get("phases") or {})
 
     def _step_skipped(self, event: Event) -> None:
-        self._void_after(event["step"] - 1)
-        self.skipped[event["step"]] = event
-        self.num_skipped[event["reason"]] += 1
-        if event["reason"] == "quarantined":
-            self.num_quarantined_samples += event["num_samples"]
+        step, reason, num_samples = event["step"], event["reason"], event["num_samples"]
+        self._void_after(step - 1)
+        self.skipped[step] = event
+        self.num_skipped[reason] += 1
+        self.num_quarantined_samples += num_samples if reason == "quarantined" else 0
 
     def _void_after(self, step: int) -> None:
         self.done["void"] += self.steps.void_after(step)

@@ -125,5 +125,5 @@ class Times:
         place = bisect_right(self._steps, step)
         lost = sum(self._productive[place:])
         del self._steps[place:], self._productive[place:]
-        self.seconds["productive"] -= lost
+        self.seconds["productive"] = max(0.0, self.seconds["productive"] - lost)  # rounding may leave less than nothing
         self.seconds["lost"] += lost

@@ -20,6 +20,9 @@ from trainer.config import RunConfig, UserError
 CONFIG_PATH = "/etc/broadgauge/run.yaml"
 """Where the template mounts the annotation."""
 GPU = "nvidia.com/gpu"
+PAGE_PORT, NODE_PORT = 9400, 9401
+"""Where the head serves the run's page and metrics, and each machine its own, unless the config says otherwise."""
+_PORT_NAME = "broadgauge"
 _CLEANING_SECONDS = 15  # beyond its grace, for a driver to end what it has started
 _ENDING_SECONDS = 15  # and then for Ray's own processes
 
@@ -50,6 +53,7 @@ def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict
     rules.check_template(job)
     name = names.object_name(config)
     job["metadata"] = _metadata(job.get("metadata", {}), name, config, where)
+    config = _reachable(config)
     run_dir = where.run_dir or f"/runs/{config.name}"
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     head, worker = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
@@ -62,6 +66,8 @@ def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict
     head["template"]["metadata"].setdefault("annotations", {})[names.CONFIG_ANNOTATION] = config_text(config)
     # Ray kills a driver that it was told to stop after 3 s, which is too short to save in.
     _set_env(_container(head["template"]), "RAY_JOB_STOP_WAIT_TIME_S", str(leaving_seconds(config)))
+    _set_port(_container(head["template"]), config.monitoring.page_port)
+    _set_port(_container(worker["template"]), config.monitoring.node_port)
     submitter = spec["submitterPodTemplate"]
     submitter["metadata"] = names.labelled(submitter.get("metadata"), names.labels(name))
     for pod in (head["template"], worker["template"], submitter):
@@ -69,6 +75,15 @@ def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict
     rules.check(job)
     rules.check_run_dir(job, run_dir)
     return job
+
+
+def _reachable(config: RunConfig) -> RunConfig:
+    """With endpoints that Prometheus reaches from other pods, unless there are to be none."""
+    monitoring = config.monitoring
+    if monitoring.listen == "nowhere":
+        return config
+    ports = {"page_port": monitoring.page_port or PAGE_PORT, "node_port": monitoring.node_port or NODE_PORT}
+    return config.model_copy(update={"monitoring": monitoring.model_copy(update={"listen": "network", **ports})})
 
 
 def config_text(config: RunConfig) -> str:
@@ -178,6 +193,12 @@ def _set_image(container: dict[str, Any], image: str | None) -> None:
 def _set_env(container: dict[str, Any], name: str, value: str) -> None:
     others = [each for each in container.get("env", []) if each["name"] != name]
     container["env"] = [*others, {"name": name, "value": value}]
+
+
+def _set_port(container: dict[str, Any], port: int) -> None:
+    """By whose name the PodMonitor finds it."""
+    others = [each for each in container.get("ports", []) if each.get("name") != _PORT_NAME]
+    container["ports"] = [*others, {"name": _PORT_NAME, "containerPort": port}] if port else others
 
 
 def _checked(run_dir: str) -> str:

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from trainer.heartbeat import PHASES, Beat, Heartbeat, beat_path, process_stat, read
+from trainer.device import memory
+from trainer.heartbeat import PHASES, STEP_PHASES, Beat, Heartbeat, Memory, StepTime, beat_path, process_stat, read
 
 
 def test_a_rank_is_seen_from_its_start_to_its_end(tmp_path: Path) -> None:
@@ -43,6 +45,61 @@ def test_time_is_counted_for_the_phase_in_which_it_passed(tmp_path: Path, monkey
     assert beat.waited == {phase: seconds / 4 for phase, seconds in beat.seconds.items()}
 
 
+def test_it_is_told_how_the_time_of_the_last_step_went(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, the end of the step too, and nothing of what lies between two steps."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    heartbeat = Heartbeat(tmp_path / "beat")
+    for step in (1, 2):
+        for place, phase in enumerate(STEP_PHASES):
+            heartbeat.phase(phase)
+            now += step * (place + 1)
+            heartbeat.waited(step * place)
+        heartbeat.step_done(step)
+        expected = StepTime(
+            {phase: step * (place + 1.0) for place, phase in enumerate(STEP_PHASES)},
+            {phase: float(step * place) for place, phase in enumerate(STEP_PHASES)},
+        )
+        assert reading(tmp_path / "beat").last_step == heartbeat.last_step == expected
+        assert expected.own_seconds == step * len(STEP_PHASES)
+        heartbeat.phase("saving")
+        now += 50
+        heartbeat.phase("starting")
+    assert reading(tmp_path / "beat").seconds["agreeing"] == 15 and reading(tmp_path / "beat").seconds["saving"] == 100
+
+
+def test_memory_is_told_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, num_measured = 100.0, 0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def measured() -> Memory:
+        nonlocal num_measured
+        num_measured += 1
+        return Memory(num_measured, 2, 3)
+
+    heartbeat = Heartbeat(tmp_path / "beat")
+    heartbeat.measure = measured
+    for step, seconds in enumerate((0.0, 0.5, 0.4, 0.2), 1):
+        now += seconds
+        heartbeat.step_done(step)
+    assert num_measured == 2 and reading(tmp_path / "beat").memory == Memory(2, 2, 3)
+
+
+def test_a_step_pays_next_to_nothing_for_being_looked_at(tmp_path: Path) -> None:
+    """Less than a thousandth of a step of 100 ms, with memory measured each time."""
+    heartbeat = Heartbeat(tmp_path / "beat")
+    heartbeat.measure = lambda: memory(torch.device("cpu"))
+    took = []
+    for step in range(500):
+        heartbeat._measured = -1e9
+        began = time.perf_counter()
+        for phase in STEP_PHASES:
+            heartbeat.phase(phase)
+        heartbeat.step_done(step)
+        took.append(time.perf_counter() - began)
+    assert sorted(took)[len(took) // 2] < 100e-6
+
+
 def test_a_rank_that_nobody_looks_at_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     heartbeat = Heartbeat()
@@ -60,7 +117,7 @@ def test_a_rank_trains_on_where_no_file_can_be_made(tmp_path: Path, capfd: pytes
 
 def test_what_is_no_beat_is_not_taken_for_one(tmp_path: Path) -> None:
     path = tmp_path / "beat"
-    for content in (b"", b"short", bytes(512), b"\xff" * 512):
+    for content in (b"", b"short", bytes(1024), b"\xff" * 1024):
         path.write_bytes(content)
         assert read(path) is None
 
@@ -93,8 +150,11 @@ def test_a_reader_never_mixes_what_a_busy_writer_says(tmp_path: Path) -> None:
         heartbeat, step = Heartbeat(path), 0
         while True:  # by what each beat says of steps, all of its other numbers can be told
             step += 1
+            heartbeat._step = heartbeat._num_steps = step
             heartbeat._seconds, heartbeat._waited = [float(step)] * len(PHASES), [step / 2] * len(PHASES)
-            heartbeat.step_done(step)
+            heartbeat._last_step = [step / 4] * (2 * len(STEP_PHASES))
+            heartbeat._memory = Memory(step, 2 * step, 3 * step)
+            heartbeat._write(time.monotonic())
     try:
         last, num_seen, deadline = 0, 0, time.monotonic() + 30
         while num_seen < 500 and time.monotonic() < deadline:
@@ -131,3 +191,5 @@ def check(beat: Beat) -> None:
     assert beat.num_steps == beat.step
     assert set(beat.seconds.values()) == {float(beat.step)}
     assert set(beat.waited.values()) == {beat.step / 2}
+    assert {*beat.last_step.seconds.values(), *beat.last_step.waited.values()} == {beat.step / 4}
+    assert beat.memory == Memory(beat.step, 2 * beat.step, 3 * beat.step)

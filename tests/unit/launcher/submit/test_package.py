@@ -18,7 +18,8 @@ def test_the_package_is_code_and_config_and_runs_apart_from_the_checkout(tmp_pat
     config = from_tree({"name": "sent", "seed": 7})
     write_package(config, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"trainer", "launcher", "data_pipeline", CONFIG_NAME}
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".py", ".yaml")]
+    kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert kinds == {".py", ".yaml", ".html", ".css", ".js"}  # the page's three
     assert config_file.load(tmp_path / CONFIG_NAME) == config
     program = "import launcher; from launcher.cli.main import main; print(launcher.__file__); main()"
     shown = subprocess.run(

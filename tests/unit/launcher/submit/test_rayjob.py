@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,13 +96,38 @@ def test_every_derived_field_follows_the_config(run: RunConfig) -> None:
     ]  # fmt: skip
 
 
+def ports(group: dict[str, Any]) -> dict[str, int]:
+    return {each["name"]: each["containerPort"] for each in container(group)["ports"]}
+
+
+@pytest.mark.parametrize(
+    ("monitoring", "head_port", "worker_port"),
+    [({}, 9400, 9401), ({"page_port": 8000, "node_port": 8001}, 8000, 8001), ({"listen": "nowhere"}, None, None)],
+)
+def test_prometheus_finds_the_endpoints_that_the_run_serves(
+    monitoring: dict[str, Any], head_port: int | None, worker_port: int | None
+) -> None:
+    head, worker = groups(rendered(config(name="lion", monitoring=monitoring)))
+    assert (ports(head).get("broadgauge"), ports(worker).get("broadgauge")) == (head_port, worker_port)
+    text = head["template"]["metadata"]["annotations"][names.CONFIG_ANNOTATION]
+    served = config_file.from_tree(config_file.parse_yaml(text)).monitoring
+    assert served.listen == ("network" if head_port else "nowhere")
+    assert (served.page_port or None, served.node_port or None) == (head_port, worker_port)
+    monitor = yaml.safe_load((template.MANIFESTS / "base" / "namespace" / "pod-monitor.yaml").read_text())
+    assert "broadgauge" in [each["port"] for each in monitor["spec"]["podMetricsEndpoints"]]
+    policy = yaml.safe_load((template.MANIFESTS / "base" / "namespace" / "network-policy.yaml").read_text())
+    allowed = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
+    assert {9400, 9401} <= allowed
+
+
 @settings(max_examples=15)
 @given(runs)
 def test_the_config_arrives_as_it_was_whatever_is_in_it(run: RunConfig) -> None:
     job = template.only_rayjob(template.dump(rendered(run)), template.MANIFESTS)  # as YAML, there and back
     head, worker = groups(job)
     text = head["template"]["metadata"]["annotations"][names.CONFIG_ANNOTATION]
-    assert config_file.from_tree(config_file.parse_yaml(text)) == run
+    arrived = config_file.from_tree(config_file.parse_yaml(text))
+    assert arrived.model_copy(update={"monitoring": run.monitoring}) == run
     assert names.CONFIG_ANNOTATION not in worker["template"]["metadata"].get("annotations", {})
     (file,) = (each for each in head["template"]["spec"]["volumes"] if "downwardAPI" in each)
     (item,) = file["downwardAPI"]["items"]
