@@ -142,7 +142,9 @@ def expect_as_if_undisturbed(run: DrilledRun, undisturbed: DrilledRun) -> None:
 def history(run: DrilledRun) -> list[Event]:
     """The steps that count, without what may differ."""
     steps = surviving_steps(run.events())
-    return [{name: value for name, value in step.items() if name not in ("time", "seconds")} for step in steps]
+    return [
+        {name: value for name, value in step.items() if name not in ("time", "seconds", "phases")} for step in steps
+    ]
 
 
 def evaluations(run: DrilledRun) -> dict[int, float]:

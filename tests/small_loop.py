@@ -172,7 +172,7 @@ def of_kind(events: Sequence[Event], *kinds: str) -> list[Event]:
 
 def results(events: Sequence[Event]) -> dict[tuple[str, int], Event]:
     """What a run computed, of the events in order: what differs from one life to the next left out."""
-    passing = ("time", "seconds")
+    passing = ("time", "seconds", "phases")
     return {
         (event["kind"], event["step"]): {key: value for key, value in event.items() if key not in passing}
         for event in of_kind(events, "step", "evaluated")

@@ -4,11 +4,19 @@ Everything a person sees of a run (progress, tables, plots) is drawn from this f
 opened for appending, so several processes may write to the same file without mixing their lines, and a reader may
 meet torn lines only where a disk was full or a writer died: they are passed over, and cost no other line.
 
+The disk has every event within a second: what a machine loses that loses its power is the last one. The file may be
+rotated while it is written (`mv events.jsonl events.jsonl.1`, as logrotate does): writers begin a new one, and readers
+read events.jsonl.2, events.jsonl.1, events.jsonl.
+
+The meaning of kinds and fields is a schema with a version, which every command writes first. Fields and kinds may be
+added within one; a reader passes over what it does not know, and refuses a record of a later version.
+
 A full disk does not end training: events wait in memory, in order and with the time at which they happened, and are
 written with the next one that can be. It is an error when more than 16 MiB wait, when a checkpoint relies on them
 (`sync`), and when the process ends (`close`). What waits is lost with a process that is killed; the ledger misses it.
 
 Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
+    command_started     schema (version of this table), version (of the package): a command works on the run from now on
     run_started         resumed (bool)
     stage_started       stage
     stage_finished      stage, seconds, result (one line for a person)
@@ -60,10 +68,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import orjson
+
+from trainer.config import UserError
+
+SCHEMA = 1
+"""Version of the events that this code writes, and the latest that it can read."""
 
 Event = dict[str, Any]
 
@@ -76,29 +90,31 @@ _BEGIN = re.compile(rb'\{"time":')
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MOST_WAITING_BYTES = 16 << 20  # about 50,000 steps
+_FLUSH_SECONDS = 1.0
 
 
 class EventLog:
     """Appends events to one file; threads may share it."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._waiting: deque[bytes] = deque()
         """Lines that the disk has not taken yet, oldest first."""
         self._is_torn = False
         """Whether the disk has taken a part of the first of them."""
         self._lock = threading.Lock()
-        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._heal_torn_line(path)
+        self._fd = self._opened()
+        self._looked = time.monotonic()
+        self._is_dirty, self._is_closed = False, threading.Event()
+        self._flusher = threading.Thread(target=self._keep_flushing, name="events", daemon=True)
 
-    def _heal_torn_line(self, path: Path) -> None:
-        """End the line that a killed writer may have left open, so that ours starts a new one."""
-        with open(path, "rb") as handle:
-            handle.seek(0, os.SEEK_END)
-            if handle.tell() == 0:
-                return
-            handle.seek(-1, os.SEEK_END)
-            if handle.read(1) != b"\n":
-                os.write(self._fd, b"\n")
+    def _opened(self) -> int:
+        """The file, with the line ended that a killed writer may have left open, so that ours starts a new one."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            os.write(descriptor, b"\n")
+        return descriptor
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append an event, or keep it until the disk has room.
@@ -110,10 +126,42 @@ class EventLog:
         with self._lock:
             self._waiting.append(line + b"\n")
             try:
+                self._follow_rotation()
                 self._write_waiting()
+                self._flush_soon()
             except OSError as error:
                 if error.errno not in _FULL or sum(map(len, self._waiting)) > _MOST_WAITING_BYTES:
                     raise
+
+    def _follow_rotation(self) -> None:
+        """Where another file has taken the path, or none is there any more, go on in that."""
+        now = time.monotonic()
+        if now - self._looked < _FLUSH_SECONDS:
+            return
+        self._looked = now
+        try:
+            is_there = os.path.samestat(os.stat(self._path), os.fstat(self._fd))
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            before, self._fd, self._is_torn = self._fd, self._opened(), False
+            os.close(before)
+
+    def _flush_soon(self) -> None:
+        self._is_dirty = True
+        if self._flusher.ident is None:
+            self._flusher.start()
+
+    def _keep_flushing(self) -> None:
+        """From a thread, since a disk may take its time."""
+        while not self._is_closed.wait(_FLUSH_SECONDS):
+            with self._lock:
+                descriptor = os.dup(self._fd) if self._is_dirty else None
+                self._is_dirty = False
+            if descriptor is not None:
+                with suppress(OSError):  # `sync` is for those who rely on it
+                    os.fdatasync(descriptor)
+                os.close(descriptor)
 
     def _write_waiting(self) -> None:
         while self._waiting:
@@ -143,31 +191,79 @@ class EventLog:
             with self._lock:
                 self._write_waiting()
         finally:
+            self._is_closed.set()
+            if self._flusher.ident is not None:
+                self._flusher.join()
+            with suppress(OSError):
+                os.fdatasync(self._fd)
             os.close(self._fd)
 
 
 class EventReader:
-    """Reads a growing file: each call to `new_events` yields the whole lines added since the last one."""
+    """Reads a growing record: each call to `new_events` yields the whole lines added since the last one."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._inode: int | None = None
+        """Of the file that was read last."""
         self._offset = 0
 
     def skip_to_end(self) -> None:
-        self._offset = self._path.stat().st_size if self._path.exists() else 0
+        found = _stat(self._path)
+        self._inode, self._offset = (found.st_ino, found.st_size) if found else (None, 0)
 
     def new_events(self) -> Iterator[Event]:
-        if not self._path.exists():
-            return
-        with open(self._path, "rb") as handle:
-            handle.seek(self._offset)
-            chunk = handle.read()
-        whole, newline, _ = chunk.rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        for line in whole.splitlines():
-            event = _parse(line)
-            if event is not None:
-                yield event
+        """Raises:
+        UserError: a later version has written it.
+        """
+        for path in self._unread():
+            with open(path, "rb") as handle:
+                self._enter(os.fstat(handle.fileno()))
+                handle.seek(self._offset)
+                chunk = handle.read()
+            whole, newline, _ = chunk.rpartition(b"\n")
+            self._offset += len(whole) + len(newline)
+            for line in whole.splitlines():
+                event = _parse(line)
+                if event is not None:
+                    yield self._checked(event)
+
+    def _unread(self) -> list[Path]:
+        """Files with something new, oldest first."""
+        now = _stat(self._path)
+        if now is not None and now.st_ino == self._inode:
+            return [self._path] if now.st_size != self._offset else []
+        files = _segments(self._path)
+        inodes = [found.st_ino if (found := _stat(path)) else None for path in files]
+        return files[inodes.index(self._inode) if self._inode in inodes else 0 :]
+
+    def _enter(self, file: os.stat_result) -> None:
+        """Go on in this file where it was left; in one that is new, or was cut short, from its beginning."""
+        if file.st_ino != self._inode or file.st_size < self._offset:
+            self._inode, self._offset = file.st_ino, 0
+
+    def _checked(self, event: Event) -> Event:
+        schema = event.get("schema")
+        if event["kind"] == "command_started" and isinstance(schema, int) and schema > SCHEMA:
+            raise UserError(
+                f"{self._path} has events of schema {schema}, and this version reads up to {SCHEMA}; use the version "
+                f"{event.get('version')} that has written them"
+            )
+        return event
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _segments(path: Path) -> list[Path]:
+    """The files of a record, oldest first: those that rotation has put aside, the one that is written."""
+    numbers = (each.name.removeprefix(f"{path.name}.") for each in path.parent.glob(f"{path.name}.*"))
+    aside = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+    return [*(path.with_name(f"{path.name}.{number}") for number in aside), *([path] if path.exists() else [])]
 
 
 def read_events(path: Path) -> list[Event]:

@@ -145,6 +145,7 @@ class Training:
         def is_sound(loss: float, grad_norm: float) -> bool:
             return stability.fault(self._config.stability, state, loss, grad_norm) is None
 
+        self._heartbeat.phase("computing")
         stats = self._engine.train_step(batch, lr, place.number - 1, is_sound, self._heartbeat.phase)
         decision, state = stability.judge(self._config.stability, state, place.number, stats.loss, stats.grad_norm)
         assert stats.updated == isinstance(decision, Accept)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import MANIFEST, read_manifest
 from trainer.config import RunConfig
 from trainer.data.blend import DatasetUse
-from trainer.events import EventLog, EventReader, read_events
+from trainer.events import SCHEMA, EventLog, EventReader, read_events
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
 from trainer.stop import Preempted
@@ -106,6 +107,7 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
         run_dir.create(config)
         log = EventLog(run_dir.events_path)
         resources.callback(log.close)
+        log.write("command_started", schema=SCHEMA, version=version("broadgauge"))
         written = EventReader(run_dir.events_path)
         written.skip_to_end()
         try:

@@ -119,7 +119,7 @@ def of_kind(events: list[Event], kind: str) -> list[Event]:
 
 def facts(events: list[Event]) -> list[Event]:
     """Events without what differs from one life and folder to the next; a checkpoint's index names its folder."""
-    passing = ("time", "seconds", "path", "bytes")
+    passing = ("time", "seconds", "phases", "path", "bytes")
     return [{key: value for key, value in event.items() if key not in passing} for event in events]
 
 

@@ -190,7 +190,9 @@ def of_kind(events: list[Event], kind: str) -> list[Event]:
 
 def facts(events: list[Event]) -> list[Event]:
     """Events without what differs from one life to the next."""
-    return [{k: v for k, v in event.items() if k not in ("time", "seconds", "path", "bytes")} for event in events]
+    return [
+        {k: v for k, v in event.items() if k not in ("time", "seconds", "phases", "path", "bytes")} for event in events
+    ]
 
 
 def final_loss(events: list[Event]) -> float:

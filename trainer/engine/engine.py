@@ -61,9 +61,9 @@ class Engine:
         """One step over this replica's micro-batches; `step` (0-based) names the dropout streams.
 
         Unless loss and gradients are finite and `accept` agrees, the step leaves the training state as it was. `phase`
-        is told what begins; the host has then waited for the device, so that each phase is charged with its own.
+        is told what follows on forward and backward; the host has then waited for the device, so that each phase is
+        charged with its own.
         """
-        phase("computing")
         self._zero.module.train()
         if self.config.model.dropout > 0:
             parallel.seed_dropout(self.config.seed, step)

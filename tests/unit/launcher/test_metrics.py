@@ -72,7 +72,7 @@ def beat(rank: int = 0, step: int = 7) -> Beat:
 
 
 def samples(values: Mapping[Metric, Mapping[tuple[str, ...], float]]) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Of the page that an endpoint would serve, as another's parser reads it: series, values of labels by name -> value."""
+    """Of the page of an endpoint, as another's parser reads it: series and values of labels, by name -> value."""
     page, content_type = expose(values, OPEN_METRICS)
     assert content_type.startswith("application/openmetrics-text")
     found = {}

@@ -2,6 +2,8 @@
 
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.events import EventLog, EventReader, read_events, surviving_steps
+from trainer.config import UserError
+from trainer.events import SCHEMA, EventLog, EventReader, read_events, surviving_steps
 
 
 @pytest.fixture
@@ -211,6 +214,97 @@ def _write_many(path: Path, writer: int, count: int, start_read: int, start_writ
         status = 0
     finally:
         os._exit(status)
+
+
+# ------------------------------------------------------------------------------------------------ rotation and flushing
+
+
+def rotate(path: Path) -> None:
+    """As logrotate does, without asking anybody."""
+    aside = sorted((int(each.suffix[1:]) for each in path.parent.glob(f"{path.name}.*")), reverse=True)
+    for number in (*aside, 0):
+        before = path.with_name(f"{path.name}.{number}") if number else path
+        before.rename(path.with_name(f"{path.name}.{number + 1}"))
+
+
+def test_a_record_that_is_rotated_while_it_is_written_loses_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve times, so that numbers are more than digits; one reader looks all the time, one now and then."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    log, busy, idle = EventLog(path), EventReader(path), EventReader(path)
+    seen: list[int] = []
+    seen_late: list[int] = []
+    for number in range(120):
+        log.write("step", step=number)
+        now += 0.3  # the writer looks once a second: the first events after a rotation go to the file put aside
+        seen += [event["step"] for event in busy.new_events()]
+        assert seen == list(range(number + 1))
+        if number % 25 == 24:
+            seen_late += [event["step"] for event in idle.new_events()]
+            assert seen_late == list(range(number + 1))
+        if number % 10 == 9:
+            rotate(path)
+    log.close()
+    assert len(list(path.parent.iterdir())) == 13
+    assert [event["step"] for event in read_events(path)] == list(range(120))
+
+
+def test_a_record_that_is_copied_and_cut_is_read_on_from_its_beginning(path: Path) -> None:
+    log, reader = EventLog(path), EventReader(path)
+    log.write("step", step=1)
+    log.write("step", step=2)
+    assert len(list(reader.new_events())) == 2
+    path.with_name("events.jsonl.1").write_bytes(path.read_bytes())
+    os.truncate(path, 0)
+    log.write("step", step=3)
+    assert [event["step"] for event in reader.new_events()] == [3]
+    assert [event["step"] for event in read_events(path)] == [1, 2, 3]
+
+
+def test_who_looks_at_the_end_alone_does_not_see_what_was_put_aside(path: Path) -> None:
+    log, reader = EventLog(path), EventReader(path)
+    log.write("step", step=1)
+    rotate(path)
+    EventLog(path).write("step", step=2)
+    reader.skip_to_end()
+    assert list(reader.new_events()) == []
+    EventLog(path).write("step", step=3)
+    assert [event["step"] for event in reader.new_events()] == [3]
+
+
+def test_other_files_beside_it_are_no_part_of_the_record(path: Path) -> None:
+    EventLog(path).write("step", step=1)
+    for name in ("events.jsonl.bak", "events.jsonl.1.gz", "events.jsonl.tmp"):
+        path.with_name(name).write_bytes(b'{"kind": "step", "step": 9}\n')
+    assert [event["step"] for event in read_events(path)] == [1]
+
+
+def test_the_disk_has_every_event_within_a_second_and_at_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, has_synced = [], threading.Event()
+
+    def fdatasync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_size)
+        has_synced.set()
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    log = EventLog(path)
+    log.write("step", step=1)
+    assert has_synced.wait(10) and synced == [path.stat().st_size]
+    log.write("step", step=2)
+    log.close()
+    assert synced[-1] == path.stat().st_size
+
+
+def test_a_record_of_a_later_version_is_refused_and_one_of_an_earlier_is_not(path: Path) -> None:
+    log = EventLog(path)
+    log.write("command_started", schema=SCHEMA, version="0.1.0")
+    log.write("step", step=1)
+    assert len(read_events(path)) == 2
+    log.write("command_started", schema=SCHEMA + 1, version="7.0.0")
+    with pytest.raises(UserError, match=f"has events of schema {SCHEMA + 1}, and this .*up to {SCHEMA};.* 7.0.0"):
+        read_events(path)
 
 
 # ---------------------------------------------------------------------------------------------------- surviving steps
