@@ -81,6 +81,9 @@ SCHEMA = 1
 
 Event = dict[str, Any]
 
+KINDS = tuple(re.findall(r"^    (\w+) ", (__doc__ or "").partition("depends on the kind:\n")[2], flags=re.MULTILINE))
+"""Of events, as above."""
+
 _VOIDING = {"training_started": "step", "rolled_back": "to_step"}
 """Kind of event -> its field that names the last step which is not void."""
 

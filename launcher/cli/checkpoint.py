@@ -7,6 +7,7 @@ import orjson
 import typer
 from rich.console import Console
 
+from launcher.cli.terminal import working
 from launcher.report.display import Display
 from trainer.config import UserError
 
@@ -67,10 +68,11 @@ def verify(
     from launcher.verbs import checkpoints
 
     display, verdicts = _display(), []
-    for verdict in checkpoints.verify(paths):
-        verdicts.append(verdict)
-        if not as_json:
-            display.line(checkpoint_report.line_of(verdict))
+    with working(stderr=True).stage("verify") as bar:
+        for verdict in checkpoints.verify(paths, bar.update):
+            verdicts.append(verdict)
+            if not as_json:
+                display.line(checkpoint_report.line_of(verdict))
     if as_json:
         _print_json(verdicts)
     if any(verdict.problem for verdict in verdicts):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from launcher.cli.terminal import working
 from launcher.report.display import Display
 from trainer.run_dir import RunDir
 
@@ -38,7 +39,7 @@ def ledger(
         else:
             ledger_report.show_step(used, Display(Console()))
         return
-    display = Display(Console(stderr=as_json))
+    display = working(stderr=as_json)
     with display.stage("ledger") as bar:
         found = audit.audit(run_dir, check_tokens=tokens, progress=bar.update)
         bar.result = ledger_report.verdict(found)

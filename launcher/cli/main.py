@@ -13,10 +13,11 @@ from rich.console import Console
 from launcher.cli import checkpoint as checkpoint_cli
 from launcher.cli import data as data_cli
 from launcher.cli import prepare as prepare_cli
-from launcher.cli import runs
+from launcher.cli import runs, terminal
 from launcher.cli import submit as submit_cli
 from launcher.cli.options import ConfigFile, DataOption, RayOption, RunDirOption, SetOption, run_dir_of
-from launcher.report.display import Display
+from launcher.cli.terminal import working
+from launcher.report.display import Mode
 from trainer import config_file
 from trainer.config import UserError
 from trainer.stop import Interrupted, Preempted
@@ -36,13 +37,21 @@ app.add_typer(prepare_cli.app, name="prepare")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(config_app, name="config")
-for verb in (submit_cli.submit, runs.status, runs.logs, runs.stop, runs.resume):
+for verb in (submit_cli.submit, runs.status, runs.events, runs.logs, runs.stop, runs.resume):
     app.command()(verb)
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
-    """`--debug` is read by `main`, before or after the command's name."""
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    progress: Annotated[
+        Mode,
+        typer.Option(help="Of long work: a bar on terminals, plain lines, an object of JSON a line, or nothing."),
+    ] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say only what may be wrong.")] = False,
+) -> None:
+    """These may stand before or after the command's name. `main` reads `--debug`."""
+    terminal.use("quiet" if quiet else progress)
 
 
 @app.command()
@@ -54,7 +63,7 @@ def run(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None, s
     from launcher.verbs import stages
 
     config = config_file.load(path, settings or ())
-    stages.run(config, run_dir_of(config, run_dir), _display(), ray)
+    stages.run(config, run_dir_of(config, run_dir), working(), ray)
 
 
 @app.command()
@@ -68,7 +77,7 @@ def train(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None,
     config = config_file.load(path, settings or ())
     where = run_dir_of(config, run_dir)
     checks.check_train(config, where, on_cluster=ray is not None)
-    with stages.claim(config, where, _display(), ray) as claimed:
+    with stages.claim(config, where, working(), ray) as claimed:
         stages.train(claimed)
 
 
@@ -84,7 +93,9 @@ def evaluate(
     """
     from launcher.verbs import inspection
 
-    print(json.dumps(inspection.evaluate(path, data, settings or ()), indent=2))
+    with working(stderr=True).stage("evaluate"):
+        result = inspection.evaluate(path, data, settings or ())
+    print(json.dumps(result, indent=2))
 
 
 @app.command()
@@ -105,7 +116,8 @@ def export(
     """
     from launcher.verbs import inspection
 
-    verified = inspection.export(path, out, data, settings or (), dtype, verify)
+    with working(stderr=True).stage("export"):
+        verified = inspection.export(path, out, data, settings or (), dtype, verify)
     print(f"{out}: {verified.summary}")
 
 
@@ -125,7 +137,8 @@ def import_model(
     """
     from launcher.verbs import importing
 
-    imported = importing.import_model(source, out, revision)
+    with working(stderr=True).stage("import"):
+        imported = importing.import_model(source, out, revision)
     print(f"{imported.checkpoint}: a {imported.architecture}; train on from it with {imported.config_path}")
     if imported.tokenizer_problem:
         print(f"no data can be prepared with its tokenizer: {imported.tokenizer_problem}")
@@ -169,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = spread_settings([argument for argument in arguments if argument != "--debug"])
+    arguments = first_of_all(spread_settings(arguments))
     try:
         app(arguments)
     except SystemExit as end:  # how the parser ends, also on Ctrl-C
@@ -194,6 +207,21 @@ def _complain(line: str, debug: bool) -> None:
     Console(stderr=True).print(line, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
+def first_of_all(arguments: Sequence[str]) -> list[str]:
+    """With the options that every command has in front, where the parser takes them."""
+    common: list[str] = []
+    others: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument in ("--debug", "--quiet") or argument.startswith("--progress="):
+            common.append(argument)
+        elif argument == "--progress":
+            common += [argument, *([value] if (value := next(waiting, None)) is not None else [])]
+        else:
+            others.append(argument)
+    return [*common, *others]
+
+
 def spread_settings(arguments: Sequence[str]) -> list[str]:
     """`--set a=1 b=2` -> `--set a=1 --set b=2`: the parser takes one value an option."""
     spread: list[str] = []
@@ -209,7 +237,3 @@ def spread_settings(arguments: Sequence[str]) -> list[str]:
             in_settings = False
             spread.append(argument)
     return spread
-
-
-def _display() -> Display:
-    return Display(Console())

@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from launcher.cli.options import ConfigFile, RayOption, RunDirOption, SetOption, run_dir_of
+from launcher.cli.terminal import working
 from launcher.report.display import Display
 from trainer import config_file
 from trainer.config import UserError
@@ -53,7 +54,7 @@ def corpus(
     the same as `broadgauge prepare corpus configs/quickstart.yaml --out data/stdlib`
     """
     config = config_file.load(path, settings or ())
-    display = Display(Console())
+    display = working()
     if workers and ray:
         raise UserError("--workers counts processes on this machine and --ray uses a cluster's; give one of them")
     if out is None:
@@ -110,7 +111,7 @@ def inspect(
         else inspection.documents(path, dataset, "heldout" if heldout else "train", first, count)
     )
     for title, text in found:
-        display.line(_printable(f"\n--- {title}\n{text}"))
+        display.line(f"\n--- {title}\n{text}")
 
 
 @app.command("train-classifier")
@@ -127,18 +128,14 @@ def train_classifier(
     """
     from data_pipeline.filters import classifier_training
 
-    report = classifier_training.train_classifier(positive, negative, out, text_field, seed)
+    with working(stderr=True).stage("train"):
+        report = classifier_training.train_classifier(positive, negative, out, text_field, seed)
     left_out = ", ".join(f"{count} {reason}" for reason, count in report.left_out.items()) or "none"
     print(
         f"{out}: trained on {report.num_positives:,} positives and {report.num_negatives:,} negatives; on "
         f"{report.num_heldout:,} texts it has not seen, accuracy {report.accuracy:.3f} and AUC {report.auc:.3f}; "
         f"records left out: {left_out}"
     )
-
-
-def _printable(text: str) -> str:
-    """Text from anywhere, for a terminal, which control characters would command."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 @contextmanager

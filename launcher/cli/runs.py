@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from launcher.cli.options import RayOption
+from launcher.cli.terminal import working
 from launcher.report.display import Display
 
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
@@ -18,27 +19,46 @@ _FOLLOW_SECONDS = 0.2
 
 def status(
     path: _Run,
+    watch: Annotated[bool, typer.Option("--watch", help="Live, until the command that works on it has ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for machines.")] = False,
 ) -> None:
-    """How a run is: at work or how it ended, its step and loss, what failed and what is saved.
+    """How a run is: at work or how it ended, its step, loss, speed and goodput, what failed and what is saved.
 
-    Example: `broadgauge status runs/quickstart`
+    Example: `broadgauge status runs/quickstart --watch`
     """
+    from launcher.report import status as report
     from launcher.verbs import runs
 
-    found = runs.status(path)
+    run, display = runs.Observer(path), Display(Console())
+    if watch:
+        report.watch(run.status, str(path), display)
+    elif not as_json:
+        report.show(run.status(), display)
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
-        return
-    display = Display(Console())
-    display.line(f"{path}: {found.state}" + (f" ({found.detail})" if found.detail else ""))
-    loss = f", loss {found.loss:.4f}" if found.loss is not None else ""
-    pace = f", {found.step_seconds:.3g} s a step" if found.step_seconds is not None else ""
-    display.line(f"  step {found.step:,} of {found.num_steps:,}{loss}{pace}")
-    saved = f"step {found.saved_step:,}" if found.saved_step is not None else "none"
-    display.line(f"  newest checkpoint: {saved}; ranks were started {found.lives} times, {found.failures} failures")
-    if found.last_failure:
-        display.line(f"  last failure: {found.last_failure}")
+        print(json.dumps(asdict(run.status()), indent=2))
+
+
+def events(
+    path: _Run,
+    since: Annotated[
+        str | None, typer.Option(metavar="TIME", help="From then on: `2h`, `30min` ago, `14:05`, or an ISO 8601 time.")
+    ] = None,
+    kind: Annotated[list[str] | None, typer.Option(metavar="KIND", help="Of these kinds; of all if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As they are in the record, an object a line.")] = False,
+) -> None:
+    """What has happened to a run: its record, a line for each event.
+
+    Example: `broadgauge events runs/quickstart --since 2h --kind life_failed`
+    """
+    from launcher.report import events as report
+    from launcher.verbs import runs
+
+    display, begin = Display(Console()), report.moment(since) if since is not None else None
+    for event in runs.events(path, begin, kind or ()):
+        if as_json:
+            print(json.dumps(event))
+        else:
+            display.line(report.line_of(event))
 
 
 def logs(
@@ -89,4 +109,4 @@ def resume(path: _Run, ray: RayOption = None) -> None:
     """
     from launcher.verbs import runs
 
-    runs.resume(path, Display(Console()), ray)
+    runs.resume(path, working(), ray)

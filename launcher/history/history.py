@@ -72,7 +72,8 @@ class RunHistory:
         self._cause: RestartReason = "command"
         self._nodes = 0
         self._stage_began: float | None = None
-        self._latest = 0.0
+        self.latest = 0.0
+        """Time of the last event."""
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> "RunHistory":
@@ -147,11 +148,11 @@ class RunHistory:
             self.marks.append(event)
         if kind in (*_ENDS, "stage_started", "stage_finished"):
             self.end = event
-        self._latest = time
+        self.latest = time
 
     def _add_stage(self, kind: str, event: Event, time: float) -> None:
         if self._stage_began is not None and kind in ("run_started", "stage_started", "stage_finished"):
-            end = time if kind == "stage_finished" else self._latest  # one that was cut off ended with its last word
+            end = time if kind == "stage_finished" else self.latest  # one that was cut off ended with its last word
             assert self.stage is not None
             self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + end - self._stage_began
             self._stage_began = None

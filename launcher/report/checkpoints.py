@@ -50,7 +50,7 @@ def show_survey(survey: Survey, display: Display) -> None:
     table = _table("step", "tokens", "held-out loss", "size", "files", "age", "state", left=("state",))
     for entry in survey.entries:
         _add(table, str(entry.step), *_numbers(entry), _state(entry, survey.newest))
-    display.console.print(table)
+    display.show(table)
     written_by: dict[str, list[int]] = {}
     for entry in survey.entries:
         if entry.manifest:
@@ -132,7 +132,7 @@ def show_manifest(path: Path, manifest: Manifest, shapes: Mapping[str, Shape], d
     for name, value in rows.items():
         if value is not None:
             _add(table, name, value)
-    display.console.print(table)
+    display.show(table)
 
 
 def _total(kind: str, shapes: Mapping[str, Shape]) -> str:
@@ -144,7 +144,7 @@ def show_tensors(shapes: Mapping[str, Shape], display: Display) -> None:
     table = _table("tensor", "shape", "elements", left=("tensor",))
     for name, shape in shapes.items():
         _add(table, name, _shape(shape), f"{math.prod(shape):,}")
-    display.console.print(table)
+    display.show(table)
 
 
 def show_statistics(found: "Mapping[str, Statistics]", display: Display) -> None:
@@ -152,7 +152,7 @@ def show_statistics(found: "Mapping[str, Statistics]", display: Display) -> None
     for name, of in found.items():
         numbers = (f"{each:.6g}" for each in (of.norm, of.mean, of.smallest, of.largest))
         _add(table, name, *numbers, f"{of.num_not_finite:,}")
-    display.console.print(table)
+    display.show(table)
 
 
 def _shape(shape: Shape | None) -> str:
@@ -184,7 +184,7 @@ def show_comparison(found: Comparison, display: Display) -> None:
         table = _table("tensor", "elements", "largest", "relative L2", left=("tensor",))
         for tensor in found.tensors[:_MOST_ROWS]:
             _add(table, tensor.name, *_apart(tensor))
-        display.console.print(table)
+        display.show(table)
         if len(found.tensors) > _MOST_ROWS:
             display.line(f"... and {len(found.tensors) - _MOST_ROWS} more; --json has all")
     verdict = "equal" if found.is_equal else "different"

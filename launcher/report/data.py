@@ -21,7 +21,7 @@ def describe(manifest: Manifest) -> str:
 def show(manifest: Manifest, display: Display) -> None:
     """What was dropped and repaired, and why; what the user should know."""
     for table in _tables(manifest):
-        display.console.print(table)
+        display.show(table)
     for note in manifest.notes:
         display.line(f"  note: {note}")
     for bad in manifest.bad_splits:
@@ -43,7 +43,7 @@ def show_epochs(uses: Sequence[DatasetUse], display: Display) -> None:
         table.add_column(title, justify="left" if title == "data set" else "right")
     for use in uses:
         table.add_row(use.name, f"{use.share:.1%}", f"{use.tokens:,}", f"{use.samples:,}", f"{use.epochs:.2f}")
-    display.console.print(table)
+    display.show(table)
 
 
 def _datasets(manifest: Manifest) -> Table:

@@ -27,9 +27,9 @@ def verdict(ledger: Ledger) -> str:
 def show(ledger: Ledger, display: Display) -> None:
     for line in _lines(ledger):
         display.line(f"  {line}")
-    display.console.print(_epochs(ledger))
+    display.show(_epochs(ledger))
     if ledger.left_out:
-        display.console.print(_left_out(ledger))
+        display.show(_left_out(ledger))
     for finding in ledger.findings[:_ROWS]:
         display.line(f"  finding: {finding}")
     if len(ledger.findings) > _ROWS:
@@ -113,4 +113,4 @@ def show_step(used: dict[str, Any], display: Display) -> None:
         table.add_column(title, justify="left" if title == "data set" else "right")
     for each in used["samples"]:
         table.add_row(f"{each['sample']:,}", each["dataset"], f"{each['epoch']:,}", f"{each['window']:,}")
-    display.console.print(table)
+    display.show(table)

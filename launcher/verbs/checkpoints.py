@@ -2,9 +2,10 @@
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from trainer.config_file import Difference
 from trainer.events import read_events
 from trainer.run_dir import RunDir
 from trainer.training_state import MASTER
+
+Update = Callable[[str, int, int | None, str], None]
+"""Hears what is being done, how much of it is done, of how much, in which unit."""
 
 if TYPE_CHECKING:
     from trainer.checkpoint.format.comparison import TensorDifference
@@ -164,8 +168,11 @@ class Verdict:
     seconds: float = 0.0
 
 
-def verify(paths: Iterable[Path]) -> Iterator[Verdict]:
+def verify(paths: Iterable[Path], update: Update = lambda *_: None) -> Iterator[Verdict]:
     """Read every file of the given checkpoints, and of all of a given run, against its hash; see that all are whole.
+
+    Args:
+        update: is told how many files of a checkpoint have been read.
 
     Raises:
         UserError: a path means no checkpoint.
@@ -174,12 +181,16 @@ def verify(paths: Iterable[Path]) -> Iterator[Verdict]:
         started = time.monotonic()
         try:
             with store.being_read(path):
-                manifest = store.verify(path)
+                manifest = store.verify(path, advance=partial(_told, update, path))
                 problem = _not_whole(path, manifest)
         except UserError as error:
             yield Verdict(path, _without(path, error))
             continue
         yield Verdict(path, problem, len(manifest.files), manifest.num_bytes, time.monotonic() - started)
+
+
+def _told(update: Update, path: Path, done: int, total: int) -> None:
+    update(f"verify: {path.name}", done, total, "files")
 
 
 def _meant(path: Path) -> list[Path]:

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from launcher.history.history import RunHistory
+from launcher.history.values import Facts, mfu
+from launcher.history.view import view_of
 from launcher.report.display import Display
 from launcher.verbs import checks, stages
 from trainer import config_file
 from trainer.config import UserError
-from trainer.events import Event, EventReader, read_events
+from trainer.events import KINDS, Event, EventReader, read_events
+from trainer.metrics import STATISTICS
 from trainer.run_dir import RunDir
-from trainer.schedule import Schedule
 
 _POLL_SECONDS = 0.2
 _ENDS = ("run_finished", "preempted", "failed", "diverged")
+_RECENT_EVENTS = 5
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,24 @@ class Status:
     failures: int
     last_failure: str | None
     saved_step: int | None
+    goodput: float | None
+    """Productive share of the time for which commands have trained the run."""
+    times: dict[str, float]
+    """That time (s), by what came of it; see `launcher.history.times`."""
+    remaining_seconds: float | None
+    """Until the last step, at the pace of the last ones."""
+    tokens_per_second: float | None
+    mfu: float | None
+    heldout_loss: float | None
+    rank_seconds: dict[str, float] | None
+    """In which ranks work in a step: min, mean, max, and the number of the slowest."""
+    saves: str
+    restarts: dict[str, int]
+    """By what had ended the ranks before."""
+    page: str | None
+    """Address of the page, while a command serves it."""
+    recent: list[dict[str, Any]]
+    """The last events that a person should know of, oldest first."""
 
 
 def open_run(path: Path) -> RunDir:
@@ -52,23 +73,79 @@ def open_run(path: Path) -> RunDir:
     return run_dir
 
 
+class Observer:
+    """Looks at a run's folder again and again; what it has read of the record it need not read again."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises:
+        UserError: it is no run.
+        """
+        self._run_dir = open_run(path)
+        self._facts = Facts.of(config_file.load(self._run_dir.config_path))
+        self._history, self._events = RunHistory(), EventReader(self._run_dir.events_path)
+
+    def status(self) -> Status:
+        """As of now."""
+        history, facts = self._history, self._facts
+        for event in self._events.new_events():
+            history.add(event)
+        state, detail = _state(self._run_dir, history)
+        seen = view_of(history, facts, time.time() if state == "working" else history.latest)
+        saved, evaluation = history.saves.newest, history.last_evaluation
+        rate = history.tokens_per_second(facts.seq_length, history.recent) if len(history.steps) else None
+        ranks = history.ranks[-1] if history.ranks else None
+        return Status(
+            state=state,
+            detail=detail,
+            step=history.step,
+            num_steps=facts.schedule.num_steps,
+            loss=history.loss,
+            step_seconds=history.steps["seconds"][-1] if len(history.steps) else None,
+            lives=history.num_lives,
+            failures=len(history.failures),
+            last_failure=history.failures[-1]["error"] if history.failures else None,
+            saved_step=saved["step"] if saved else None,
+            goodput=seen["goodput"],
+            times=seen["times"],
+            remaining_seconds=seen["remaining_seconds"],
+            tokens_per_second=rate,
+            mfu=mfu(history, facts, rate) if rate is not None else None,
+            heldout_loss=evaluation["loss"] if evaluation else None,
+            rank_seconds={name: ranks[name] for name in (*STATISTICS, "slowest")} if ranks else None,
+            saves=str(history.saves),
+            restarts=dict(history.restarts),
+            page=_page(self._run_dir),
+            recent=seen["marks"][-_RECENT_EVENTS:],
+        )
+
+
 def status(path: Path) -> Status:
+    """Raises:
+    UserError: it is no run.
+    """
+    return Observer(path).status()
+
+
+def _page(run_dir: RunDir) -> str | None:
+    try:
+        return run_dir.page_url_path.read_text(encoding="utf-8") if is_worked_on(run_dir) else None
+    except OSError:
+        return None
+
+
+def events(path: Path, since: float | None, kinds: Sequence[str]) -> Iterator[Event]:
+    """Of a run's record: those of some kinds, all unless some are named, from a time on (Unix seconds).
+
+    Raises:
+        UserError: it is no run, or there are no such kinds.
+    """
     run_dir = open_run(path)
-    history = RunHistory.read(run_dir.events_path)
-    state, detail = _state(run_dir, history)
-    saved = history.saves.newest
-    return Status(
-        state=state,
-        detail=detail,
-        step=history.step,
-        num_steps=Schedule(config_file.load(run_dir.config_path)).num_steps,
-        loss=history.loss,
-        step_seconds=history.steps["seconds"][-1] if len(history.steps) else None,
-        lives=history.num_lives,
-        failures=len(history.failures),
-        last_failure=history.failures[-1]["error"] if history.failures else None,
-        saved_step=saved["step"] if saved else None,
-    )
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UserError(f"--kind {unknown[0]}: there is no such kind of event; known: {', '.join(KINDS)}")
+    for event in read_events(run_dir.events_path):
+        if (not kinds or event["kind"] in kinds) and (since is None or event.get("time", 0.0) >= since):
+            yield event
 
 
 def _state(run_dir: RunDir, history: RunHistory) -> tuple[str, str | None]:

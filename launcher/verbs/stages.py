@@ -145,7 +145,7 @@ def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = 
         export(claimed)
         generate_sample(claimed)
         claimed.log.write("run_finished", seconds=round(time.monotonic() - started, 3))
-        display.console.print(report.summary(config, run_dir, RunHistory.read(run_dir.events_path)))
+        display.show(report.summary(config, run_dir, RunHistory.read(run_dir.events_path)))
 
 
 def is_finished(run_dir: RunDir) -> bool:
@@ -219,7 +219,7 @@ def train(claimed: ClaimedRun) -> None:
                 elif event["kind"] == "evaluated":
                     bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], schedule.num_steps, "steps")
                 elif event["kind"] in WARNINGS and event.get("durable", True):
-                    claimed.display.line(f"  warning: {WARNINGS[event['kind']].format_map(event)}")
+                    claimed.display.warn(WARNINGS[event["kind"]].format_map(event))
 
         bar.update("train: starting ranks", 0, schedule.num_steps, "steps")
         _train_ranks(claimed, show_progress)

@@ -4,7 +4,7 @@ import click
 import pytest
 import typer
 
-from launcher.cli.main import app, spread_settings
+from launcher.cli.main import app, first_of_all, spread_settings
 
 SURFACE = {
     "run": ["CONFIG", "--run-dir", "--ray", "--set"],
@@ -12,7 +12,8 @@ SURFACE = {
     "prepare inspect": ["DIR", "--dataset", "--heldout", "--dropped", "--first", "--count"],
     "prepare train-classifier": ["--positive", "--negative", "--out", "--text-field", "--seed"],
     "train": ["CONFIG", "--run-dir", "--ray", "--set"],
-    "status": ["RUN", "--json"],
+    "status": ["RUN", "--watch", "--json"],
+    "events": ["RUN", "--since", "--kind", "--json"],
     "logs": ["RUN", "--rank", "--tail", "--follow", "--error"],
     "stop": ["RUN", "--timeout"],
     "resume": ["RUN", "--ray"],
@@ -73,3 +74,10 @@ def test_one_set_takes_several_values() -> None:
     ]
     assert spread_settings(["run", "--set", "a=1", "c.yaml"]) == ["run", "--set", "a=1", "c.yaml"]
     assert spread_settings(["run", "c.yaml", "--set=a=1"]) == ["run", "c.yaml", "--set=a=1"]
+
+
+def test_what_holds_for_every_command_may_stand_anywhere() -> None:
+    assert first_of_all(["run", "c.yaml", "--quiet", "--set", "a=1"]) == ["--quiet", "run", "c.yaml", "--set", "a=1"]
+    assert first_of_all(["run", "c.yaml", "--progress", "json"]) == ["--progress", "json", "run", "c.yaml"]
+    assert first_of_all(["--debug", "run", "--progress=plain"]) == ["--debug", "--progress=plain", "run"]
+    assert first_of_all(["run", "--progress"]) == ["--progress", "run"]  # the parser refuses it

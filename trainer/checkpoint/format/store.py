@@ -116,17 +116,24 @@ def read(checkpoint: Path, *, part: bool = False) -> Manifest:
     return manifest
 
 
-def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
+def verify(
+    checkpoint: Path, only: Iterable[str] | None = None, advance: Callable[[int, int], None] = lambda done, total: None
+) -> Manifest:
     """Check every file, or of a part of a checkpoint `only` those, against the manifest.
+
+    Args:
+        advance: is told after each file how many of how many have been checked.
 
     Raises:
         Unreadable: the system does not hand out what is there.
         UserError: names the first file that is missing or differs, or says why the manifest cannot be used.
     """
     manifest = read(checkpoint, part=only is not None)
-    for name in manifest.files if only is None else only:
+    names = list(manifest.files if only is None else only)
+    for number, name in enumerate(names, 1):
         if _fingerprint_of(checkpoint, name) != manifest.files[name]:
             raise UserError(f"{checkpoint} is damaged: {name} does not have the size and hash that its manifest states")
+        advance(number, len(names))
     return manifest
 
 
