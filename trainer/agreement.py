@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other after every step, in one small all-reduce: what it was fed, save, stop."""
+"""What ranks tell each other after every step, in one small all-reduce: what it was fed, save, stop, profile."""
 
 import time
 from collections.abc import Callable
@@ -22,6 +22,8 @@ class Agreed:
     """Whether a checkpoint is due."""
     stop: bool
     """Whether some rank was asked to save and end."""
+    profile: bool = False
+    """Whether some rank was asked for a profile."""
 
 
 class Agreement:
@@ -33,9 +35,11 @@ class Agreement:
         stop: StopRequest,
         history: FailureHistory,
         clock: Callable[[], float] = time.monotonic,
+        is_profile_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         """`history` is what earlier lives of the run have seen."""
         self._config, self._stop, self._history, self._clock = config, stop, history, clock
+        self._is_profile_asked = is_profile_asked
         self._began = clock()
         self.saved(0)
 
@@ -53,12 +57,13 @@ class Agreement:
             data_digest: of the samples of this rank's replica.
         """
         is_first = dist.get_rank() == 0
-        digest, num_due, num_stops = parallel.sum_over_ranks(
+        digest, num_due, num_stops, num_profiles = parallel.sum_over_ranks(
             data_digest if parallel.speaks_for_replica() else 0,
             int(is_first and self._is_due(step)),
             int(self._stop.is_made()),
+            int(self._is_profile_asked()),
         )
-        return Agreed(digest, bool(num_due), bool(num_stops))
+        return Agreed(digest, bool(num_due), bool(num_stops), bool(num_profiles))
 
     def _is_due(self, step: int) -> bool:
         now = self._clock()

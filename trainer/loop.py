@@ -23,6 +23,7 @@ from trainer.engine.engine import Engine, StepStats
 from trainer.evaluate.heldout import HeldoutEvaluation
 from trainer.events import read_events
 from trainer.heartbeat import Heartbeat
+from trainer.profiling import StepProfiler
 from trainer.restore import Progress, Source, restore
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule, Step, learning_rate
@@ -53,7 +54,7 @@ def train(
         TrainingDiverged: neither skipping steps nor going back to a checkpoint has helped.
     """
     training = Training(config, run_dir, device, record, room, stop or StopRequest(None), heartbeat or Heartbeat())
-    with training.batches:
+    with training.batches, training.profiler:
         training.begin()
         while (place := training.next_step()) is not None:
             decision, agreed = training.advance(place)
@@ -99,7 +100,8 @@ class Training:
         self._stop, self._heartbeat, self._device = stop, heartbeat, device
         # rank 0 decides when to save
         events = read_events(run_dir.events_path) if dist.get_rank() == 0 else []
-        self._agreement = Agreement(config, stop, read_history(events))
+        self.profiler = StepProfiler(run_dir, dist.get_rank(), device, record)
+        self._agreement = Agreement(config, stop, read_history(events), is_profile_asked=self.profiler.is_asked)
         self.batches = ReadAhead(read, schedule.num_steps, config.train.micro_batch_size, device)
         self._progress = Progress()
         self._saved_step = 0
@@ -136,6 +138,7 @@ class Training:
         """
         if place.number in self._progress.stability.quarantined:
             return self._pass_over(place)
+        self.profiler.before(place.number)
         started = time.perf_counter()
         state = self._progress.stability
         self._heartbeat.phase("loading data")
@@ -174,6 +177,9 @@ class Training:
         self._heartbeat.phase("agreeing")
         agreed = self._agreement.after_step(place.number, data_digest)
         self._heartbeat.step_done(place.number)
+        self.profiler.after(place.number)
+        if agreed.profile:
+            self.profiler.hear(place.number)
         return agreed
 
     def _record_step(

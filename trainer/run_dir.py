@@ -54,6 +54,15 @@ class RunDir:
         return self.path / "stop"
 
     @property
+    def profile_request_path(self) -> Path:
+        """See `trainer.profiling`."""
+        return self.path / "profile.json"
+
+    @property
+    def profiles(self) -> Path:
+        return self.path / "profiles"
+
+    @property
     def lock_path(self) -> Path:
         """Held by the command that works on the run."""
         return self.path / ".lock"

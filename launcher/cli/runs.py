@@ -87,6 +87,22 @@ def logs(
             time.sleep(_FOLLOW_SECONDS)
 
 
+def profile(
+    path: _Run,
+    steps: Annotated[str, typer.Option(metavar="FIRST:LAST", help="Steps to come.", show_default=False)],
+    rank: Annotated[list[int] | None, typer.Option(metavar="N", help="Of these ranks; of rank 0 if not given.")] = None,
+) -> None:
+    """Record what ranks do in some steps, without stopping them: a trace for Perfetto or chrome://tracing each.
+
+    Example: `broadgauge profile runs/quickstart --steps 100:102 --rank 0 --rank 3`
+    """
+    from launcher.verbs import profiling
+
+    with working(stderr=True).stage("profile"):
+        traces = profiling.profile(path, steps, rank or (0,))
+    print("\n".join(map(str, traces)))
+
+
 def stop(
     path: _Run,
     timeout_seconds: Annotated[

@@ -40,8 +40,6 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 def test_an_event_is_one_line() -> None:
     event = {"time": NOW, "kind": "life_failed", "what": "rank", "error": "rank 1 was killed", "loss": 1.23456789}
-    assert line_of(event) == (
-        "2026-01-31 12:30:15.000  life_failed  what=rank error='rank 1 was killed' loss=1.23457"
-    )
+    assert line_of(event) == ("2026-01-31 12:30:15.000  life_failed  what=rank error='rank 1 was killed' loss=1.23457")
     assert "\n" not in line_of({"time": NOW, "kind": "failed", "error": "one\ntwo"} | {"more": ""})
     assert len(line_of({"kind": "generated", "text": "x" * 10_000})) < 200

@@ -104,7 +104,7 @@ def test_events_are_chosen_by_kind_and_time(run_dir: RunDir) -> None:
     ]
     assert list(runs.events(run_dir.path, every[-1]["time"] + 1, ())) == []
     assert list(runs.events(run_dir.path, every[0]["time"], ())) == every
-    with pytest.raises(UserError, match="--kind steps: there is no such kind of event; known: .*step_skipped"):
+    with pytest.raises(UserError, match=r"--kind steps: there is no such kind of event; known: .*step_skipped"):
         list(runs.events(run_dir.path, None, ["steps"]))
 
 
