@@ -6,7 +6,7 @@ imports torch, so reading and checking a config takes milliseconds.
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from trainer.data_config import DataConfig
 from trainer.rules import broken
@@ -297,6 +297,14 @@ class SuperviseConfig(Section):
         return self
 
 
+SinkNames = Annotated[
+    tuple[Literal["tensorboard", "wandb"], ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    PlainSerializer(list),
+]
+
+
 class MonitoringConfig(Section):
     listen: Literal["loopback", "network", "nowhere"] = "loopback"
     """Who may reach the page and the metrics of a run: this machine, others too (the page then asks for a token), or
@@ -307,6 +315,9 @@ class MonitoringConfig(Section):
     """Port of each machine's metrics; 0: any that is free, which is also taken where this one is not."""
     ranks_every_seconds: float = Field(10.0, gt=0.0)
     """Between two records of how long each rank works in a step (s)."""
+    sinks: SinkNames = ()
+    """Where curves are told to as well, by packages that are installed as extras: TensorBoard's files in the run's
+    folder, Weights & Biases (offline unless WANDB_MODE says otherwise)."""
     device_peak_flops: float | None = Field(None, gt=0.0)
     """Floating-point operations a second of one device at its peak, for MFU; empty: as known for its name."""
 

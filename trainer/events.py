@@ -54,6 +54,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     ranks               step, seconds (in which each rank works in a step and does not wait for others; of `group` ranks
                         in a row the longest), group, min, mean, max, slowest (rank)
     straggler           rank, node, phase, ratio (of the time that steps take to what they would without it)
+    sink_failed         sink, reason: it is told nothing more
     profiled            first_step, last_step, ranks, folder (of their traces), problem (why there are none, or null)
     preempted           reason; where ranks were training also step, saved_step: the run was asked to end, and did
     export_verified     how ("full", "sample" or "none"), largest_difference (of logits), tokens (compared)

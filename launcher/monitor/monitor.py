@@ -22,6 +22,7 @@ from launcher.http_server import HttpServer, Request, Response
 from launcher.monitor import page
 from launcher.monitor.access import Access, token_of
 from launcher.monitor.logs import tail_of
+from launcher.monitor.sinks.feeding import Feeder, Record
 from launcher.monitor.targets import Targets
 from trainer.config import RunConfig
 from trainer.events import EventReader
@@ -59,8 +60,9 @@ class Watched:
 class Monitor:
     """Serves from the moment it is made until `close`, unless it cannot, and then says why."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir) -> None:
+    def __init__(self, config: RunConfig, run_dir: RunDir, record: Record) -> None:
         self._monitoring = config.monitoring
+        self._feeder = Feeder(config, run_dir, record) if config.monitoring.sinks else None
         self._targets = Targets(run_dir.targets_path, config.name)
         self._url_path = run_dir.page_url_path
         self._server: HttpServer | None = None
@@ -82,6 +84,8 @@ class Monitor:
                 self._targets.write([own, *node_addresses])
 
     def close(self) -> None:
+        if self._feeder is not None:
+            self._feeder.close()
         if self._server is not None:
             self._server.close()
             self._targets.remove()

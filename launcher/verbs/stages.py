@@ -23,6 +23,7 @@ from launcher.job.ranks import Ranks, ready_ranks
 from launcher.job.ray_workers import WORKER_ENV, RayWorkers
 from launcher.job.recovery import fetch_newer
 from launcher.monitor.monitor import Monitor
+from launcher.monitor.sinks import sink
 from launcher.placement import check_memory
 from launcher.report import data as data_report
 from launcher.report import training as report
@@ -49,6 +50,7 @@ WARNINGS = {
     "machine_excluded": "machine {machine} is left out after {failures} failures",
     "hung": "the ranks hang: {verdict}",
     "straggler": "rank {rank} on node {node} is slow in {phase}: steps take {ratio:.2g} times as long",
+    "sink_failed": "{sink} is told nothing more: {reason}",
     "checkpoint_skipped": "no checkpoint of step {step}: {reason}",
 }
 """Kind of event that a person should see at once -> what to say of it."""
@@ -99,6 +101,7 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
             small.
     """
     run_dir.check(config)
+    sink.check(config)
     preemption = Preemption(run_dir, config.checkpoint.grace_seconds)
     with run_dir.locked(), listening(preemption), ExitStack() as resources:
         if ray is not None:
@@ -112,7 +115,7 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
         written.skip_to_end()
         try:
             with unwrapped():
-                monitor = resources.enter_context(closing(Monitor(config, run_dir)))
+                monitor = resources.enter_context(closing(Monitor(config, run_dir, log.write)))
                 if told := monitor.problem or (monitor.url and f"page      {monitor.url}"):
                     display.line(told)
                 yield ClaimedRun(config, run_dir, display, log, preemption, monitor, ray is not None, resources)
