@@ -40,6 +40,8 @@ format: $(INSTALLED)  ## let ruff mend what it can
 
 docs: $(INSTALLED)     ## rewrite the pages that are made from the code
 	PYTHONPATH=. $(BIN)/python docs/configuration.py
+	PYTHONPATH=. $(BIN)/python docs/events.py
+	PYTHONPATH=. $(BIN)/python docs/metrics.py
 	PYTHONPATH=tests:. $(BIN)/python -W ignore docs/layouts.py
 
 parity: $(INSTALLED)  ## every layout against one process: the whole table
