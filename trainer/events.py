@@ -48,7 +48,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     checkpoint_fetched  step, url: it had been uploaded, and there was none as new here
     life_started        number (of the job's lives), nodes, data (replicas), why: ranks are started
     life_failed         what ("rank", "agent", "machine" or "hang"), error, machine (Ray's name of it), step: ranks were
-                        cut short after that step
+                        cut short after that step; log (path of what was written by what failed, or null)
     machine_excluded    machine (Ray's name of it), failures: of its own, so that lives are begun without it
     hung                verdict (one line), suspects (ranks), stacks (path): ranks that said nothing for long are killed
     ranks               step, seconds (in which each rank works in a step and does not wait for others; of `group` ranks
@@ -60,7 +60,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     export_verified     how ("full", "sample" or "none"), largest_difference (of logits), tokens (compared)
     generated           prompt, text
     run_finished        seconds
-    failed              error
+    failed              error, log (as of life_failed)
 """
 
 import errno
@@ -68,6 +68,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -111,7 +112,9 @@ class EventLog:
         self._fd = self._opened()
         self._looked = time.monotonic()
         self._is_dirty, self._is_closed = False, threading.Event()
-        self._flusher = threading.Thread(target=self._keep_flushing, name="events", daemon=True)
+        self._flusher = threading.Thread(
+            target=_keep_flushing, args=(weakref.ref(self), self._is_closed), name="events", daemon=True
+        )
 
     def _opened(self) -> int:
         """The file, with the line ended that a killed writer may have left open, so that ours starts a new one."""
@@ -157,16 +160,14 @@ class EventLog:
         if self._flusher.ident is None:
             self._flusher.start()
 
-    def _keep_flushing(self) -> None:
-        """From a thread, since a disk may take its time."""
-        while not self._is_closed.wait(_FLUSH_SECONDS):
-            with self._lock:
-                descriptor = os.dup(self._fd) if self._is_dirty else None
-                self._is_dirty = False
-            if descriptor is not None:
-                with suppress(OSError):  # `sync` is for those who rely on it
-                    os.fdatasync(descriptor)
-                os.close(descriptor)
+    def _flush(self) -> None:
+        with self._lock:
+            descriptor = os.dup(self._fd) if self._is_dirty else None
+            self._is_dirty = False
+        if descriptor is not None:
+            with suppress(OSError):  # `sync` is for those who rely on it
+                os.fdatasync(descriptor)
+            os.close(descriptor)
 
     def _write_waiting(self) -> None:
         while self._waiting:
@@ -202,6 +203,13 @@ class EventLog:
             with suppress(OSError):
                 os.fdatasync(self._fd)
             os.close(self._fd)
+
+
+def _keep_flushing(log: "weakref.ref[EventLog]", is_closed: threading.Event) -> None:
+    """From a thread, since a disk may take its time; it ends with the log, even if that was not closed."""
+    while not is_closed.wait(_FLUSH_SECONDS) and (each := log()) is not None:
+        each._flush()
+        del each
 
 
 class EventReader:

@@ -72,8 +72,7 @@ class RunHistory:
         self._cause: RestartReason = "command"
         self._nodes = 0
         self._stage_began: float | None = None
-        self.latest = 0.0
-        """Time of the last event."""
+        self._latest = 0.0
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> "RunHistory":
@@ -148,11 +147,11 @@ class RunHistory:
             self.marks.append(event)
         if kind in (*_ENDS, "stage_started", "stage_finished"):
             self.end = event
-        self.latest = time
+        self._latest = time
 
     def _add_stage(self, kind: str, event: Event, time: float) -> None:
         if self._stage_began is not None and kind in ("run_started", "stage_started", "stage_finished"):
-            end = time if kind == "stage_finished" else self.latest  # one that was cut off ended with its last word
+            end = time if kind == "stage_finished" else self._latest  # one that was cut off ended with its last word
             assert self.stage is not None
             self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + end - self._stage_began
             self._stage_began = None

@@ -25,8 +25,8 @@ class StageBar:
     """Progress of one stage."""
 
     def __init__(self, display: "Display", stage: str) -> None:
-        self.result = "done"
-        """One line for a person, printed when the stage ends well."""
+        self.result = ""
+        """One line for a person, printed when the stage ends well, if there is anything to say."""
         self._display, self._stage = display, stage
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -97,8 +97,9 @@ class Display:
         finally:
             bar.stop()
         seconds = time.monotonic() - started
-        line = f"{name:9} {seconds:6.1f} s  {bar.result}"
-        self._say(line, "stage_finished", stage=name, seconds=round(seconds, 3), result=bar.result)
+        if bar.result or self.mode == "json":
+            line = f"{name:9} {seconds:6.1f} s  {bar.result}"
+            self._say(line, "stage_finished", stage=name, seconds=round(seconds, 3), result=bar.result)
 
     def _say(self, line: str, kind: str, **fields: object) -> None:
         match self.mode:

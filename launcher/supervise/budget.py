@@ -31,6 +31,8 @@ class Failure:
     """The last step that was done before."""
     is_final: bool = False
     """Whether only a person can mend it."""
+    log: str | None = None
+    """Path of what was written by what failed."""
 
     @property
     def signature(self) -> tuple[str, int]:

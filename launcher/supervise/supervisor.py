@@ -278,16 +278,23 @@ class Supervisor:
 
     def _recorded_failure(self, failure: Failure) -> Failed:
         self._log.write(
-            "life_failed", what=failure.kind, error=failure.error, machine=failure.machine, step=failure.step
+            "life_failed",
+            what=failure.kind,
+            error=failure.error,
+            machine=failure.machine,
+            step=failure.step,
+            log=failure.log,
         )
         return Failed(failure)
 
     def _failure(self, error: Exception, slots: tuple[int, ...], machines: Mapping[int, str]) -> Failure:
         match error:
             case RankFailed():
-                return Failure("rank", str(error), machines[slots[self._node_of(error.rank)]], self._step)
+                machine, log = machines[slots[self._node_of(error.rank)]], str(error.log_path)
+                return Failure("rank", str(error), machine, self._step, log=log)
             case NodeFailed():
-                return Failure("agent", str(error), machines[slots[error.node]], self._step)
+                log = str(error.log_path)
+                return Failure("agent", str(error), machines[slots[error.node]], self._step, log=log)
         return Failure("rank", str(error), "", self._step, is_final=True)
 
     # --------------------------------------------------------------------------------------------------------- the end

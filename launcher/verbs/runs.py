@@ -90,7 +90,8 @@ class Observer:
         for event in self._events.new_events():
             history.add(event)
         state, detail = _state(self._run_dir, history)
-        seen = view_of(history, facts, time.time() if state == "working" else history.latest)
+        now = time.time() if state == "working" else 0.0  # nobody is at work, so no time has passed since the last event
+        seen = view_of(history, facts, now)
         saved, evaluation = history.saves.newest, history.last_evaluation
         rate = history.tokens_per_second(facts.seq_length, history.recent) if len(history.steps) else None
         ranks = history.ranks[-1] if history.ranks else None
@@ -223,11 +224,11 @@ def first_error(run_dir: RunDir) -> list[str]:
     failed = [event for event in read_events(run_dir.events_path) if event["kind"] in ("life_failed", "failed")]
     if not failed:
         return []
-    error: str = failed[-1]["error"]
-    log = Path(error.rpartition("; see ")[2])
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    told = next((event for event in reversed(failed) if event.get("log")), None)
+    log = Path(told["log"]) if told is not None else None
+    lines = log.read_text(errors="replace").splitlines() if log is not None and log.is_file() else []
     begins = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
-    return [error, *(lines[begins[-1] :] if begins else lines[-20:])]
+    return [(told or failed[-1])["error"], *(lines[begins[-1] :] if begins else lines[-20:])]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
 from launcher.history.history import RunHistory
 from launcher.job import cluster
-from launcher.job.failures import JobFailed
+from launcher.job.failures import JobFailed, NodeFailed, RankFailed
 from launcher.job.preemption import Preemption, listening, unwrapped
 from launcher.job.ranks import Ranks, ready_ranks
 from launcher.job.ray_workers import WORKER_ENV, RayWorkers
@@ -70,6 +70,13 @@ class ClaimedRun:
     """Whether Ray is connected to a cluster; else the run has a Ray of its own when ranks start."""
     resources: ExitStack = field(default_factory=ExitStack)
     _ranks: Ranks | None = None
+    _has_begun: bool = False
+
+    def begin(self) -> None:
+        """Record that there is something to do."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.log.write("command_started", schema=SCHEMA, version=version("broadgauge"))
 
     def ranks(self) -> Ranks:
         """The run's warm agents, started when first needed and kept for the stages that follow."""
@@ -82,6 +89,7 @@ class ClaimedRun:
     @contextmanager
     def stage(self, name: str) -> Iterator[StageBar]:
         """Show and record a stage."""
+        self.begin()
         self.log.write("stage_started", stage=name)
         started = time.monotonic()
         with self.display.stage(name) as bar:
@@ -110,7 +118,6 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
         run_dir.create(config)
         log = EventLog(run_dir.events_path)
         resources.callback(log.close)
-        log.write("command_started", schema=SCHEMA, version=version("broadgauge"))
         written = EventReader(run_dir.events_path)
         written.skip_to_end()
         try:
@@ -124,10 +131,15 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
                 log.write("preempted", reason=str(end))
             raise
         except Exception as error:
-            log.write("failed", error=f"{type(error).__name__}: {error}")
+            log.write("failed", error=f"{type(error).__name__}: {error}", log=_log_of(error))
             raise
         finally:
             preemption.is_over = True
+
+
+def _log_of(error: Exception) -> str | None:
+    """Path of what was written by what failed."""
+    return str(error.log_path) if isinstance(error, RankFailed | NodeFailed) else None
 
 
 # ----------------------------------------------------------------------------------------------------------- whole run
@@ -140,6 +152,7 @@ def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = 
         if is_finished(run_dir):
             display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")
             return
+        claimed.begin()
         claimed.log.write("run_started", resumed=bool(store.steps(run_dir.checkpoints)))
         started = time.monotonic()
         prepare_data(claimed, RayWorkers() if claimed.on_cluster else None)

@@ -110,9 +110,9 @@ def test_logs_are_gathered_and_the_first_error_is_found(small_job: SmallJob, tmp
     assert broadgauge("logs", run.run_dir.path, "--error").stdout == "no failure is recorded\n"
     (logs / "rank-1.log").write_text("Traceback 1\nof before\nTraceback (most recent call last):\nValueError: no\n")
     log = EventLog(run.run_dir.events_path)
-    log.write(
-        "life_failed", what="rank", error=f"rank 1 raised ValueError: no; see {logs}/rank-1.log", machine="", step=3
-    )
+    path, error = str(logs / "rank-1.log"), "rank 1 raised ValueError: no"
+    log.write("life_failed", what="rank", error=error, machine="", step=3, log=path)
+    log.write("failed", error=f"JobFailed: {error}", log=None)
     log.close()
     shown = broadgauge("logs", run.run_dir.path, "--error").stdout.splitlines()
     assert shown[1:] == ["Traceback (most recent call last):", "ValueError: no"] and shown[0].startswith(

@@ -14,9 +14,11 @@ class WeightsAndBiases:
     remakes = False
 
     def __init__(self, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would call home, offline too
         import wandb
 
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=60)
+        self._end = wandb.teardown
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(
             project="broadgauge",
@@ -39,3 +41,4 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+        self._end()  # the process that it works with

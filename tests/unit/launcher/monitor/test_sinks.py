@@ -1,6 +1,9 @@
 """Curves that other tools show are those of the record, and training does not depend on these tools."""
 
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.events import EventLog, read_events
 from trainer.run_dir import RunDir
+
+TESTS = Path(__file__).parents[3]
 
 
 def config_for(*sinks: str) -> RunConfig:
@@ -107,12 +112,26 @@ def offline_runs(run_dir: RunDir) -> list[list[dict[str, float]]]:
     return runs
 
 
-def test_weights_and_biases_is_told_what_each_command_does(
-    run_dir: RunDir, log: EventLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+COMMAND = """
+import sys
+from pathlib import Path
+
+from trainer.events import EventLog
+from trainer.run_dir import RunDir
+from unit.launcher.monitor.test_sinks import told, train
+
+run_dir = RunDir(Path(sys.argv[1]))
+log = EventLog(run_dir.events_path)
+told(run_dir, log, "wandb", then=lambda: train(log, 3, 5, loss=200))
+"""
+
+
+def test_weights_and_biases_is_told_what_each_command_does(run_dir: RunDir, log: EventLog) -> None:
+    """In a process of its own: the package leaves threads behind."""
     train(log, 1, 2, loss=100)  # by a command that told nobody
-    told(run_dir, log, "wandb", then=lambda: train(log, 3, 5, loss=200))
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env["PYTHONPATH"] = f"{TESTS}:{TESTS.parent}"
+    subprocess.run([sys.executable, "-c", COMMAND, str(run_dir.path)], env=env, check=True, timeout=60)
     (rows,) = offline_runs(run_dir)
     assert [(row["step"], row["train/loss"]) for row in rows] == [(3, 203), (4, 204), (5, 205)]
     assert run_dir.id in str(next(run_dir.path.glob("wandb/offline-run-*")))

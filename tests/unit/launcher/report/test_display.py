@@ -64,9 +64,17 @@ def test_who_is_quiet_says_only_what_may_be_wrong(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("mode", MODES)
 def test_a_stage_that_fails_has_no_result(mode: Mode) -> None:
     stream = io.StringIO()
-    with pytest.raises(KeyError), Display(Console(file=stream), mode).stage("train"):
+    with pytest.raises(KeyError), Display(Console(file=stream), mode).stage("train") as bar:
+        bar.result = "trained"
         raise KeyError
-    assert "done" not in stream.getvalue() and "finished" not in stream.getvalue()
+    assert "trained" not in stream.getvalue() and "finished" not in stream.getvalue()
+
+
+def test_a_stage_that_has_nothing_to_say_says_nothing() -> None:
+    stream = io.StringIO()
+    with Display(Console(file=stream)).stage("verify"):
+        pass
+    assert stream.getvalue() == ""
 
 
 def test_no_text_commands_the_terminal() -> None:

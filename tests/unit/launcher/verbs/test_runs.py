@@ -1,6 +1,8 @@
 """How a run is, by its folder alone."""
 
 import io
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from trainer.run_dir import RunDir
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path) -> RunDir:
-    """Of a run that was killed in its fifth step, after a rank had died in the third."""
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """Of a run that was killed in its fifth step, after a rank had died in the third; an event every two seconds."""
+    seconds = count(1000, 2)
+    monkeypatch.setattr("trainer.events.time.time", lambda: float(next(seconds)))
     config = from_tree({"name": "lion", "train": {"total_tokens": 10 * 256 * 2048}})
     run_dir = RunDir(tmp_path / "run")
     run_dir.create(config)
@@ -47,7 +51,8 @@ def test_the_status_of_a_run_is_what_its_record_says(run_dir: RunDir) -> None:
     assert found.remaining_seconds == 12.0 and found.tokens_per_second == 256 * 2048 / 2
     assert found.mfu is not None and found.mfu > 0
     assert found.rank_seconds == {"min": 1.0, "mean": 1.25, "max": 1.5, "slowest": 1}
-    assert found.goodput is not None and 0 <= found.goodput <= 1 and set(found.times) >= {"productive", "lost"}
+    assert (found.times["productive"], found.times["lost"], found.times["startup"]) == (8.0, 6.0, 4.0)
+    assert found.goodput == 8.0 / sum(found.times.values())
     assert [each["kind"] for each in found.recent] == ["training_started", "life_failed", "training_started"]
     assert found.page is None
 
@@ -86,8 +91,6 @@ def test_watching_ends_with_the_command(run_dir: RunDir, is_terminal: bool, monk
     ended = runs.status(run_dir.path)
 
     def look() -> runs.Status:
-        from dataclasses import replace
-
         return replace(ended, state="working", step=len(looks)) if len(looks) < 3 else ended
 
     stream = io.StringIO()
