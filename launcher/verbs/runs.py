@@ -90,7 +90,7 @@ class Observer:
         for event in self._events.new_events():
             history.add(event)
         state, detail = _state(self._run_dir, history)
-        now = time.time() if state == "working" else 0.0  # nobody is at work, so no time has passed since the last event
+        now = time.time() if state == "working" else 0.0  # without a command no time passes
         seen = view_of(history, facts, now)
         saved, evaluation = history.saves.newest, history.last_evaluation
         rate = history.tokens_per_second(facts.seq_length, history.recent) if len(history.steps) else None
