@@ -85,7 +85,7 @@ INFO = _declared(
     "info",
     "run",
     "What the run is; always 1.",
-    *("run", "version", "preset", "layout", "precision", "device", "parameters"),
+    *("name", "version", "preset", "layout", "precision", "device", "parameters"),
 )
 STATE = _gauge("run_state", "1 for what the run is doing now, 0 for everything else.", "state")
 GOODPUT = _gauge("goodput_ratio", "Productive share of the time for which commands have trained the run.")

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Literal
 
 from launcher.history.saves import Saves
+from launcher.history.soundness import is_sound
 from launcher.history.steps import Steps
 from launcher.history.times import Times
 from trainer.events import Event, read_events
@@ -87,9 +88,9 @@ class RunHistory:
 
     def add(self, event: Event) -> None:
         """One more event; one that is broken is passed over."""
-        try:
+        if is_sound(event):
             self._add(event)
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+        else:
             self.num_unreadable += 1
 
     # -------------------------------------------------------------------------------------------------------- questions

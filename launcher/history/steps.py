@@ -34,17 +34,10 @@ class Steps:
         return int(self.columns["step"][-1]) if len(self) else 0
 
     def add(self, event: Event) -> None:
-        """A `step` event.
-
-        Raises:
-            KeyError, TypeError, ValueError, OverflowError: it is none; nothing was added.
-        """
-        phases = event.get("phases") or {}
-        whole = [int(event[name]) for name in WHOLE]
-        floats = [float(event[name]) for name in FLOATS[: -len(STEP_PHASES)]]
-        floats += [float(phases.get(phase, 0.0)) for phase in STEP_PHASES]
-        for name, value in zip((*WHOLE, *FLOATS), (*whole, *floats), strict=True):
-            self.columns[name].append(value)  # type: ignore[arg-type]
+        """A `step` event that is sound."""
+        row = dict.fromkeys(STEP_PHASES, 0.0) | event | (event.get("phases") or {})
+        for name, column in self.columns.items():
+            column.append(row[name])
 
     def void_after(self, step: int) -> int:
         """Forget those after a step; returns how many."""

@@ -33,7 +33,10 @@ def moment(text: str, now: float | None = None) -> float:
 
 def line_of(event: Event) -> str:
     """`2026-01-31 14:05:59.250  life_failed  what=rank ...`"""
-    when = datetime.fromtimestamp(event["time"]).isoformat(sep=" ", timespec="milliseconds") if "time" in event else "?"
+    try:
+        when = datetime.fromtimestamp(event["time"]).isoformat(sep=" ", timespec="milliseconds")
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):  # somebody has been at the record
+        when = "?"
     fields = " ".join(f"{name}={_shown(value)}" for name, value in event.items() if name not in ("time", "kind"))
     return f"{when}  {event['kind']}  {fields}"
 

@@ -191,7 +191,7 @@ def test_counters_go_on_where_a_new_command_takes_over() -> None:
             [
                 ("stage_started", {"stage": "train"}),
                 ("training_started", {"step": 0}),
-                ("life_failed", {"what": "rank"}),
+                ("life_failed", {"what": "rank", "error": ""}),
             ],
             "recovering",
         ),

@@ -115,7 +115,7 @@ def test_stages_take_their_time_and_one_that_was_cut_off_ends_with_its_last_word
         at(0, "stage_started", stage="prepare"),
         at(7, "stage_finished", stage="prepare"),
         at(8, "stage_started", stage="train"),
-        at(12, "evaluated", step=0),
+        at(12, "generated", text="a word"),
         at(5000, "run_started", resumed=True),
         at(5001, "stage_started", stage="train"),
         at(5011, "stage_finished", stage="train"),

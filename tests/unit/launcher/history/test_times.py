@@ -41,6 +41,9 @@ class Record:
             )
         return self
 
+    def evaluated(self, seconds: float) -> "Record":
+        return self.after(seconds, "evaluated", step=0, loss=1.0, uniform_loss=2.0, unigram_loss=2.0)
+
     def times(self) -> dict[str, float]:
         found = RunHistory.of(self.events).times.seconds
         return {state: round(seconds, 6) for state, seconds in found.items() if seconds}
@@ -89,7 +92,7 @@ def test_a_hang_is_a_stall_until_it_is_known_and_recovery_from_then_on() -> None
 
 
 def test_nobody_trains_between_two_commands() -> None:
-    record = Record().begin().steps(1, 3).after(1, "evaluated", step=3).after(1, "preempted", reason="", step=3)
+    record = Record().begin().steps(1, 3).evaluated(1).after(1, "preempted", reason="", step=3)
     record.after(10_000, "run_started", resumed=True)
     record.after(0, "stage_started", stage="prepare").after(7, "stage_finished", stage="prepare")
     record.begin(startup=3).steps(1, 3).after(2, "stage_finished", stage="train").after(500, "stage_started", stage="x")
@@ -123,7 +126,7 @@ def test_every_second_counts_once_whatever_happens() -> None:
                     record.steps(step + 1, step + 1, seconds, data=draw.uniform(0, 2 * seconds), gap=draw.random())
                     step += 1
                 case 2:
-                    record.after(draw.random(), "evaluated", step=step)
+                    record.evaluated(draw.random())
                 case 3:
                     record.after(draw.random(), "checkpoint_snapshot", step=step, durable=True, seconds=draw.random())
                 case 4:
