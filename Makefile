@@ -38,11 +38,13 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)     ## rewrite the pages that are made from the code
+docs: $(INSTALLED)     ## rewrite the pages, rules and dashboards that are made from the code
 	PYTHONPATH=. $(BIN)/python docs/configuration.py
 	PYTHONPATH=. $(BIN)/python docs/events.py
 	PYTHONPATH=. $(BIN)/python docs/metrics.py
 	PYTHONPATH=tests:. $(BIN)/python -W ignore docs/layouts.py
+	PYTHONPATH=. $(BIN)/python k8s/monitoring/prometheus_rule.py
+	PYTHONPATH=. $(BIN)/python k8s/monitoring/dashboard.py
 
 parity: $(INSTALLED)  ## every layout against one process: the whole table
 	PYTHONPATH=tests:. $(BIN)/python -W ignore tests/parity.py
