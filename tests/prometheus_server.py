@@ -1,7 +1,6 @@
 """A real Prometheus on loopback, and what it knows."""
 
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -13,21 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
-from kubernetes_tools import IN_CI
+from kubernetes_tools import need_tool
 
 _PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.1
-
-
-def need(*programs: str) -> None:
-    """Skip without Debian's package of Prometheus, but in CI, where .ci/run installs it, fail."""
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
-        reason = f"needs {', '.join(missing)}: apt-get install prometheus prometheus-alertmanager, as .ci/run does"
-        pytest.fail(reason) if IN_CI else pytest.skip(reason)
 
 
 def free_port() -> int:
@@ -75,7 +65,7 @@ class Prometheus:
 @contextmanager
 def prometheus(folder: Path, config: Mapping[str, Any]) -> Iterator[Prometheus]:
     """With a configuration; gone at the end."""
-    need("prometheus")
+    need_tool("prometheus")
     port, path = free_port(), folder / "prometheus.yaml"
     path.write_text(yaml.safe_dump(dict(config)))
     command = [

@@ -6,7 +6,6 @@ seconds.
 
 import json
 import queue
-import socket
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ import yaml
 
 from kubernetes_tools import need_tool
 from monitoring_tools import RULES
+from prometheus_server import free_port
 
 DEADLINE_SECONDS = 30.0
 METRICS = b"""\
@@ -101,12 +101,6 @@ def _wait_for(url: str, running: "subprocess.Popen[str]", said: list[str]) -> No
             if running.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"{running.args} does not answer: {''.join(said)}") from error
             time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def write_yaml(path: Path, content: Any) -> Path:
