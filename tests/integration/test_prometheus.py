@@ -97,7 +97,12 @@ def test_prometheus_finds_every_metric_of_a_live_run(
     assert len(shares) == 7 and server.value('broadgauge_time_seconds{state="recovery"}')
     assert 0 < (server.value("broadgauge_goodput_ratio") or 0) < 1
 
-    # a command that ends takes its endpoints with it, and the next one goes on counting
+
+@pytest.mark.slow
+def test_a_command_takes_its_endpoints_with_it_and_the_next_one_goes_on_counting(
+    run: DrilledRun, server: Prometheus, command: "subprocess.Popen[str]"
+) -> None:
+    until(lambda: (server.value("broadgauge_steps_total") or 0) > 5, "steps")
     addresses = json.loads(run.run_dir.targets_path.read_text())
     assert [len(each["targets"]) for each in addresses] == [2]
     command.terminate()
