@@ -37,7 +37,7 @@ app.add_typer(prepare_cli.app, name="prepare")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(config_app, name="config")
-for verb in (submit_cli.submit, runs.status, runs.events, runs.logs, runs.profile, runs.stop, runs.resume):
+for verb in (submit_cli.submit, runs.status, runs.events, runs.logs, runs.report, runs.profile, runs.stop, runs.resume):
     app.command()(verb)
 
 

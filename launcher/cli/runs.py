@@ -87,6 +87,22 @@ def logs(
             time.sleep(_FOLLOW_SECONDS)
 
 
+def report(
+    path: _Run,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where to; RUN/report.html if not given.")] = None,
+    compare: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="Another run, to be drawn beside it; may be given again.")
+    ] = None,
+) -> None:
+    """The page of a run as one file of HTML that needs no server: curves, restarts, checkpoints, logs.
+
+    Example: `broadgauge report runs/quickstart --compare runs/fp32`
+    """
+    from launcher.verbs import reporting
+
+    print(reporting.write(path, out, compare or ()))
+
+
 def profile(
     path: _Run,
     steps: Annotated[str, typer.Option(metavar="FIRST:LAST", help="Steps to come.", show_default=False)],

@@ -16,11 +16,11 @@ _LATEST = 1e11  # Unix seconds; in the year 5138
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+    return type(value) in (float, int) and -_LARGEST < value < _LARGEST  # no bool, which is an int too
 
 
 def is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
+    return type(value) is int and 0 <= value < _LARGEST
 
 
 def is_text(value: Any) -> bool:
@@ -28,7 +28,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_duration(value: Any) -> bool:
-    return is_number(value) and value >= 0
+    return type(value) in (float, int) and 0 <= value < _LARGEST
 
 
 def _is_moment(value: Any) -> bool:

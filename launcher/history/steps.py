@@ -10,6 +10,7 @@ from trainer.heartbeat import STEP_PHASES
 
 FLOATS = ("time", "loss", "grad_norm", "lr", "seconds", *STEP_PHASES)
 WHOLE = ("step", "tokens", "num_samples")
+_NO_PHASES: dict[str, float] = dict.fromkeys(STEP_PHASES, 0.0)
 
 
 class Steps:
@@ -35,7 +36,7 @@ class Steps:
 
     def add(self, event: Event) -> None:
         """A `step` event that is sound."""
-        row = dict.fromkeys(STEP_PHASES, 0.0) | event | (event.get("phases") or {})
+        row = _NO_PHASES | event | (event.get("phases") or {})
         for name, column in self.columns.items():
             column.append(row[name])
 

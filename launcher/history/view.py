@@ -32,6 +32,7 @@ def view_of(history: RunHistory, facts: Facts, now: float) -> dict[str, Any]:
             "ranks": (history.training or {}).get("ranks"),
         },
         "now": now,
+        "began": history.began or 0.0,
         "state": state_of(history),
         "step": history.step,
         "num_steps": facts.schedule.num_steps,

@@ -1,9 +1,9 @@
 """The page and the metrics of a run, served by the command that works on it.
 
-Events are read when somebody asks, so that a run that nobody looks at pays nothing. All that is told comes from the
-record, from its first event on: it is the same after the command was started anew.
+All that is told comes from the record, from its first event on: it is the same after the command was started anew.
 """
 
+import math
 import shutil
 import socket
 import threading
@@ -28,16 +28,32 @@ from trainer.config import RunConfig
 from trainer.events import EventReader
 from trainer.run_dir import RunDir
 
+_VIEW_SECONDS = 0.5
+_KEEP_UP_SECONDS = 5.0
 _LOOPBACK, _ANYWHERE = "127.0.0.1", "0.0.0.0"
 
 
 class Watched:
-    """A run's history, brought up to date whenever it is looked at; threads may share it."""
+    """A run's history, brought up to date whenever somebody looks, and now and then; threads may share it."""
 
     def __init__(self, config: RunConfig, run_dir: RunDir) -> None:
         self.facts, self._run_dir = Facts.of(config), run_dir
         self._history, self._events = RunHistory(), EventReader(run_dir.events_path)
         self._lock = threading.Lock()
+        self._view, self._viewed = b"", -math.inf
+        self._is_over = threading.Event()
+        threading.Thread(target=self._keep_up, name="history", daemon=True).start()
+
+    def close(self) -> None:
+        self._is_over.set()
+
+    def _keep_up(self) -> None:
+        """So that whoever looks first need not wait for a hundred thousand steps to be read."""
+        while True:
+            with self._lock:
+                self._up_to_date()
+            if self._is_over.wait(_KEEP_UP_SECONDS):
+                return
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         free_bytes = shutil.disk_usage(self._run_dir.path).free
@@ -46,10 +62,13 @@ class Watched:
         return expose(values, accept)
 
     def view(self) -> bytes:
-        """What the page shows, as JSON."""
+        """What the page shows, as JSON; made once a second at most, however many look."""
         with self._lock:
-            view = view_of(self._up_to_date(), self.facts, time.time())
-        return orjson.dumps({**view, "log": tail_of(self._run_dir.logs)}, option=orjson.OPT_SERIALIZE_NUMPY)
+            now = time.monotonic()
+            if now - self._viewed > _VIEW_SECONDS:
+                view = view_of(self._up_to_date(), self.facts, time.time()) | {"log": tail_of(self._run_dir.logs)}
+                self._view, self._viewed = orjson.dumps(view, option=orjson.OPT_SERIALIZE_NUMPY), now
+            return self._view
 
     def _up_to_date(self) -> RunHistory:
         for event in self._events.new_events():
@@ -66,13 +85,15 @@ class Monitor:
         self._targets = Targets(run_dir.targets_path, config.name)
         self._url_path = run_dir.page_url_path
         self._server: HttpServer | None = None
+        self._watched: Watched | None = None
         self.url: str | None = None
         """Of the page, token included."""
         self.problem: str | None = None
         if self._monitoring.listen == "nowhere":
             return
         try:
-            self._serve(Watched(config, run_dir), run_dir.page_token_path)
+            self._watched = Watched(config, run_dir)
+            self._serve(self._watched, run_dir.page_token_path)
         except OSError as error:
             self.problem = f"there is no page of this run: {error}"
 
@@ -86,6 +107,8 @@ class Monitor:
     def close(self) -> None:
         if self._feeder is not None:
             self._feeder.close()
+        if self._watched is not None:
+            self._watched.close()
         if self._server is not None:
             self._server.close()
             self._targets.remove()

@@ -89,7 +89,7 @@ class Observer:
         history, facts = self._history, self._facts
         for event in self._events.new_events():
             history.add(event)
-        state, detail = _state(self._run_dir, history)
+        state, detail = state_of(self._run_dir, history)
         now = time.time() if state == "working" else 0.0  # without a command no time passes
         seen = view_of(history, facts, now)
         saved, evaluation = history.saves.newest, history.last_evaluation
@@ -149,7 +149,8 @@ def events(path: Path, since: float | None, kinds: Sequence[str]) -> Iterator[Ev
             yield event
 
 
-def _state(run_dir: RunDir, history: RunHistory) -> tuple[str, str | None]:
+def state_of(run_dir: RunDir, history: RunHistory) -> tuple[str, str | None]:
+    """State and detail of a `Status`."""
     end = history.end
     if is_worked_on(run_dir):
         return "working", history.stage or "starting"

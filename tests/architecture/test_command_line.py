@@ -15,6 +15,7 @@ SURFACE = {
     "status": ["RUN", "--watch", "--json"],
     "events": ["RUN", "--since", "--kind", "--json"],
     "logs": ["RUN", "--rank", "--tail", "--follow", "--error"],
+    "report": ["RUN", "--out", "--compare"],
     "profile": ["RUN", "--steps", "--rank"],
     "stop": ["RUN", "--timeout"],
     "resume": ["RUN", "--ray"],
