@@ -17,7 +17,7 @@ def least_bytes(config: RunConfig, with_gpus: bool) -> int:
     held = {stage: _state_bytes(config, stage, with_gpus) for stage in range(pipeline)}
     here = config.ranks_per_node
     machines = [sum(held[stage] for stage in stages[first : first + here]) for first in range(0, num_ranks, here)]
-    return max(machines) + (_snapshot_bytes(config) if _keeps_snapshots(config) else 0)
+    return max(machines) + (snapshot_bytes(config) if _keeps_snapshots(config) else 0)
 
 
 def rank_bytes(config: RunConfig, with_gpus: bool) -> int:
@@ -36,22 +36,29 @@ def rank_bytes(config: RunConfig, with_gpus: bool) -> int:
 
 
 def snapshots_bytes(config: RunConfig) -> int:
-    """What a machine's snapshots take of its shared memory at most, by the table of docs/checkpoints.md."""
-    if not _keeps_snapshots(config):
-        return 0
+    """What a machine's snapshots take of its shared memory at most."""
+    return room_bytes(config) if _keeps_snapshots(config) else 0
+
+
+def room_bytes(config: RunConfig) -> int:
+    """What a machine's snapshots take at most, wherever they lie, by the table of docs/checkpoints.md."""
     copies = _SNAPSHOTS["restarts too" if config.checkpoint.snapshot_every_steps else "checkpoints"]
     copies *= 2 if config.checkpoint.replicates(config.launch.nodes) else 1
-    return copies * _snapshot_bytes(config)
+    return copies * snapshot_bytes(config)
+
+
+def snapshot_bytes(config: RunConfig) -> int:
+    """One of them: a machine's share of a checkpoint."""
+    return -(-checkpoint_bytes(config) // config.launch.nodes)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    return _STATE_BYTES_PER_PARAMETER * plan.num_parameters(config.model, padded=True)
 
 
 def _keeps_snapshots(config: RunConfig) -> bool:
     folder = PurePosixPath(config.checkpoint.snapshots_in)
     return config.checkpoint.asynchronous and folder.is_relative_to(_SHARED_MEMORY)
-
-
-def _snapshot_bytes(config: RunConfig) -> int:
-    state = _STATE_BYTES_PER_PARAMETER * plan.num_parameters(config.model, padded=True)
-    return -(-state // config.launch.nodes)
 
 
 def _state_bytes(config: RunConfig, stage: int, with_gpus: bool) -> int:

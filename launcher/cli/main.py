@@ -12,6 +12,7 @@ from rich.console import Console
 
 from launcher.cli import checkpoint as checkpoint_cli
 from launcher.cli import data as data_cli
+from launcher.cli import doctor as doctor_cli
 from launcher.cli import prepare as prepare_cli
 from launcher.cli import runs, terminal
 from launcher.cli import submit as submit_cli
@@ -37,7 +38,10 @@ app.add_typer(prepare_cli.app, name="prepare")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(config_app, name="config")
-for verb in (submit_cli.submit, runs.status, runs.events, runs.logs, runs.report, runs.profile, runs.stop, runs.resume):
+for verb in (
+    *(doctor_cli.doctor, submit_cli.submit, runs.status, runs.events, runs.logs, runs.report, runs.profile, runs.stop),
+    runs.resume,
+):
     app.command()(verb)
 
 
