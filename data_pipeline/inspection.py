@@ -22,11 +22,14 @@ def documents(out: Path, dataset: str | None, portion: Portion, first: int, coun
     """
     folder = _dataset_folder(out, dataset)
     tokenizer = Tokenizer.load(out / TOKENIZER_FOLDER, "reference")
-    lengths, offsets = read_index(folder / f"{portion}.idx")
-    for number in range(first, min(first + count, len(lengths))):
-        length = int(lengths[number]) - 1  # without its end-of-text token
-        ids = np.fromfile(folder / f"{portion}.bin", tokenizer.dtype, length, offset=int(offsets[number]))
-        yield f"{folder.name}, {portion}, document {number} ({length} tokens)", tokenizer.decode(ids)
+    try:
+        lengths, offsets = read_index(folder / f"{portion}.idx")
+        for number in range(first, min(first + count, len(lengths))):
+            length = int(lengths[number]) - 1  # without its end-of-text token
+            ids = np.fromfile(folder / f"{portion}.bin", tokenizer.dtype, length, offset=int(offsets[number]))
+            yield f"{folder.name}, {portion}, document {number} ({length} tokens)", tokenizer.decode(ids)
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{folder} is damaged ({error}); prepare it again") from error
 
 
 def dropped(out: Path, dataset: str | None, reason: str) -> Iterator[tuple[str, str]]:

@@ -245,7 +245,7 @@ class LaunchConfig(Section):
     """Machines, one agent each."""
     ranks_per_node: int | None = Field(None, ge=1)
     """Ranks on each machine; empty spreads the layout's ranks evenly."""
-    threads_per_rank: int | None = Field(None, ge=1)
+    threads_per_rank: int | None = Field(None, ge=1, le=4096)
     """CPU threads per rank; empty shares the machine's cores evenly."""
     spares: int = Field(0, ge=0)
     """Machines beyond nodes whose warm agents wait to take a lost one's place."""
@@ -253,7 +253,7 @@ class LaunchConfig(Section):
     """Ray's labels that every machine must have, such as `ray.io/accelerator-type: H100`."""
     topology: Strings = ("ray.io/region", "ray.io/availability-zone")
     """Ray's labels that tell which machines are near each other, from wide to narrow; below them addresses do."""
-    env: dict[str, str] = Field({})
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field({})
     """Environment variables of agents and ranks, such as `NCCL_DEBUG: INFO`. No secrets: they stand in the run's
     folder and in its checkpoints."""
 

@@ -13,6 +13,7 @@ from trainer.config import RunConfig, UserError
 from trainer.events import read_events
 
 _BEFORE_CONFIG = {".lock", "config.yaml.tmp"}  # what a run that was killed at once leaves
+_OWN_CONFIG = "the run wrote it when it began, and its checkpoints have it too"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,26 @@ class RunDir:
     def page_token_path(self) -> Path:
         return self.path / "page-token"
 
+    def config(self) -> RunConfig:
+        """The run's own, in which every value is written out.
+
+        Raises:
+            UserError: it cannot be read, or is not one.
+        """
+        try:
+            config = config_file.load(self.config_path)
+            is_empty = not self.config_path.read_text(encoding="utf-8").strip()
+        except UserError as error:
+            named = "" if str(self.config_path) in str(error) else f"{self.config_path}: "
+            raise UserError(
+                f"{named}{error}; the run wrote it when it began, and its checkpoints have it too"
+            ) from error
+        if is_empty:
+            raise UserError(
+                f"{self.config_path} is empty; the run wrote it when it began, and its checkpoints have it too"
+            )
+        return config
+
     def data_for(self, config: RunConfig) -> Path:
         """The prepared data this run trains on: its own, or the folder that `data.prepared` names."""
         return Path(config.data.prepared) if config.data.prepared else self.data
@@ -114,7 +135,7 @@ class RunDir:
             if self.path.exists() and any(item.name not in _BEFORE_CONFIG for item in self.path.iterdir()):
                 raise UserError(f"{self.path} is not empty and holds no config.yaml of a run; use another --run-dir")
             return
-        found = config_file.differences(config_file.load(self.config_path), config)
+        found = config_file.differences(self.config(), config)
         changed = [each for each in found if not each.key.startswith("monitoring.")]  # has no part in what is computed
         if changed and self.has_trained():
             raise UserError(
@@ -132,28 +153,42 @@ class RunDir:
             UserError: see `check`.
         """
         self.check(config)
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config_path.exists() or config_file.load(self.config_path) != config:
-            _write(self.config_path, config_file.dump(config))
-        if not self._id_path.exists():
-            _write(self._id_path, secrets.token_hex(8))
-        for folder in (self.checkpoints, self.logs):
-            folder.mkdir(exist_ok=True)
+        with _usable(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.config_path.exists() or self.config() != config:
+                _write(self.config_path, config_file.dump(config))
+            if not self._id_path.exists():
+                _write(self._id_path, secrets.token_hex(8))
+            for folder in (self.checkpoints, self.logs):
+                folder.mkdir(exist_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; the kernel lets go when the process ends, however it ends.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.lock_path, "a", encoding="utf-8") as handle:
+        with _usable(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.lock_path, "a", encoding="utf-8")  # noqa: SIM115 - closed below
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"{self.path} is in use by another process; wait for it or stop it") from error
             yield
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Raises:
+    UserError: the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be the folder of a run ({error.strerror}); use another --run-dir") from error
 
 
 def _write(path: Path, text: str) -> None:

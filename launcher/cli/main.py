@@ -153,7 +153,7 @@ def generate(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a Hugging Face folder.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt with an exported model.
 

@@ -259,7 +259,7 @@ def prune(path: Path, changes: Mapping[str, int], *, dry_run: bool) -> Pruned:
     run_dir = RunDir(path)
     if not run_dir.config_path.is_file():
         raise UserError(f"{path} is no run: it holds no config.yaml; give a folder like runs/NAME")
-    policy = config_file.load(run_dir.config_path).checkpoint.model_copy(update=dict(changes))
+    policy = run_dir.config().checkpoint.model_copy(update=dict(changes))
     checkpoints, rejected = run_dir.checkpoints, list[str]()
     with ExitStack() as held:
         is_idle = _hold(run_dir, held)

@@ -16,6 +16,7 @@ import orjson
 
 from data_pipeline.manifest import Manifest as DataManifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER
+from launcher.job.failures import JobFailed
 from launcher.job.ranks import Ranks, check_embedded, ready_ranks
 from launcher.verbs import exporting, importing
 from trainer import config_file
@@ -74,10 +75,16 @@ def find_to_export(path: Path, data: Path | None, settings: Sequence[str]) -> tu
 
 @contextmanager
 def scratch_run() -> Iterator[RunDir]:
-    """A run folder for ranks that only read; it stays when they fail, for their logs."""
+    """A run folder for ranks that only read; it stays when they fail, for their logs, which the failure names."""
     run_dir = RunDir(Path(tempfile.mkdtemp(prefix="broadgauge-")))
     run_dir.logs.mkdir()
-    yield run_dir
+    try:
+        yield run_dir
+    except JobFailed:
+        raise
+    except BaseException:
+        shutil.rmtree(run_dir.path, ignore_errors=True)
+        raise
     shutil.rmtree(run_dir.path)
 
 

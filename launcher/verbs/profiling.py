@@ -7,7 +7,6 @@ from pathlib import Path
 
 from launcher.history.history import RunHistory
 from launcher.verbs.runs import is_worked_on, open_run
-from trainer import config_file
 from trainer.config import UserError
 from trainer.events import EventReader
 from trainer.profiling import ProfileRequest
@@ -25,7 +24,7 @@ def profile(path: Path, steps: str, ranks: Sequence[int]) -> list[Path]:
     run_dir = open_run(path)
     if not is_worked_on(run_dir):
         raise UserError(f"no command of this machine works on {path}; `broadgauge resume {path}` goes on with it")
-    num_ranks = config_file.load(run_dir.config_path).parallel.num_ranks
+    num_ranks = run_dir.config().parallel.num_ranks
     if wrong := [rank for rank in ranks if not 0 <= rank < num_ranks]:
         raise UserError(f"--rank {wrong[0]}: the run has ranks 0 to {num_ranks - 1}")
     events, history = EventReader(run_dir.events_path), RunHistory()

@@ -12,7 +12,6 @@ from launcher.history.view import view_of
 from launcher.monitor import page
 from launcher.monitor.logs import tail_of
 from launcher.verbs import runs
-from trainer import config_file
 
 
 def write(path: Path, out: Path | None, others: Sequence[Path]) -> Path:
@@ -37,6 +36,6 @@ def _view(path: Path) -> dict[str, Any]:
     history = RunHistory.read(run_dir.events_path)
     state, detail = runs.state_of(run_dir, history)
     is_worked_on = state == "working"
-    view = view_of(history, Facts.of(config_file.load(run_dir.config_path)), time.time() if is_worked_on else 0.0)
+    view = view_of(history, Facts.of(run_dir.config()), time.time() if is_worked_on else 0.0)
     told = {} if is_worked_on else {"state": state, "detail": detail}
     return {**view, **told, "log": tail_of(run_dir.logs)}

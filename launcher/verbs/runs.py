@@ -13,7 +13,6 @@ from launcher.history.values import Facts, mfu
 from launcher.history.view import view_of
 from launcher.report.display import Display
 from launcher.verbs import checks, stages
-from trainer import config_file
 from trainer.config import UserError
 from trainer.events import KINDS, Event, EventReader, read_events
 from trainer.metrics import STATISTICS
@@ -81,7 +80,7 @@ class Observer:
         UserError: it is no run.
         """
         self._run_dir = open_run(path)
-        self._facts = Facts.of(config_file.load(self._run_dir.config_path))
+        self._facts = Facts.of(self._run_dir.config())
         self._history, self._events = RunHistory(), EventReader(self._run_dir.events_path)
 
     def status(self) -> Status:
@@ -207,7 +206,7 @@ def stop(path: Path, timeout_seconds: float | None) -> str:
 def resume(path: Path, display: Display, ray: str | None) -> None:
     """Go on with what the last command did: the whole run, or its training."""
     run_dir = open_run(path)
-    config = config_file.load(run_dir.config_path)
+    config = run_dir.config()
     is_whole = any(event["kind"] == "run_started" for event in read_events(run_dir.events_path))
     if is_whole or not config.data.prepared:
         stages.run(config, run_dir, display, ray)

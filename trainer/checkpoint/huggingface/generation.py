@@ -21,6 +21,8 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
     Raises:
         UserError: the folder holds no model, or the prompt is empty or leaves no room for a new token.
     """
+    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("the prompt is not UTF-8; give it as text")
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} holds no exported model (config.json is missing); export one first")
     with quiet(), torch.random.fork_rng(devices=[]):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer import config_file
 from trainer.config import RunConfig, UserError
 from trainer.data.batches import Draws, TrainingData
 from trainer.data.ledger.anchors import Anchors
@@ -79,7 +78,7 @@ def _open(run_dir: RunDir) -> tuple[RunConfig, History]:
     history = read_history(EventReader(run_dir.events_path).new_events())
     if not history.steps:
         raise UserError(f"{run_dir.path} has done no step yet; there is nothing to prove")
-    return config_file.load(run_dir.config_path), history
+    return run_dir.config(), history
 
 
 def _data(run_dir: RunDir, config: RunConfig) -> TrainingData:
