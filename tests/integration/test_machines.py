@@ -135,6 +135,7 @@ def test_a_run_shrinks_to_the_machines_there_are_and_grows_with_them(small_job: 
     assert losses(run) == pytest.approx(undisturbed_losses(small_job, tmp_path / "undisturbed", num_steps), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_spare_takes_the_place_of_a_machine_that_is_lost(
     small_job: SmallJob, expected: list[float], tmp_path: Path
 ) -> None:

@@ -218,6 +218,7 @@ def ends_as_if_undisturbed(config_file: Path, run_dir: Path, undisturbed: Path) 
     assert weights_digest(run_dir / "export") == weights_digest(undisturbed / "export")
 
 
+@pytest.mark.slow
 def test_kill_9_does_not_show_in_the_result(config_file: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_and_kill(config_file, run_dir, "step", at=11)  # between two checkpoints
