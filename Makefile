@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all drill lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery clean
+.PHONY: help install quickstart test test-all drill lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery bench-watching clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -57,6 +57,9 @@ bench-layouts: $(INSTALLED)  ## two ranks in every layout beside one process
 
 bench-recovery: $(INSTALLED)  ## kill ranks and agents: time to the next step
 	PYTHONPATH=tests:. $(BIN)/python -W ignore -m benchmarks.recovery
+
+bench-watching: $(INSTALLED)  ## what it costs a run to be watched
+	PYTHONPATH=tests:. $(BIN)/python -W ignore -m benchmarks.watching
 
 bench-attention: $(INSTALLED)  ## banded against dense attention; memory of long sequences
 	$(BIN)/python -W ignore -m benchmarks.attention

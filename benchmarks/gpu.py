@@ -18,6 +18,7 @@ import torch
 
 from trainer.config import RunConfig
 from trainer.config_file import from_tree
+from trainer.hardware import peak_flops
 from trainer.plan import (
     activation_bytes_per_microbatch,
     hardware_flops_per_token,
@@ -27,7 +28,6 @@ from trainer.plan import (
 )
 
 PRESETS = ("gpt3_xl", "gpt3_2_7b", "gpt3_6_7b")
-PEAK_TFLOPS = {"H200": 989.5, "H100": 989.5, "A100": 312.0}  # dense bf16, from the vendor's data sheets (SXM)
 SEQUENCES_PER_STEP = 32
 USABLE_MEMORY = 0.92  # the rest is for what the plan leaves out: temporaries, fragmentation, the CUDA context
 
@@ -97,11 +97,11 @@ def main() -> int:
         print("benchmarks.gpu needs a CUDA device, and there is none")
         return 2
     name, memory_bytes = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    peak = arguments.peak_tflops or next((tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else peak_flops(name)
     if peak is None:
         print(f"the bf16 peak of {name} is not known here; give --peak-tflops")
         return 2
-    print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, peak {peak} TFLOP/s")
+    print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, peak {peak / 1e12} TFLOP/s")
     print(f"{'':12}{'params':>8}{'micro':>7}{'recompute':>11}{'tokens/s':>10}{'spread':>8}", end="")
     print(f"{'MFU':>7}{'HFU':>7}{'GB':>7}{'planned':>9}")
     context = multiprocessing.get_context("spawn")
@@ -123,8 +123,8 @@ def main() -> int:
             process.join()
         rate = config.train.global_batch_size * config.model.seq_length / statistics.median(seconds)
         spread = (max(seconds) - min(seconds)) / statistics.median(seconds)
-        mfu = rate * model_flops_per_token(config.model) / peak / 1e12
-        hfu = rate * hardware_flops_per_token(config) / peak / 1e12
+        mfu = rate * model_flops_per_token(config.model) / peak
+        hfu = rate * hardware_flops_per_token(config) / peak
         print(f"{preset:12}{num_parameters(config.model) / 1e9:7.2f}B{config.train.micro_batch_size:7}", end="")
         print(f"{config.train.recompute:>11}{rate:10,.0f}{spread:8.1%}{mfu:7.1%}{hfu:7.1%}", end="")
         print(f"{peak_bytes / 1e9:7.1f}{planned_bytes(config) / 1e9:9.1f}", flush=True)
