@@ -288,5 +288,6 @@ class Training:
         self._saver.finish()
         source, self._progress = restore(self._engine, self._config, self._run_dir, self._room, self._record)
         self._saved_step = self._progress.step if source.is_own else 0
+        self._evaluated = None  # of weights that are not here any more
         self._agreement.saved(self._progress.step)
         return source

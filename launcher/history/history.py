@@ -21,6 +21,7 @@ _MARKED = (
     *("training_started", "run_finished"),
 )
 _MOST_MARKS = 1000
+_MOST_LOOKS = 1000  # at all ranks
 
 
 class RunHistory:
@@ -54,7 +55,7 @@ class RunHistory:
         self.began: float | None = None
         """When training first began (Unix time)."""
         self.ranks: list[Event] = []
-        """What the command has seen of all ranks."""
+        """What the command has seen of all ranks; of a long run a part, the last one always."""
         self.marks: deque[Event] = deque(maxlen=_MOST_MARKS)
         """What explains a bend in a curve, newest last."""
         self.data: Event | None = None
@@ -66,13 +67,12 @@ class RunHistory:
         self.stage_seconds: dict[str, float] = {}
         """Including what was done before an interruption."""
         self.export: Event | None = None
-        self.is_whole_run = False
-        """Whether some command was to do all of the run's stages."""
         self.num_unreadable = 0
         """Events of known kinds that were not as they must be."""
         self._cause: RestartReason = "command"
         self._nodes = 0
         self._stage_began: float | None = None
+        self._stage_start: Event | None = None
         self._latest = 0.0
 
     @classmethod
@@ -148,6 +148,8 @@ class RunHistory:
             self.marks.append(event)
         if kind in (*_ENDS, "stage_started", "stage_finished"):
             self.end = event
+        elif kind == "life_started":  # what ended a life was no end
+            self.end = self._stage_start
         self._latest = time
 
     def _add_stage(self, kind: str, event: Event, time: float) -> None:
@@ -157,8 +159,7 @@ class RunHistory:
             self.stage_seconds[self.stage] = self.stage_seconds.get(self.stage, 0.0) + end - self._stage_began
             self._stage_began = None
         if kind == "stage_started":
-            self.stage, self._stage_began = event["stage"], time
-        self.is_whole_run |= kind == "run_started"
+            self.stage, self._stage_began, self._stage_start = event["stage"], time, event
 
     def _add_training(self, kind: str, event: Event) -> None:
         match kind:
@@ -183,7 +184,7 @@ class RunHistory:
             case "straggler":
                 self.stragglers[event["phase"]] += 1
             case "ranks":
-                self.ranks.append(event)
+                self._add_ranks(event)
             case "blend":
                 self.data = event
             case "export_verified":
@@ -211,8 +212,16 @@ class RunHistory:
 
     def _void_after(self, step: int) -> None:
         self.done["void"] += self.steps.void_after(step)
+        if self.evaluations and max(self.evaluations) > step:
+            self.evaluations = {at: event for at, event in self.evaluations.items() if at <= step}
         if self._last_skipped > step:
             self.skipped = {number: event for number, event in self.skipped.items() if number <= step}
+
+    def _add_ranks(self, event: Event) -> None:
+        """Every second one goes where there are many, so that those that stay tell of the whole run."""
+        self.ranks.append(event)
+        if len(self.ranks) > _MOST_LOOKS:
+            self.ranks = [*self.ranks[:-1:2], event]
 
     def _life_started(self, event: Event) -> None:
         self.num_lives += 1

@@ -35,6 +35,8 @@ class Saves:
     """Of the last ones: step, time, bytes, seconds."""
     _with_snapshot: int = -1
     """Step of the last snapshot: its checkpoint is written beside training."""
+    _waited: tuple[int, float] = (-1, 0.0)
+    """Step and seconds of the last wait; a snapshot that follows counts them too."""
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> "Saves":
@@ -51,7 +53,8 @@ class Saves:
         match event["kind"]:
             case "checkpoint_snapshot":
                 self._with_snapshot = event["step"]
-                self.stall_seconds += event["seconds"]
+                waited_step, waited_seconds = self._waited
+                self.stall_seconds += event["seconds"] - (waited_seconds if waited_step == event["step"] else 0.0)
             case "checkpoint_saved":
                 self.num_saved, self.newest = self.num_saved + 1, event
                 self.recent.append({name: event[name] for name in ("step", "time", "bytes", "seconds")})
@@ -66,6 +69,7 @@ class Saves:
                 self.num_waited += 1
                 self.waited_seconds += event["seconds"]
                 self.stall_seconds += event["seconds"]
+                self._waited = event["step"], event["seconds"]
             case "checkpoint_failed":
                 self.failures["save"] += 1
             case "checkpoint_upload_failed":

@@ -81,7 +81,7 @@ _FIELDS: dict[str, dict[str, Check]] = {
     "blend": {"datasets": _maps_to(_is_source)},
     "checkpoint_snapshot": {"step": is_count, "seconds": is_duration},
     "checkpoint_saved": {"step": is_count, "bytes": is_count, "seconds": is_duration},
-    "checkpoint_waited": {"seconds": is_duration},
+    "checkpoint_waited": {"step": is_count, "seconds": is_duration},
     "checkpoint_skipped": {"durable": lambda value: isinstance(value, bool)},
     "stage_started": {"stage": is_text},
     "stage_finished": {"stage": is_text},

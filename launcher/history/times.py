@@ -38,12 +38,6 @@ class Times:
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
-    @property
-    def goodput(self) -> float:
-        """Productive share of all."""
-        total = self.total_seconds
-        return self.seconds["productive"] / total if total else 0.0
-
     def until(self, now: float) -> dict[TimeState, float]:
         """With what has passed since the last event."""
         open_seconds = max(0.0, now - self._mark)

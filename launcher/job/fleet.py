@@ -1,5 +1,6 @@
 """The agents of a job on all its machines: started, watched, replaced, and set to work together."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ _ANSWER_SECONDS = 1.0  # for an agent that lives to say so; one that is given up
 _REPORT_SECONDS = 15.0  # for agents to collect the stacks of their ranks
 _THREADS = 6  # of an agent: a round, its life, questions; of a peer: following, giving out
 
+_log = logging.getLogger(__name__)
+
 _LOST = NodeEnd((), "the agent died, and its ranks with it")
 
 
@@ -50,7 +53,7 @@ class Life:
     """One task on ranks of some machines, from its start to its end."""
 
     def __init__(self, agents: Sequence[Any], rounds: Sequence[Round], peers: Sequence[Any]) -> None:
-        self._agents, self._peers = agents, peers
+        self._agents, self._peers, self._number = agents, peers, rounds[0].number
         self._ends: dict[int, NodeEnd] = {}
         self._running = {agent.run.remote(each): each.node for agent, each in zip(agents, rounds, strict=True)}
 
@@ -70,7 +73,7 @@ class Life:
 
     def kill(self) -> None:
         """Kill all its ranks and return when they are gone, or their machines do not answer."""
-        asked = {self._agents[node].kill_ranks.remote(): run for run, node in self._running.items()}
+        asked = {self._agents[node].kill_ranks.remote(self._number): run for run, node in self._running.items()}
         _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
         for ref in silent:
             self._ends[self._running.pop(asked[ref])] = _LOST
@@ -130,8 +133,8 @@ class Fleet:
     def metrics_addresses(self) -> list[str]:
         """HOST:PORT of the machines' metrics, of agents that have answered."""
         for slot in self._slots:
-            if slot.metrics_address is None:
-                slot.metrics_address = answer_of(slot.address)
+            if slot.address is not None and (done := ray.wait([slot.address], timeout=0)[0]):
+                slot.metrics_address, slot.address = answer_of(done[0]), None
         return [slot.metrics_address for slot in self._slots if slot.metrics_address is not None]
 
     def news(self) -> list[Up | Down]:
@@ -188,10 +191,16 @@ class Fleet:
             room = Room(self.job.room_path(node), where.ranks_of(node), is_replicated=True)
             ray.get(peer.settle.remote(room))
         if peers:
-            replication.bring_together(peers, where)
+            try:
+                replication.bring_together(peers, where)
+            except RayError as error:  # what cannot be had from memory is had from the disk
+                _log.warning("snapshots could not be brought together: %s", " ".join(str(error).split()))
             replication.follow_neighbours(peers)
         rendezvous = self._pick_rendezvous(agents[0], where)
-        rounds = [Round(task, rendezvous, config, where, node, checkpoint, output) for node in range(len(slots))]
+        number = self._num_rounds
+        rounds = [
+            Round(task, rendezvous, config, where, node, number, checkpoint, output) for node in range(len(slots))
+        ]
         return Life(agents, rounds, peers)
 
     def end(self) -> None:

@@ -31,6 +31,8 @@ class Preemption:
         self._deadline: float | None = None
         self._looked = clock()
         self._is_training = False
+        self._asked: str | None = None
+        """What the ranks were asked with, by us."""
         self.is_over = False
         """What is left is to clean up, which nothing may disturb."""
         self.reason: str | None = None
@@ -40,14 +42,17 @@ class Preemption:
 
     @contextmanager
     def of_training(self) -> Iterator[None]:
-        """Meanwhile a signal is a request, and `reason` tells of it."""
-        self._clear()
+        """Meanwhile a signal is a request, and `reason` tells of it. What was asked before is heard now."""
         self._is_training = True
         try:
             yield
         finally:
             self._is_training = False
             self._clear()
+
+    def begin(self) -> None:
+        """A command has taken the run: what an earlier one was asked is over."""
+        self._clear()
 
     def hear(self, *_: object) -> None:
         """Of SIGTERM; what comes after the first one must not disturb the end.
@@ -76,6 +81,8 @@ class Preemption:
 
     def ask_ranks(self, reason: str, seconds: float | None = None) -> None:
         """Ask the ranks to save and end, within the grace period or the seconds that are left, if those are fewer."""
+        self.look_for_file()
+        self._asked = reason
         with suppress(OSError):  # a disk that takes no file: then the ranks do not hear of it
             self._run_dir.stop_path.write_text(reason, encoding="utf-8")
         deadline = self._clock() + min(self._grace_seconds, self._grace_seconds if seconds is None else seconds)
@@ -83,7 +90,11 @@ class Preemption:
 
     def forget(self) -> None:
         """The ranks that were asked are gone; those that come are not. What somebody else asks stays asked."""
-        if self._deadline is not None:
+        if self._deadline is None:
+            return
+        self._deadline = None
+        self.look_for_file()
+        if self.reason is None or self.reason == self._asked:
             self._clear()
 
     def _clear(self) -> None:
@@ -93,7 +104,8 @@ class Preemption:
     def look_for_file(self) -> None:
         """Whether somebody else has written the file: `broadgauge stop`, or a person."""
         if self.reason is None and self._deadline is None and self._run_dir.stop_path.exists():
-            self.reason = StopRequest(self._run_dir.stop_path).reason()
+            reason = StopRequest(self._run_dir.stop_path).reason()
+            self.reason = reason if reason != self._asked else None
 
     def is_late(self) -> bool:
         """Whether the ranks were asked, and they, their saves or their uploads have not ended in time."""
@@ -117,6 +129,17 @@ def unwrapped() -> Iterator[None]:
         if isinstance(error.__cause__, Preempted | KeyboardInterrupt):
             raise error.__cause__ from None
         raise
+
+
+def stopped(told: Event, checkpoints: Path) -> str:
+    """How ranks that were asked to save and end did so, by their event `preempted` and by what is on disk."""
+    step, saved_step = told["step"], told["saved_step"]
+    if saved_step and not (checkpoints / store.folder_name(saved_step) / MANIFEST).exists():
+        return (
+            f"stopped after step {step}, but its checkpoint could not be written; the same command goes on from the "
+            "newest one"
+        )
+    return f"stopped after step {step}, saved at step {saved_step}; the same command goes on from there"
 
 
 def late(events: Sequence[Event], checkpoints: Path, grace_seconds: float) -> str:

@@ -9,7 +9,10 @@ from trainer.checkpoint.remote.object_store import RemoteFailed
 from trainer.config import RunConfig, UserError
 from trainer.config_file import differences, from_tree
 
-_ONES_OWN = ("parallel.", "launch.", "checkpoint.", "evaluation.", "generate.", "data.prepared", "preset", "name")
+_ONES_OWN = (
+    *("parallel.", "launch.", "supervise.", "monitoring.", "checkpoint.", "evaluation.", "generate."),
+    *("data.prepared", "preset", "name"),
+)
 """Settings in which one life of a run may differ from another."""
 
 

@@ -82,6 +82,8 @@ class Round:
     where: Placement
     node: int
     """The machine's number in the round: which ranks are its own."""
+    number: int
+    """Of the round among those of the fleet: what is to be killed is named by it."""
     checkpoint: Path | None = None
     output: Path | None = None
 
@@ -122,6 +124,8 @@ class Agent:
         self._keeper: ServiceKeeper | None = None
         self._beats = job.server_options(slot).folder / "beats"
         self._ranks = range(0)
+        self._killed = 0
+        """The last round that was to be ended."""
         self._exporter = self._serve_metrics()
         self._problem = "the fork server died, and its ranks with it"
         try:
@@ -203,8 +207,10 @@ class Agent:
         """Where the ranks are in their code; for ranks that are to be killed, as asking for all threads is not safe."""
         return collect(self._beats, self._ranks, _STACK_SECONDS, all_threads=True)
 
-    def kill_ranks(self) -> None:
-        """End the round that is under way, if one is: `run` returns, as soon as what ranks have left is saved."""
+    def kill_ranks(self, number: int) -> None:
+        """End a round, also one whose ranks are only about to be forked: `run` returns, as soon as what ranks have left
+        is saved."""
+        self._killed = max(self._killed, number)
         if self._server is not None:
             with suppress(OSError):  # they died with it
                 self._send(self._server, Kill())
@@ -238,8 +244,15 @@ class Agent:
         except OSError as error:
             return NodeEnd((), f"there is no place for signs of life: {error}")
         self._ranks = this_round.ranks
-        self._send(server, Start(self._specs(this_round), self._rank_env(this_round.where)))
-        return NodeEnd(self._watch(server, len(this_round.ranks)))
+        start = Start(self._specs(this_round), self._rank_env(this_round.where))
+        with self._sending:  # a kill comes either before, and is seen here, or after, and ends what was started
+            if this_round.number <= self._killed:
+                return NodeEnd(())
+            server.send(start)
+        try:
+            return NodeEnd(self._watch(server, len(this_round.ranks)))
+        finally:
+            self._ranks = range(0)  # of which nothing more is to be told
 
     def _send(self, server: Channel, message: Start | Kill | Goodbye) -> None:
         with self._sending:

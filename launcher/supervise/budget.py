@@ -71,7 +71,9 @@ class Memory:
         return replace(self, num_grown=self.num_grown + 1)
 
     def after_failure(self, failure: Failure) -> "Memory":
-        blamed = {**self.machines, failure.machine: self.machines.get(failure.machine, 0) + 1}
+        blamed = dict(self.machines)
+        if failure.machine:  # else nobody knows whose fault it was
+            blamed[failure.machine] = blamed.get(failure.machine, 0) + 1
         num_same = self.num_same + 1 if failure.signature == self.last else 1
         return replace(
             self, num_failures=self.num_failures + 1, last=failure.signature, num_same=num_same, machines=blamed

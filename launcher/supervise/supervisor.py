@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ray.exceptions import RayError
@@ -9,7 +10,7 @@ from ray.exceptions import RayError
 from launcher.job.failures import JobFailed, NodeFailed, RankFailed, explain
 from launcher.job.fleet import Fleet, Life, answer_of
 from launcher.job.news import Down
-from launcher.job.preemption import Preemption, late
+from launcher.job.preemption import Preemption, late, stopped
 from launcher.node.agent import NodeEnd
 from launcher.sizing import sizes
 from launcher.supervise import hang, machine, rank_times
@@ -165,7 +166,7 @@ class Supervisor:
             elif event["kind"] in ("step", "step_skipped"):
                 self._step = event["step"]
                 if event["kind"] == "step":
-                    self._watch.step_took(event["seconds"])
+                    self._watch.step_took(event["seconds"], time.monotonic())
 
     def _notices(self) -> Iterator[Event]:
         self._preemption.look_for_file()
@@ -223,7 +224,8 @@ class Supervisor:
         names = {report.rank: str(self._node_of(report.rank)) for report in reports}
         found = hang.verdict(reports, names)
         stacks = self._run_dir.logs / f"hang-after-step-{self._step}.txt"
-        stacks.write_text(hang.transcript(found, reports), encoding="utf-8")
+        with suppress(OSError):  # of a disk that takes nothing, which may be why they hang
+            stacks.write_text(hang.transcript(found, reports), encoding="utf-8")
         self._log.write("hung", verdict=found.line, suspects=found.suspects, stacks=str(stacks))
         life.kill()
         self._life = None
@@ -232,7 +234,7 @@ class Supervisor:
         node = self._node_of(found.suspects[0]) if found.suspects and is_clear else None
         blamed = self._state.machines[self._state.life[node]] if node is not None else ""
         self._cause = JobFailed(f"the ranks hang: {found.line}; see {stacks}")
-        yield self._recorded_failure(Failure("hang", str(self._cause), blamed, self._step))
+        yield self._recorded_failure(Failure("hang", str(self._cause), blamed, self._step, log=str(stacks)))
 
     def _node_of(self, rank: int) -> int:
         """Its machine's number in the life."""
@@ -250,10 +252,7 @@ class Supervisor:
             yield Finished()
             return
         reason = self._state.why if self._state.phase == "draining" else last["reason"]
-        yield Stopped(
-            f"{reason}: stopped after step {last['step']}, saved at step {last['saved_step']}; the same command goes "
-            "on from there"
-        )
+        yield Stopped(f"{reason}: {stopped(last, self._run_dir.checkpoints)}")
 
     # -------------------------------------------------------------------------------------------------------- failures
 

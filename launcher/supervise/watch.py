@@ -20,14 +20,15 @@ class Watch:
     """Over the ranks of one life."""
 
     def __init__(self, policy: SuperviseConfig, now: float) -> None:
-        self._policy, self._began = policy, now
+        self._policy, self._heard = policy, now
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._beats: Mapping[int, Beat] = {}
         self._compared: tuple[float, Mapping[int, Beat]] = (now, {})
         self._streaks = Streaks()
 
-    def step_took(self, seconds: float) -> None:
+    def step_took(self, seconds: float, now: float) -> None:
         self._step_seconds.append(seconds)
+        self._heard = now
 
     def saw(self, beats: Mapping[int, Beat], now: float) -> list[Straggler]:
         """Note what all ranks said last; returns those that have held the others up for long, once."""
@@ -43,8 +44,8 @@ class Watch:
 
     def is_hung(self, now: float) -> bool:
         """Whether no rank has said anything for so long that none will, as of the last look."""
-        if not self._beats:
-            return now - self._began > self._limit(in_step=False)
+        if not self._beats:  # there may be no memory for them: then steps are all that is heard
+            return now - self._heard > self._limit(in_step=False)
         silent_seconds = min(beat.silent_seconds for beat in self._beats.values())
         return silent_seconds > self._limit(in_step=any(b.phase in STEP_PHASES for b in self._beats.values()))
 

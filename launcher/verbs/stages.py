@@ -116,6 +116,7 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
             resources.enter_context(cluster.connected(ray, WORKER_ENV))
             check_memory(config, cluster.machines())
         run_dir.create(config)
+        preemption.begin()
         log = EventLog(run_dir.events_path)
         resources.callback(log.close)
         written = EventReader(run_dir.events_path)
@@ -219,6 +220,7 @@ def train(claimed: ClaimedRun) -> None:
         claimed.display.line(f"train     trained already, to step {schedule.num_steps}")
         return
     data = run_dir.data_for(config)
+    claimed.begin()
     uses = checks.planned_epochs(config, manifest := Manifest.load(data))
     data_report.show_epochs(uses, claimed.display)
     claimed.log.write("blend", datasets={use.name: _facts_of(use, manifest, data) for use in uses})

@@ -135,7 +135,8 @@ def test_a_save_that_is_due_while_another_is_under_way(
             (tmp_path / "met").touch()
 
     with services(config, run_dir, rooms, not_before=tmp_path / "met"):
-        events = train(config, run_dir, rooms, on_event)
+        train(config, run_dir, rooms, on_event)
+    events = read_events(run_dir.events_path)  # the services have ended, and recorded their last save
     assert_same_result(run_dir, undisturbed)
     saved = [3, 7] if when_busy == "skip" else [3, 6, 7]
     assert store.steps(run_dir.checkpoints) == saved

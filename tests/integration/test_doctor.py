@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,15 @@ def test_a_cluster_that_is_not_there_fails(capsys: pytest.CaptureFixture[str]) -
 
 
 def ranks_of(command: "subprocess.Popen[str]") -> list[psutil.Process]:
-    return [
-        each for each in psutil.Process(command.pid).children() if "launcher.doctor.checks.network" in each.cmdline()
-    ]
+    children = psutil.Process(command.pid).children()
+    return [each for each in children if "launcher.doctor.checks.network" in cmdline(each)]
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    """Nothing of one that has ended meanwhile."""
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def test_nothing_is_left_of_one_that_is_killed(tmp_path: Path) -> None:

@@ -112,15 +112,15 @@ _CLEAN_ENDS = {"preempted", "diverged"}
 
 
 def read_history(events: Sequence[Event]) -> FailureHistory:
-    """The history of a run by its events (`trainer.events`), up to now.
+    """The history of a run by its events (`trainer.events`), for a life that is about to begin.
 
     A life begins with `training_started` and its training ends with the last event before the next one that tells of a
-    step. It failed if it did a step, if no `preempted`, `diverged` or end of the stage `train` closed it, and another
-    life follows: what was killed, and also what a person interrupted, costs the work since the last checkpoint. A life
-    that did no step lost none, and tells of a mistake in the set-up rather than of a machine.
+    step. It failed if it did a step, and no `preempted`, `diverged` or end of the stage `train` closed it: what was
+    killed, and also what a person interrupted, costs the work since the last checkpoint. A life that did no step lost
+    none, and tells of a mistake in the set-up rather than of a machine.
     """
     lives = _lives(events)
-    failed = [life for life in lives[:-1] if life.num_steps and not life.ended_cleanly]
+    failed = [life for life in lives if life.num_steps and not life.ended_cleanly]
     return FailureHistory(len(failed), sum(life.seconds for life in lives), tuple(_stalls(events)))
 
 

@@ -159,10 +159,10 @@ def test_failures_and_time_are_read_from_the_events() -> None:
             (3001, "step"),
             (3002, "stage_finished", {"stage": "train"}),
             (4000, "training_started"),
-            (4003, "step"),
+            (4003, "step"),  # killed just now
         )
     )
-    assert found.num_failures == 2  # the one that was killed, and the one that failed
+    assert found.num_failures == 3  # the two that were killed, and the one that failed
     assert found.trained_seconds == 20 + 50 + 100 + 7 + 1 + 3
 
 

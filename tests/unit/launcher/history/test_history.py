@@ -7,6 +7,7 @@ from itertools import count
 import pytest
 
 from launcher.history.history import RunHistory
+from launcher.history.values import state_of
 from trainer.events import Event, surviving_steps
 
 CLOCK = count(1000)
@@ -99,6 +100,39 @@ def test_restarts_are_counted_by_what_had_ended_the_life_before(
 ) -> None:
     history = RunHistory.of([*began(0), step(1), *before, *began(0, number, nodes)])
     assert history.restarts == {reason: 1} and history.num_lives == 2
+
+
+def test_what_ended_a_life_is_not_the_end_of_the_run() -> None:
+    """As when a machine is drained, or the run grows: the ranks save, and others go on."""
+    events = [event("stage_started", stage="train"), *began(0), step(1), event("preempted", reason="drained", step=1)]
+    history = RunHistory.of(events)
+    assert state_of(history) == "preempted"
+    history = RunHistory.of([*events, *began(1, 2), step(2)])
+    assert state_of(history) == "training" and history.end is not None and history.end["kind"] == "stage_started"
+
+
+def test_evaluations_of_void_steps_do_not_count() -> None:
+    def evaluated(at: int) -> Event:
+        return event("evaluated", step=at, loss=9.0 - at, uniform_loss=9.0, unigram_loss=7.0)
+
+    steps = [step(1), step(2), evaluated(2), step(3), step(4), evaluated(4)]
+    history = RunHistory.of([*began(0), evaluated(0), *steps, *began(3, 2)])
+    assert [each["step"] for each in history.evaluated] == [0, 2]
+
+
+def test_of_a_long_run_looks_at_ranks_are_kept_from_all_of_it() -> None:
+    look = {"seconds": [1.0], "group": 1, "min": 1.0, "mean": 1.0, "max": 1.0, "slowest": 0}
+    history = RunHistory.of([*began(0), *(event("ranks", step=at, **look) for at in range(1, 10_001))])
+    steps = [each["step"] for each in history.ranks]
+    assert 400 < len(steps) <= 1000 and steps == sorted(steps) and steps[0] < 20 and steps[-1] == 10_000
+
+
+def test_a_save_that_had_to_wait_held_training_up_once() -> None:
+    waited = event("checkpoint_waited", step=8, seconds=2.0)
+    snapshot = event("checkpoint_snapshot", step=8, durable=True, seconds=2.5)
+    other = event("checkpoint_snapshot", step=9, durable=True, seconds=0.5)
+    assert RunHistory.of([waited, snapshot, other]).saves.stall_seconds == 3.0
+    assert RunHistory.of([waited]).saves.stall_seconds == 2.0
 
 
 def test_an_old_failure_does_not_explain_a_later_restart() -> None:

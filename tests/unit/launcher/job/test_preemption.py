@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.job.preemption import Preemption, late, listening, unwrapped
+from launcher.job.preemption import Preemption, late, listening, stopped, unwrapped
 from made_checkpoints import write_checkpoint
 from trainer.events import EventLog, read_events
 from trainer.run_dir import RunDir
@@ -93,8 +93,43 @@ def test_nobody_who_was_not_asked_is_late(preemption: Preemption, clock: Clock) 
 
 def test_a_request_to_an_earlier_life_is_void(preemption: Preemption, tmp_path: Path) -> None:
     (tmp_path / "stop").touch()
+    preemption.begin()
     with preemption.of_training():
-        assert not (tmp_path / "stop").exists()
+        preemption.look_for_file()
+        assert not (tmp_path / "stop").exists() and preemption.reason is None
+
+
+def test_a_request_before_training_is_heard_when_it_begins(preemption: Preemption, tmp_path: Path) -> None:
+    """As `broadgauge stop` makes it while data is prepared or Ray starts."""
+    preemption.begin()
+    (tmp_path / "stop").write_text("`broadgauge stop`")
+    with preemption.of_training():
+        preemption.look_for_file()
+        assert preemption.reason == "`broadgauge stop`"
+    assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize("asked_first", [False, True])
+def test_what_somebody_else_asks_while_ranks_save_to_be_moved_stays_asked(
+    preemption: Preemption, tmp_path: Path, asked_first: bool
+) -> None:
+    with preemption.of_training():
+        if asked_first:
+            (tmp_path / "stop").write_text("`broadgauge stop`")
+        preemption.ask_ranks("a node is to be drained")
+        if not asked_first:
+            (tmp_path / "stop").write_text("`broadgauge stop`")
+        preemption.forget()
+        preemption.look_for_file()
+        assert preemption.reason == "`broadgauge stop`"
+
+
+def test_a_save_that_did_not_come_about_is_not_claimed(tmp_path: Path) -> None:
+    told = {"kind": "preempted", "step": 7, "saved_step": 7}
+    assert stopped(told, tmp_path).startswith("stopped after step 7, but its checkpoint could not be written")
+    (tmp_path / "step-00000007").mkdir()
+    (tmp_path / "step-00000007" / "manifest.json").touch()
+    assert stopped(told, tmp_path).startswith("stopped after step 7, saved at step 7; ")
 
 
 def test_outside_of_training_the_first_signal_ends_the_command_and_the_next_do_not_disturb_its_end(

@@ -50,7 +50,8 @@ class Bench:
         (self.run_dir / "behaviour").write_text(behaviour)
         self._rounds += 1
         rendezvous = f"file:///nowhere-{self._rounds}"
-        return agent.run(Round(task, rendezvous, agent._job.config, THREE_HERE, 1, Path("a/checkpoint"), Path("out")))
+        place = THREE_HERE, 1, self._rounds
+        return agent.run(Round(task, rendezvous, agent._job.config, *place, Path("a/checkpoint"), Path("out")))
 
 
 @pytest.fixture
@@ -205,6 +206,21 @@ def die(agent: Agent) -> None:
     agent._server.close()
 
 
+def test_a_round_that_is_killed_before_its_ranks_are_forked_has_none(bench: Bench) -> None:
+    """The kill may come while an agent still prepares the round; the next one is not meant."""
+    agent = bench.agent()
+    agent.kill_ranks(1)
+    assert bench.run(agent, "block") == NodeEnd(())
+    assert not list(bench.run_dir.glob("pid-*"))
+    succeed(bench, agent)
+
+
+def test_of_ranks_that_have_ended_nothing_is_told(bench: Bench) -> None:
+    agent = bench.agent()
+    succeed(bench, agent)
+    assert agent.beats() == {} and agent.metrics_address() is not None
+
+
 def test_the_fork_server_outlives_an_agent_and_serves_the_next(bench: Bench) -> None:
     first = bench.agent()
     server = succeed(bench, first)
@@ -222,7 +238,7 @@ def test_ranks_end_with_their_agent(bench: Bench) -> None:
     first = bench.agent()
     server = first._server
     assert server is not None
-    this_round = Round("evaluate", "file:///nowhere", first._job.config, THREE_HERE, 1)
+    this_round = Round("evaluate", "file:///nowhere", first._job.config, THREE_HERE, 1, 1)
     server.send(Start(first._specs(this_round), {}))
     until(lambda: len(list(bench.run_dir.glob("pid-*"))) == 3)
     pids = [int(path.read_text()) for path in bench.run_dir.glob("pid-*")]

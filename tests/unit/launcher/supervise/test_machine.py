@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from launcher.job.news import Down, Up
 from launcher.supervise import machine
-from launcher.supervise.budget import Failure, Kind
+from launcher.supervise.budget import Failure, Kind, Memory
 from launcher.supervise.machine import (
     AskRanks,
     Command,
@@ -70,6 +70,13 @@ def running(num_slots: int = 1, sizes: tuple[int, ...] = (1,), policy: Supervise
 
 
 # ---------------------------------------------------------------------------------------------------------- one machine
+
+
+def test_a_failure_that_nobody_is_to_blame_for_leaves_no_machine_out() -> None:
+    memory = Memory()
+    for step in range(20):
+        memory = memory.after_failure(Failure("hang", "the ranks hang", "", step))
+    assert memory.machines == {} and memory.num_failures == 20
 
 
 def test_a_run_without_trouble() -> None:

@@ -133,6 +133,16 @@ def test_only_who_is_found_again_and_again_is_told_and_told_once() -> None:
     assert told == [[], [], [1], [], [2], [], [], [], [2]]
 
 
+def test_where_there_is_no_memory_for_beats_steps_are_what_is_heard() -> None:
+    watch, now = Watch(SuperviseConfig(hang_seconds=10.0), 0.0), 0.0
+    for _ in range(100):
+        now += 5
+        watch.step_took(5.0, now)
+        watch.saw({}, now)
+        assert not watch.is_hung(now)
+    assert watch.is_hung(now + 601)  # outside of steps, for all that is known: six times 20 steps of 5 s
+
+
 def test_slow_steps_are_looked_at_over_as_long_as_it_takes() -> None:
     """A look every second at a run that does a step in as long: five of them make a look that counts."""
     watch = Watch(SuperviseConfig(straggler_seconds=1.0, straggler_factor=1.5), 0.0)
