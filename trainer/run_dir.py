@@ -110,13 +110,9 @@ class RunDir:
             is_empty = not self.config_path.read_text(encoding="utf-8").strip()
         except UserError as error:
             named = "" if str(self.config_path) in str(error) else f"{self.config_path}: "
-            raise UserError(
-                f"{named}{error}; the run wrote it when it began, and its checkpoints have it too"
-            ) from error
+            raise UserError(f"{named}{error}; {_OWN_CONFIG}") from error
         if is_empty:
-            raise UserError(
-                f"{self.config_path} is empty; the run wrote it when it began, and its checkpoints have it too"
-            )
+            raise UserError(f"{self.config_path} is empty; {_OWN_CONFIG}")
         return config
 
     def data_for(self, config: RunConfig) -> Path:

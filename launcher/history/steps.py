@@ -3,7 +3,6 @@
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import pairwise
 
 from trainer.events import Event
 from trainer.heartbeat import STEP_PHASES
@@ -48,7 +47,3 @@ class Steps:
             for column in self.columns.values():
                 del column[place:]
         return num_void
-
-    def is_ordered(self) -> bool:
-        """Whether every step comes once, as it must."""
-        return all(a < b for a, b in pairwise(self.columns["step"]))
