@@ -73,6 +73,8 @@ class RunHistory:
         self._nodes = 0
         self._stage_began: float | None = None
         self._stage_start: Event | None = None
+        self._num_in_each, self._num_in_last = 1, 0
+        """Looks at ranks that have become one, and how many of them the last one has."""
         self._latest = 0.0
 
     @classmethod
@@ -218,10 +220,17 @@ class RunHistory:
             self.skipped = {number: event for number, event in self.skipped.items() if number <= step}
 
     def _add_ranks(self, event: Event) -> None:
-        """Every second one goes where there are many, so that those that stay tell of the whole run."""
+        """Where there are many, so many in a row become one, which has the longest time of each rank."""
+        if self._num_in_last < self._num_in_each and self.ranks:
+            self.ranks[-1] = _together(self.ranks[-1], event)
+            self._num_in_last += 1
+            return
         self.ranks.append(event)
+        self._num_in_last = 1
         if len(self.ranks) > _MOST_LOOKS:
-            self.ranks = [*self.ranks[:-1:2], event]
+            halves = zip(self.ranks[:-1:2], self.ranks[1:-1:2], strict=True)
+            self.ranks = [*(_together(*both) for both in halves), self.ranks[-1]]
+            self._num_in_each *= 2
 
     def _life_started(self, event: Event) -> None:
         self.num_lives += 1
@@ -231,3 +240,11 @@ class RunHistory:
                 reason = "growth"
             self.restarts[reason] += 1
         self._nodes, self._cause = event["nodes"], "preemption"
+
+
+def _together(earlier: Event, later: Event) -> Event:
+    """Two looks at ranks as one, unless the layout has changed: then the later one."""
+    before, after = earlier["seconds"], later["seconds"]
+    if (len(before), earlier["group"]) != (len(after), later["group"]):
+        return later
+    return {**later, "seconds": list(map(max, before, after))}

@@ -15,6 +15,7 @@ _MOST_POINTS = 1000  # of a curve
 _MOST_LOOKS = 200  # at all ranks: columns of the heat strip
 _SMOOTHED = ("seconds", *STEP_PHASES)
 """Curves of which the means matter; of the others the outliers do."""
+_RATES = ("tokens_per_second", "mfu")
 
 
 def view_of(history: RunHistory, facts: Facts, now: float) -> dict[str, Any]:
@@ -86,20 +87,27 @@ def _curves(history: RunHistory, facts: Facts) -> dict[str, Any]:
         columns["mfu"] = rate * unit
     curves = {}
     for name, values in columns.items():
-        places, shown = _thinned(values, means=name in _SMOOTHED or name in ("tokens_per_second", "mfu"))
+        of_rates = seconds if name in _RATES else None
+        places, shown = _thinned(values, means=name in _SMOOTHED or name in _RATES, weights=of_rates)
         curves[name] = {"step": step[places], "time": time[places], "value": _numbers(shown)}
     return curves
 
 
-def _thinned(values: np.ndarray, *, means: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Places and values of at most so many points: means of stretches, or the least and the largest of each."""
+def _thinned(values: np.ndarray, *, means: bool, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Places and values of at most so many points: means of stretches, or the least and the largest of each.
+
+    Args:
+        weights: of the means; of a rate its times, so that a mean is all that was done by all the time.
+    """
     if len(values) <= _MOST_POINTS:
         return np.arange(len(values)), values
     num = _MOST_POINTS if means else _MOST_POINTS // 2
     edges = np.linspace(0, len(values), num + 1).astype(int)
     if means:
-        sums = np.add.reduceat(values, edges[:-1])
-        return edges[1:] - 1, sums / np.diff(edges)
+        weights = np.ones(len(values)) if weights is None else weights
+        sums = np.add.reduceat(values * weights, edges[:-1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return edges[1:] - 1, sums / np.add.reduceat(weights, edges[:-1])
     places = set()
     for start, end in pairwise(edges):
         stretch = values[start:end]

@@ -2,12 +2,14 @@
 
 import random
 from dataclasses import asdict
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 
 from launcher.history.history import RunHistory
-from launcher.history.values import state_of
+from launcher.history.values import Facts, state_of
+from launcher.history.view import view_of
+from trainer.config_file import from_tree
 from trainer.events import Event, surviving_steps
 
 CLOCK = count(1000)
@@ -121,10 +123,28 @@ def test_evaluations_of_void_steps_do_not_count() -> None:
 
 
 def test_of_a_long_run_looks_at_ranks_are_kept_from_all_of_it() -> None:
-    look = {"seconds": [1.0], "group": 1, "min": 1.0, "mean": 1.0, "max": 1.0, "slowest": 0}
-    history = RunHistory.of([*began(0), *(event("ranks", step=at, **look) for at in range(1, 10_001))])
+    """Evenly, and a rank that was slow at one look is seen to be."""
+    facts = {"group": 1, "min": 1.0, "mean": 1.0, "max": 1.0, "slowest": 0}
+    slow = {at: [1.0, 5.0] for at in range(1000, 20_001, 1000)}
+    looks = [event("ranks", step=at, seconds=slow.get(at, [1.0, 2.0]), **facts) for at in range(1, 20_001)]
+    history = RunHistory.of([*began(0), *looks])
     steps = [each["step"] for each in history.ranks]
-    assert 400 < len(steps) <= 1000 and steps == sorted(steps) and steps[0] < 20 and steps[-1] == 10_000
+    assert 400 < len(steps) <= 1001 and steps[-1] == 20_000
+    assert max(after - before for before, after in pairwise(steps)) <= 2 * (20_000 / len(steps))
+    assert sum(each["seconds"] == [1.0, 5.0] for each in history.ranks) == 20
+
+
+def test_looks_at_different_layouts_do_not_become_one() -> None:
+    facts = {"group": 1, "min": 1.0, "mean": 1.0, "max": 1.0, "slowest": 0}
+    looks = [event("ranks", step=at, seconds=[1.0] * (4 if at < 1501 else 2), **facts) for at in range(1, 3001)]
+    assert {len(each["seconds"]) for each in RunHistory.of([*began(0), *looks]).ranks} == {2, 4}
+
+
+def test_the_speed_of_many_steps_is_all_tokens_by_all_time() -> None:
+    facts = Facts.of(from_tree({"name": "lion"}))
+    steps = [{**step(at), "seconds": 1.0 if at % 2 else 9.0} for at in range(1, 4001)]
+    curve = view_of(RunHistory.of([*began(0), *steps]), facts, 0.0)["curves"]["tokens_per_second"]["value"]
+    assert len(curve) == 1000 and curve == pytest.approx([2 * 4 * facts.seq_length / 10] * 1000, rel=1e-4)
 
 
 def test_a_save_that_had_to_wait_held_training_up_once() -> None:
