@@ -23,10 +23,10 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.data.batches import TrainingData
     from trainer.data.prepared import PreparedFolder
     from trainer.data.windows import HeldoutReader
-    from trainer.evaluate.frozen import FrozenModel
     from trainer.evaluate.heldout import HeldoutEvaluation
     from trainer.events import EventLog
     from trainer.heartbeat import Heartbeat, answer_with_stacks, beat_path, stack_path
+    from trainer.inference.frozen import FrozenModel
     from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
     from trainer.stop import StopRequest

@@ -27,8 +27,8 @@ from trainer.data.prepared import PreparedFolder
 from trainer.data.shards import Shard
 from trainer.data.windows import HeldoutReader
 from trainer.engine.engine import Engine
-from trainer.evaluate.frozen import FrozenModel
 from trainer.evaluate.heldout import HeldoutEvaluation, unigram_loss
+from trainer.inference.frozen import FrozenModel
 from trainer.training_state import MASTER
 
 SEQ, VOCAB, NUM_WINDOWS = 16, 90, 13

@@ -26,7 +26,7 @@ from trainer.checkpoint.waiting_save import save
 from trainer.config import ModelConfig, RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.engine.engine import Engine
-from trainer.evaluate.frozen import FrozenModel
+from trainer.inference.frozen import FrozenModel
 from trainer.training_state import MASTER
 
 VOCAB, SEQ, WINDOW = 90, 20, 7  # 90 tokens pad to 128 rows; the window divides neither 20 nor its half
