@@ -70,6 +70,12 @@ def evaluated(step: int) -> Event:
     return {"time": at(step) + 0.1, "kind": "evaluated", "step": step, "tokens": 10**5, **losses}
 
 
+def judged(step: int) -> Event:
+    scores = {"arithmetic/accuracy@0": step / 10**6, "arithmetic/accuracy@8": 2 * step / 10**6}
+    facts = {"results": f"checkpoints/step-{step:08d}.results.json", "seconds": 3.5, "heldout_loss": loss_at(step)}
+    return {"time": at(step) + 0.15, "kind": "checkpoint_evaluated", "step": step, **facts, "scores": scores}
+
+
 def loss_at(step: int) -> float:
     return 2.4 + 8.4 / (1 + step / 40) ** 0.6 + 0.05 * math.sin(step * 12.9898)
 
@@ -80,6 +86,7 @@ def steps(first: int, last: int) -> Iterator[Event]:
         yield step_event(step)
         if step % 100 == 0:
             yield evaluated(step)
+            yield judged(step)
         if step % 50 == 0:
             saved = {"step": step, "path": f"checkpoints/step-{step:08d}", "bytes": 3 * 10**9, "seconds": 1.25}
             yield {"time": at(step) + 0.2, "kind": "checkpoint_snapshot", "step": step, "durable": True, "seconds": 0.1}

@@ -155,11 +155,42 @@ class ParallelConfig(Section):
         return f"tensor {self.tensor}{sequence} x {pipeline}{context} x data {self.data}, ZeRO-{self.zero}{offload}"
 
 
+Tasks = Annotated[
+    tuple[str, ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    PlainSerializer(list),
+]
+
+
 class EvaluationConfig(Section):
     every_steps: int = Field(0, ge=0)
     """Steps between evaluations of the held-out loss; 0 evaluates only before and after training."""
     max_sequences: int | None = Field(None, ge=1)
     """Held-out sequences to evaluate on; empty means all of them."""
+    tasks: Tasks = ()
+    """Tasks by which every committed checkpoint is judged: names of those that come along, YAML files, or folders of
+    them."""
+    max_examples: int | None = Field(None, ge=1)
+    """Examples of each task at most, drawn by the run's seed; empty means all of them."""
+    where: Literal["ranks", "service"] = "ranks"
+    """Who judges: the training ranks, between steps, or ranks of their own beside training, which measure the held-out
+    loss of every checkpoint too."""
+    when_behind: Literal["skip", "queue"] = "skip"
+    """What the service does where checkpoints come faster than it judges: go on with the newest, or judge every one,
+    none of which is removed before."""
+    tensor: int | None = Field(None, ge=1)
+    """Ranks of the service that split every matrix; empty: as in training."""
+    pipeline: int | None = Field(None, ge=1)
+    """Ranks of the service that split the layers; empty: as in training."""
+    data: int = Field(1, ge=1)
+    """Replicas of the model in the service, which share the work."""
+    nodes: int = Field(1, ge=1)
+    """Machines of the service, beside those of training."""
+
+    @property
+    def has_service(self) -> bool:
+        return self.where == "service"
 
 
 class CheckpointConfig(Section):
@@ -183,7 +214,10 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = Field(None, ge=1)
     """Checkpoints of steps that this divides are kept for ever."""
     keep_best: int = Field(0, ge=0)
-    """Checkpoints of lowest held-out loss to keep, among those whose step was evaluated."""
+    """Best checkpoints to keep, among those that were evaluated."""
+    best_by: str | None = Field(None, min_length=1)
+    """The score by which they are the best, as results name it, such as `arithmetic/accuracy@8`; empty: the held-out
+    loss."""
     upload_to: str | None = None
     """Folder or URL (s3://, gs://, ...) of this run alone, to which committed checkpoints are copied, and from which it
     goes on where its own are lost."""

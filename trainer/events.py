@@ -11,6 +11,9 @@ read events.jsonl.2, events.jsonl.1, events.jsonl.
 The meaning of kinds and fields is a schema with a version, which every command writes first. Fields and kinds may be
 added within one; a reader passes over what it does not know, and refuses a record of a later version.
 
+On file systems on which hosts append without seeing each other (NFS, SMB) a line is written under the file's lock.
+Where somebody else holds that, nobody waits for it: the line comes with the next one, or within a second.
+
 A full disk does not end training: events wait in memory, in order and with the time at which they happened, and are
 written with the next one that can be. It is an error when more than 16 MiB wait, when a checkpoint relies on them
 (`sync`), and when the process ends (`close`). What waits is lost with a process that is killed; the ledger misses it.
@@ -36,6 +39,12 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
                         on), checkpoint (path, or null for a fresh start)
     diverged            verdict
     evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss
+    answered            step, seconds (for which training stood still), answers (path): the training ranks have answered
+                        what tasks ask of the checkpoint of that step
+    checkpoint_evaluated    step, results (path), seconds, heldout_loss (null where only tasks were asked), scores (by
+                        `TASK/MEASURE@SHOTS`, the larger the better)
+    evaluation_skipped  step, reason: that checkpoint is not evaluated
+    evaluation_failed   step, reason: it could not be
     checkpoint_snapshot step, durable (whether it is to become a checkpoint), seconds (for which training stood still)
     checkpoint_saved    step, path, bytes, seconds (to write it; training stood still where there was no snapshot)
     checkpoint_skipped  step, durable, reason: one was due and was left out, as `checkpoint.when_busy` says (snapshots
@@ -64,6 +73,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
 """
 
 import errno
+import fcntl
 import os
 import re
 import threading
@@ -97,13 +107,19 @@ _BEGIN = re.compile(rb'\{"time":')
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MOST_WAITING_BYTES = 16 << 20  # about 50,000 steps
 _FLUSH_SECONDS = 1.0
+_WITHOUT_ATOMIC_APPENDS = ("nfs", "nfs4", "cifs", "smb3")
+"""File systems, as /proc/self/mountinfo names them."""
 
 
 class EventLog:
     """Appends events to one file; threads may share it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, locks: bool | None = None) -> None:
+        """`locks`: whether to write under the file's lock; None: as its file system needs it."""
         self._path = path
+        self._locks = _needs_locks(path) if locks is None else locks
+        self._is_blocked = False
+        """Whether somebody else held the lock."""
         self._waiting: deque[bytes] = deque()
         """Lines that the disk has not taken yet, oldest first."""
         self._is_torn = False
@@ -162,6 +178,10 @@ class EventLog:
 
     def _flush(self) -> None:
         with self._lock:
+            if self._is_blocked:
+                with suppress(OSError):  # a disk that takes nothing: the next event tries again
+                    self._write_waiting()
+                self._is_dirty = True
             descriptor = os.dup(self._fd) if self._is_dirty else None
             self._is_dirty = False
         if descriptor is not None:
@@ -169,7 +189,22 @@ class EventLog:
                 os.fdatasync(descriptor)
             os.close(descriptor)
 
-    def _write_waiting(self) -> None:
+    def _write_waiting(self, *, is_patient: bool = False) -> None:
+        if not self._locks:
+            self._write_lines()
+            return
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
+        except BlockingIOError:
+            self._is_blocked = True
+            return
+        try:
+            self._is_blocked = False
+            self._write_lines()
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def _write_lines(self) -> None:
         while self._waiting:
             line = b"\n" * self._is_torn + self._waiting[0]
             num_written = os.write(self._fd, line)
@@ -186,7 +221,7 @@ class EventLog:
             OSError: it does not take it.
         """
         with self._lock:
-            self._write_waiting()
+            self._write_waiting(is_patient=True)
         os.fsync(self._fd)
 
     def close(self) -> None:
@@ -195,7 +230,7 @@ class EventLog:
         """
         try:
             with self._lock:
-                self._write_waiting()
+                self._write_waiting(is_patient=True)
         finally:
             self._is_closed.set()
             if self._flusher.ident is not None:
@@ -210,6 +245,18 @@ def _keep_flushing(log: "weakref.ref[EventLog]", is_closed: threading.Event) -> 
     while not is_closed.wait(_FLUSH_SECONDS) and (each := log()) is not None:
         each._flush()
         del each
+
+
+def _needs_locks(path: Path) -> bool:
+    """Whether appending from several hosts at once would lose lines: `open(2)` says so of O_APPEND on NFS."""
+    absolute, found, kind = str(path.resolve()), "", ""
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        fields, _, rest = line.partition(" - ")
+        mounted_at = fields.split()[4].replace("\\040", " ")
+        is_below = absolute.startswith(mounted_at.rstrip("/") + "/")
+        if is_below and len(mounted_at) >= len(found):
+            found, kind = mounted_at, rest.split()[0]
+    return kind in _WITHOUT_ATOMIC_APPENDS
 
 
 class EventReader:

@@ -139,6 +139,9 @@ SAVED_AGE = _gauge("checkpoint_age_seconds", "Time since then, or since training
 SAVED_STEP = _gauge("checkpoint_step", "Step of the newest checkpoint; 0: none is.")
 
 EVALUATION = _gauge("evaluation_score", "Result of the newest evaluation of a task.", "task", "measure")
+EVALUATED = _gauge("evaluated_checkpoints", "Checkpoints whose evaluation counts: a rollback takes later ones back.")
+EVALUATED_STEP = _gauge("evaluated_step", "Step of the newest of them; 0: none is.")
+UNEVALUATED = _counter("unevaluated_checkpoints", "Checkpoints that were not evaluated, by why.", "what")
 RESTARTS = _counter("restarts", "Times that ranks were started again, by what had ended them.", "reason")
 LIVES = _counter("lives", "Times that ranks were started.")
 EXCLUDED = _counter("excluded_machines", "Machines that were left out because they kept failing.")

@@ -50,6 +50,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def evaluation(self) -> Path:
+        """What checkpoints are asked, and the logs of those that ask."""
+        return self.path / "evaluation"
+
+    @property
     def stop_path(self) -> Path:
         """Its presence asks the ranks to save and end."""
         return self.path / "stop"

@@ -76,6 +76,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         _panel(metrics.GRAD_NORM, logarithmic=True),
         _panel(metrics.LEARNING_RATE),
         _panel(metrics.EVALUATION),
+        _panel(metrics.EVALUATED, metrics.UNEVALUATED),
+        _panel(metrics.EVALUATED_STEP, look="stat"),
         _panel(metrics.SKIPPED),
         _panel(metrics.ROLLBACKS, metrics.QUARANTINED, metrics.VOID_STEPS),
         _panel(metrics.CONSUMED_TOKENS, look="stat"),

@@ -18,7 +18,7 @@ _ENDS = ("run_finished", "preempted", "failed", "diverged")
 _MARKED = (
     *("life_failed", "hung", "straggler", "machine_excluded", "rolled_back", "checkpoint_rejected"),
     *("checkpoint_failed", "checkpoint_upload_failed", "checkpoint_service_died", "preempted", "diverged", "failed"),
-    *("training_started", "run_finished"),
+    *("training_started", "run_finished", "evaluation_failed"),
 )
 _MOST_MARKS = 1000
 _MOST_LOOKS = 1000  # at all ranks
@@ -44,6 +44,10 @@ class RunHistory:
         self.rollbacks: list[Event] = []
         self.evaluations: dict[int, Event] = {}
         """By step."""
+        self.judgements: dict[int, Event] = {}
+        """By step: evaluations of checkpoints."""
+        self.unjudged: Counter[str] = Counter()
+        """Checkpoints by what became of their evaluation: skipped, failed."""
         self.restarts: Counter[str] = Counter()
         self.stragglers: Counter[str] = Counter()
         self.num_lives = 0
@@ -116,6 +120,11 @@ class RunHistory:
         return [self.evaluations[step] for step in sorted(self.evaluations)]
 
     @property
+    def judged(self) -> list[Event]:
+        """Evaluations of checkpoints, by step."""
+        return [self.judgements[step] for step in sorted(self.judgements)]
+
+    @property
     def loss(self) -> float | None:
         return self.steps["loss"][-1] if len(self.steps) else None
 
@@ -176,6 +185,10 @@ class RunHistory:
                 self.rollbacks.append(event)
             case "evaluated":
                 self.evaluations[event["step"]] = event
+            case "checkpoint_evaluated":
+                self.judgements[event["step"]] = event
+            case "evaluation_skipped" | "evaluation_failed":
+                self.unjudged[kind.removeprefix("evaluation_")] += 1
             case "life_started":
                 self._life_started(event)
             case "life_failed":
@@ -214,8 +227,9 @@ class RunHistory:
 
     def _void_after(self, step: int) -> None:
         self.done["void"] += self.steps.void_after(step)
-        if self.evaluations and max(self.evaluations) > step:
-            self.evaluations = {at: event for at, event in self.evaluations.items() if at <= step}
+        for found in (self.evaluations, self.judgements):
+            for at in [at for at in found if at > step]:
+                del found[at]
         if self._last_skipped > step:
             self.skipped = {number: event for number, event in self.skipped.items() if number <= step}
 

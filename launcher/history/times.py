@@ -75,7 +75,7 @@ class Times:
             case "rolled_back":
                 self._spend("recovery", event)
                 self._void_after(event["to_step"])
-            case "evaluated":
+            case "evaluated" | "answered":
                 self._spend("evaluation", event)
             case "hung":
                 self._spend("stall", event)

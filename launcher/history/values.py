@@ -10,6 +10,7 @@ from launcher.history.history import RestartReason, RunHistory
 from launcher.history.times import TIME_STATES
 from trainer import metrics
 from trainer.config import RunConfig
+from trainer.events import Event
 from trainer.hardware import peak_flops
 from trainer.heartbeat import STEP_PHASES
 from trainer.metrics import STATISTICS
@@ -183,9 +184,13 @@ def _checkpoints(history: RunHistory, now: float) -> Values:
 def _results(history: RunHistory) -> Values:
     evaluation, sources = history.last_evaluation, (history.data or {}).get("datasets", {})
     measures = {name: evaluation[name] for name in ("loss", "uniform_loss", "unigram_loss")} if evaluation else {}
+    judged = history.judged[-1] if history.judgements else None
     dropped = {name: source.get("dropped", {}) for name, source in sources.items()}
     return {
-        metrics.EVALUATION: {("heldout", name): value for name, value in measures.items()},
+        metrics.EVALUATION: {("heldout", name): value for name, value in measures.items()} | _scores(judged),
+        metrics.EVALUATED: _one(len(history.judgements)),
+        metrics.UNEVALUATED: {(what,): history.unjudged[what] for what in ("skipped", "failed")},
+        metrics.EVALUATED_STEP: _one(judged["step"] if judged else 0),
         metrics.RESTARTS: {(reason,): history.restarts[reason] for reason in get_args(RestartReason)},
         metrics.LIVES: _one(history.num_lives),
         metrics.EXCLUDED: _one(len(history.excluded)),
@@ -195,6 +200,12 @@ def _results(history: RunHistory) -> Values:
             (name, reason): count for name, reasons in dropped.items() for reason, count in reasons.items()
         },
     }
+
+
+def _scores(judged: Event | None) -> dict[Labels, float]:
+    """Of the newest checkpoint that was evaluated, by task and measure."""
+    named = judged["scores"].items() if judged else ()
+    return {(task, measure): value for name, value in named for task, _, measure in [name.rpartition("/")]}
 
 
 def _word(text: str) -> str:

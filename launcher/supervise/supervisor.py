@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
 
 from ray.exceptions import RayError
 
@@ -15,6 +14,7 @@ from launcher.node.agent import NodeEnd
 from launcher.sizing import sizes
 from launcher.supervise import hang, machine, rank_times
 from launcher.supervise.budget import Failure
+from launcher.supervise.looks import Looks
 from launcher.supervise.machine import (
     AskRanks,
     Command,
@@ -39,7 +39,6 @@ from trainer.run_dir import RunDir
 from trainer.stop import Interrupted, Preempted
 
 _POLL_SECONDS = 0.05
-_LOOK_SECONDS = 1.0  # between looks at signs of life
 
 
 class Supervisor:
@@ -67,7 +66,8 @@ class Supervisor:
         self._step = 0
         self._was_asked = False
         self._watch = Watch(config.supervise, time.monotonic())
-        self._looked, self._asked = 0.0, list[Any]()
+        self._looks: Looks | None = None
+        """At the ranks of the life."""
         self._told: tuple[float, Mapping[int, Beat]] = (0.0, {})
         """When it was last recorded how long ranks work, and what they had said then."""
         self._cause: Exception | None = None
@@ -122,7 +122,8 @@ class Supervisor:
             self._life = self._fleet.begin("train", slots, config)
         except RayError as error:  # a machine is lost at this very moment
             self._unbegun = error
-        self._watch, self._asked = Watch(config.supervise, time.monotonic()), []
+        self._watch = Watch(config.supervise, time.monotonic())
+        self._looks = Looks(self._life.ask_for_beats, answer_of) if self._life is not None else None
 
     # ----------------------------------------------------------------------------------------------- what has happened
 
@@ -195,20 +196,15 @@ class Supervisor:
     def _watched(self, life: Life) -> Iterator[Event]:
         """Look at what ranks said last, now and then; kill those that will say nothing more."""
         now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
+        assert self._looks is not None
+        if (beats := self._looks.look(now)) is None:
             return
-        self._looked = now
-        answers = [answer for ref in self._asked if (answer := answer_of(ref)) is not None]
-        if self._asked and len(answers) == len(self._asked):
-            beats = {rank: beat for answer in answers for rank, beat in answer.items()}
-            self._tell_times(beats, now)
-            for slow in self._watch.saw(beats, now):
-                node = self._node_of(slow.rank)
-                self._log.write("straggler", rank=slow.rank, node=node, phase=slow.phase, ratio=round(slow.ratio, 3))
-            if self._watch.is_hung(now):
-                yield from self._hung(life)
-                return
-        self._asked = life.ask_for_beats()
+        self._tell_times(beats, now)
+        for slow in self._watch.saw(beats, now):
+            node = self._node_of(slow.rank)
+            self._log.write("straggler", rank=slow.rank, node=node, phase=slow.phase, ratio=round(slow.ratio, 3))
+        if self._watch.is_hung(now):
+            yield from self._hung(life)
 
     def _tell_times(self, beats: Mapping[int, Beat], now: float) -> None:
         """Record how long each rank works in a step, now and then."""

@@ -106,7 +106,7 @@ def survey(path: Path) -> Survey:
     reasons: Mapping[int, tuple[str, ...]] = {}
     policy = _policy(folder, entries)
     if policy and newest is not None:
-        present = [Present(each.step, each.manifest.heldout_loss) for each in entries if each.manifest]
+        present = [Present.of(each.manifest, each.path, policy) for each in entries if each.manifest]
         reasons = retention.reasons_to_keep(policy, present, newest)
     listed = (Entry(e.path, e.step, e.manifest, e.problem, reasons.get(e.step, ())) for e in entries)
     return Survey(folder, tuple(listed), newest, tuple(store.leftovers(folder)), _saves(folder))

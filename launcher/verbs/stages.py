@@ -50,6 +50,7 @@ WARNINGS = {
     "machine_excluded": "machine {machine} is left out after {failures} failures",
     "hung": "the ranks hang: {verdict}",
     "straggler": "rank {rank} on node {node} is slow in {phase}: steps take {ratio:.2g} times as long",
+    "evaluation_failed": "the checkpoint of step {step} could not be evaluated: {reason}",
     "sink_failed": "{sink} is told nothing more: {reason}",
     "checkpoint_skipped": "no checkpoint of step {step}: {reason}",
 }

@@ -15,7 +15,7 @@ from launcher.verbs import reporting
 from trainer import config_file
 from trainer.run_dir import RunDir
 
-PLOTS = ["Loss", "Gradient norm", "Throughput", "Model FLOPs utilisation", "Step time", "Phases of a step"]
+PLOTS = ["Loss", "Gradient norm", "Throughput", "Model FLOPs utilisation", "Step time", "Phases of a step", "Tasks"]
 HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>"
 
 
@@ -73,6 +73,7 @@ def test_everything_is_shown_and_nobody_complains(page: Page, tmp_path: Path) ->
         open_at(page, monitor, 300)
         assert points(page, "Loss", "training") == points(page, "Gradient norm", "grad norm") == 300
         assert points(page, "Loss", "held-out") == 4
+        assert points(page, "Tasks", "arithmetic/accuracy@8") == 3
         visible = page.evaluate("[...document.querySelectorAll('#plots svg')].map(s => s.getAttribute('aria-label'))")
         assert set(PLOTS) < set(visible)
         for plot in visible:  # the failure and the start after it
@@ -87,7 +88,7 @@ def test_everything_is_shown_and_nobody_complains(page: Page, tmp_path: Path) ->
         assert re.search(r"restarts\s+1\b", figures)
         assert re.search(r"productive \d+ min", text_of(page, "#time-legend"))
         assert "rank 5 at step 300" in text_of(page, "#heat-text") and "1.7" in text_of(page, "#heat-text")
-        for table, rows in (("checkpoints", 6), ("evaluations", 4), ("data", 2), ("events", 3)):
+        for table, rows in (("checkpoints", 6), ("evaluations", 4), ("tasks", 2), ("data", 2), ("events", 3)):
             assert page.evaluate(f"document.getElementById('{table}').tBodies[0].rows.length") == rows, table
         assert "rank-2 | step 99 of rank 2" in text_of(page, "#log")
         page.evaluate(

@@ -18,6 +18,7 @@ const PLOTS = {
   mfu: new Plot("Model FLOPs utilisation", ""),
   seconds: new Plot("Step time", "s"),
   phases: new Plot("Phases of a step", "s"),
+  tasks: new Plot("Tasks", "score"),
   lr: new Plot("Learning rate", ""),
 };
 const heat = new Heat(byId("heat"), byId("heat-text"));
@@ -117,6 +118,7 @@ function showPlots(views) {
     PLOTS[name].show({ ...drawn, curves: views.flatMap((each, index) => curveOf(each, name, axis, index, views)) });
   }
   PLOTS.loss.show({ ...drawn, logarithmic: byId("logarithmic").checked, curves: views.flatMap((each, index) => lossesOf(each, axis, index, views)) });
+  PLOTS.tasks.show({ ...drawn, curves: views.flatMap((each, index) => scoresOf(each, axis, index, views)) });
   const phases = PHASES.filter((phase) => view.curves[phase]?.value.some((value) => value > 0));
   PLOTS.phases.show({
     ...drawn,
@@ -138,6 +140,24 @@ function lossesOf(view, axis, index, views) {
   const x = heldout.map((each) => (axis === "time" ? each.time - view.began : each.step));
   const dots = { name: name("held-out"), x, y: heldout.map((each) => each.loss), color: views.length > 1 ? color : COLORS[1], dash: 1, dots: true };
   return heldout.length ? [...training, dots] : training;
+}
+
+/* The first of many: more would not be told apart, and the table has them all. */
+const MOST_SCORES = 10;
+const scoreNames = (view) => [...new Set(view.judgements.flatMap((each) => Object.keys(each.scores)))];
+
+function scoresOf(view, axis, index, views) {
+  return scoreNames(view).slice(0, MOST_SCORES).map((name, number) => {
+    const found = view.judgements.filter((each) => name in each.scores);
+    return {
+      name: views.length > 1 ? `${view.name}, ${name}` : name,
+      x: found.map((each) => (axis === "time" ? each.time - view.began : each.step)),
+      y: found.map((each) => each.scores[name]),
+      color: COLORS[number % COLORS.length],
+      dash: (views.length > 1 ? index : Math.floor(number / COLORS.length)) % DASHES.length,
+      dots: true,
+    };
+  });
 }
 
 const columns = (view, curve, axis) => ({
@@ -175,6 +195,11 @@ function showTables(view) {
   fill("evaluations", [...view.evaluations].reverse().map((each) => [
     number(each.step), "held-out", number(each.loss.toFixed(4)), number(short(Math.exp(each.loss))), number(each.uniform_loss.toFixed(4)),
   ]));
+  fill("tasks", scoreNames(view).map((name) => {
+    const found = view.judgements.filter((each) => name in each.scores), newest = found.at(-1);
+    const highest = found.reduce((best, each) => (each.scores[name] > best.scores[name] ? each : best));
+    return [name, number(short(newest.scores[name])), number(newest.step), number(short(highest.scores[name])), number(highest.step)];
+  }));
   fill("data", Object.entries(view.data).map(([name, source]) => [
     name,
     number(percent(source.share)),

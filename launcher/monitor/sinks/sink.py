@@ -53,6 +53,8 @@ def values_of(event: Event, history: RunHistory, facts: Facts) -> dict[str, floa
             }
         case "evaluated":
             return {"heldout/loss": event["loss"]}
+        case "checkpoint_evaluated":
+            return {f"tasks/{name}": value for name, value in event["scores"].items()}
         case "ranks":
             return {f"ranks/{name}_seconds": event[name] for name in ("min", "mean", "max")}
     return {}

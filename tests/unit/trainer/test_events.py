@@ -1,5 +1,6 @@
 """The record of a run survives what runs meet: several writers, a reader in the middle, and death in mid-line."""
 
+import fcntl
 import os
 import subprocess
 import threading
@@ -187,10 +188,36 @@ def test_a_piece_of_a_line_costs_not_the_line_behind_it(path: Path) -> None:
         assert read_events(path)[-1]["step"] == 2, length
 
 
-def test_several_processes_never_mix_their_lines(path: Path) -> None:
+def test_who_holds_the_files_lock_holds_nobody_up(path: Path) -> None:
+    log = EventLog(path, locks=True)
+    log.write("step", step=1)
+    with open(path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for step in range(2, 50):
+            log.write("step", step=step)
+        assert [event["step"] for event in read_events(path)] == [1]
+    deadline = time.monotonic() + 10
+    while len(read_events(path)) < 49:  # with no further event
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [event["step"] for event in read_events(path)] == list(range(1, 50))
+    log.close()
+
+
+def test_no_locks_are_taken_where_appending_is_atomic(path: Path) -> None:
+    log = EventLog(path)
+    with open(path, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        log.write("step", step=1)
+        assert [event["step"] for event in read_events(path)] == [1]
+    log.close()
+
+
+@pytest.mark.parametrize("locks", [False, True])
+def test_several_processes_never_mix_their_lines(path: Path, locks: bool) -> None:
     writers, each = 4, 1000
     start_read, start_write = os.pipe()
-    pids = [os.fork() or _write_many(path, writer, each, start_read, start_write) for writer in range(writers)]
+    pids = [os.fork() or _write_many(path, locks, writer, each, start_read, start_write) for writer in range(writers)]
     os.close(start_read)
     os.close(start_write)  # the last writing end closes once all have been forked: now they start together
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * writers
@@ -203,14 +230,15 @@ def test_several_processes_never_mix_their_lines(path: Path) -> None:
         assert all(event["text"] == f"{writer}" * (event["number"] % 100) for event in mine)
 
 
-def _write_many(path: Path, writer: int, count: int, start_read: int, start_write: int) -> int:
+def _write_many(path: Path, locks: bool, writer: int, count: int, start_read: int, start_write: int) -> int:
     status = 1
     try:
         os.close(start_write)
         os.read(start_read, 1)  # returns when the parent and all writers have closed the other end
-        log = EventLog(path)
+        log = EventLog(path, locks)
         for number in range(count):
             log.write("step", writer=writer, number=number, text=f"{writer}" * (number % 100))
+        log.close()
         status = 0
     finally:
         os._exit(status)

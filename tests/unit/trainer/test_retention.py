@@ -15,6 +15,7 @@ import pytest
 from made_checkpoints import fail_to_read
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import FORMAT, Manifest, fingerprint
+from trainer.checkpoint.format.results import results_path, write_results
 from trainer.checkpoint.format.retention import Fate, Present, plan, prune, reasons_to_keep
 from trainer.config import CheckpointConfig
 
@@ -46,7 +47,7 @@ def outcomes(fates: list[Fate]) -> dict[int, str]:
 
 def test_the_rules_add_up_and_each_is_named() -> None:
     losses = {10: 3.0, 20: None, 30: 2.0, 40: 2.5, 50: 2.0, 60: None, 70: 9.0, 80: None}
-    present = [Present(step, loss) for step, loss in losses.items()]
+    present = [Present(step, None if loss is None else -loss) for step, loss in losses.items()]
     policy = CheckpointConfig(keep_last=2, keep_every_steps=40, keep_best=2)
     assert reasons_to_keep(policy, reversed(present), newest=80) == {
         30: ("best 2",),
@@ -58,7 +59,7 @@ def test_the_rules_add_up_and_each_is_named() -> None:
 
 
 def test_of_equally_good_ones_the_later_is_kept_and_no_number_is_never_best() -> None:
-    present = [Present(10, float("nan")), Present(20, 2.0), Present(30, 2.0), Present(40, float("-inf")), Present(50)]
+    present = [Present(10, float("nan")), Present(20, -2.0), Present(30, -2.0), Present(40, float("inf")), Present(50)]
     policy = CheckpointConfig(keep_last=1, keep_best=1)
     assert reasons_to_keep(policy, present, newest=50) == {30: ("best 1",), 50: ("newest", "last 1")}
 
@@ -71,7 +72,7 @@ def test_the_newest_stays_even_where_it_is_not_among_the_sound() -> None:
 
 
 def test_a_life_given_up_counts_for_nothing() -> None:
-    present = [Present(10, 9.0), Present(20, 8.0), Present(30, 1.0), Present(40, 1.0)]
+    present = [Present(10, -9.0), Present(20, -8.0), Present(30, -1.0), Present(40, -1.0)]
     policy = CheckpointConfig(keep_last=1, keep_every_steps=10, keep_best=1)
     assert list(reasons_to_keep(policy, present, newest=20)) == [10, 20]
 
@@ -96,6 +97,19 @@ def test_prune_keeps_the_best_and_every_kth_by_what_the_manifests_say(tmp_path: 
         make(tmp_path, step, heldout_loss=loss)
     prune(tmp_path, 50, CheckpointConfig(keep_last=1, keep_every_steps=30, keep_best=1))
     assert store.steps(tmp_path) == [20, 30, 50]
+
+
+def test_prune_keeps_the_best_by_a_score_of_the_very_checkpoint(tmp_path: Path) -> None:
+    for step, loss, accuracy in ((10, 1.0, 0.9), (20, 2.0, 0.5), (30, 3.0, 0.6), (40, 4.0, None)):
+        folder = make(tmp_path, step, heldout_loss=loss)
+        manifest = store.read(folder)
+        if step == 10:  # of an earlier life, whose weights were others
+            manifest = replace(manifest, written_at=1.0)
+        if accuracy is not None:
+            write_results(folder, manifest, {"scores": {"arithmetic/accuracy@8": accuracy}})
+    policy = CheckpointConfig(keep_last=1, keep_best=1, best_by="arithmetic/accuracy@8")
+    assert outcomes(prune(tmp_path, 40, policy)) == {10: "removed", 20: "removed", 30: "kept", 40: "kept"}
+    assert results_path(tmp_path / store.folder_name(10)).exists()  # what was found outlives what it was found of
 
 
 def test_a_plan_touches_nothing_and_says_what_prune_does(tmp_path: Path) -> None:

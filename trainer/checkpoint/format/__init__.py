@@ -9,6 +9,7 @@
 | `store`          | folders: how one comes to exist, is found, checked and removed                       |
 | `disk`           | files brought to the disk, and read back from it                                     |
 | `retention`      | which checkpoints stay                                                               |
+| `results`        | what evaluations have found of one                                                   |
 | `compatibility`  | whether one fits a run                                                               |
 | `comparison`     | in what two differ                                                                   |
 """

@@ -1,14 +1,15 @@
-"""Which checkpoints stay: the last few, every k-th for ever, those of lowest held-out loss, and always the newest."""
+"""Which checkpoints stay: the last few, every k-th for ever, the best, and always the newest."""
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from trainer.checkpoint.format import store
-from trainer.checkpoint.format.manifest import OtherFormat, Unreadable
+from trainer.checkpoint.format.manifest import Manifest, OtherFormat, Unreadable
+from trainer.checkpoint.format.results import score_of
 from trainer.config import CheckpointConfig, UserError
 
 
@@ -17,8 +18,15 @@ class Present:
     """A sound checkpoint, as far as the policy looks at it."""
 
     step: int
-    heldout_loss: float | None = None
-    """Nats per token, where its step was evaluated."""
+    merit: float | None = None
+    """By which it is among the best, the larger the better; None where it was not evaluated."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, checkpoint: Path, policy: CheckpointConfig) -> Self:
+        """By `checkpoint.best_by`: a score of its evaluation, or else the held-out loss."""
+        if policy.best_by is not None:
+            return cls(manifest.step, score_of(checkpoint, manifest, policy.best_by))
+        return cls(manifest.step, None if manifest.heldout_loss is None else -manifest.heldout_loss)
 
 
 Outcome = Literal["kept", "removed", "being read", "stuck"]
@@ -56,14 +64,14 @@ def reasons_to_keep(policy: CheckpointConfig, present: Iterable[Present], newest
 
 
 def _best(present: list[Present], count: int) -> list[Present]:
-    """Those of lowest held-out loss; of equal ones the later."""
-    evaluated = [each for each in present if each.heldout_loss is not None and math.isfinite(each.heldout_loss)]
-    return sorted(evaluated, key=lambda each: (each.heldout_loss, -each.step))[:count]
+    """Those of most merit; of equal ones the later."""
+    evaluated = [each for each in present if each.merit is not None and math.isfinite(each.merit)]
+    return sorted(evaluated, key=lambda each: (each.merit, each.step), reverse=True)[:count]
 
 
 def plan(checkpoints: Path, newest: int, policy: CheckpointConfig) -> list[Fate]:
     """What `prune` would do, oldest first, if nothing stands in its way."""
-    sound, others = _look(checkpoints, newest)
+    sound, others = _look(checkpoints, newest, policy)
     stays = reasons_to_keep(policy, sound, newest)
     fates = [Fate(step, "kept", ", ".join(reasons)) for step, reasons in stays.items()]
     fates += [Fate(each.step, "removed", "no rule keeps it") for each in sound if each.step not in stays]
@@ -94,7 +102,7 @@ def _carry_out(checkpoints: Path, fate: Fate) -> Fate:
     return fate if gone else Fate(fate.step, "being read", fate.why)
 
 
-def _look(checkpoints: Path, newest: int) -> tuple[list[Present], list[Fate]]:
+def _look(checkpoints: Path, newest: int, policy: CheckpointConfig) -> tuple[list[Present], list[Fate]]:
     """The sound checkpoints up to `newest`, and what is to become of the others."""
     sound, others = [], []
     for step in store.steps(checkpoints):
@@ -102,7 +110,7 @@ def _look(checkpoints: Path, newest: int) -> tuple[list[Present], list[Fate]]:
             continue
         folder = checkpoints / store.folder_name(step)
         try:
-            sound.append(Present(step, store.read(folder).heldout_loss))
+            sound.append(Present.of(store.read(folder), folder, policy))
         except UserError as error:
             others.append(_fate_without_manifest(step, error))
     return sound, others

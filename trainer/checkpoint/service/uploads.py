@@ -56,7 +56,7 @@ class Uploader:
         self._record, self._machine, self._clock = record, machine, clock
         self._done: set[_Written] = set()
         """Checkpoints of which nothing is left to do here."""
-        self._there: dict[int, retention.Present] = {}
+        self._there: dict[int, Manifest] = {}
         """What the store has, as far as it was looked at."""
         self._retry_at, self._retry_seconds = 0.0, _FIRST_RETRY_SECONDS
         self._failure: str | None = None
@@ -149,7 +149,7 @@ class Uploader:
             bytes=manifest.num_bytes,
             seconds=round(self._clock() - started, 6),
         )
-        self._there[step] = retention.Present(step, manifest.heldout_loss)
+        self._there[step] = manifest
         try:
             self._prune(manifest)
         except (RemoteFailed, UserError) as error:  # the next one that is sent tries again
@@ -160,8 +160,11 @@ class Uploader:
         """Remove there what the policy does not keep."""
         there = self._remote.steps()
         for step in set(there) - self._there.keys():
-            self._there[step] = retention.Present(step, self._remote.read_manifest(step).heldout_loss)
-        present = [self._there[step] for step in there]
+            self._there[step] = self._remote.read_manifest(step)
+        present = [
+            retention.Present.of(self._there[step], self._checkpoints / store.folder_name(step), self._policy)
+            for step in there
+        ]
         keep = retention.reasons_to_keep(self._policy, present, newest.step)
         self._remote.prune(step for step in there if step < newest.step and step not in keep)
 

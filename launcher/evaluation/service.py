@@ -1,0 +1,317 @@
+"""Judges every committed checkpoint, one at a time, beside training: on ranks of its own, or by the answers of the
+training ranks.
+
+It learns of checkpoints from the record of the run, as everybody does, and has a thread of its own: neither the
+supervisor nor the ranks ever wait for it. What goes wrong with one checkpoint is recorded, and the next one is taken.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+from ray.exceptions import RayError
+
+from launcher.evaluation.waiting import Waiting
+from launcher.job.failures import explain
+from launcher.job.fleet import Fleet, Life
+from trainer.checkpoint.format import store
+from trainer.checkpoint.format.manifest import Manifest, read_manifest
+from trainer.checkpoint.format.results import read_results, write_results
+from trainer.config import UserError
+from trainer.events import Event, EventReader
+from trainer.inference.requests import Answer, Request, read_answers, write_requests
+from trainer.rank_spec import Task
+from trainer.run_dir import RunDir
+
+Record = Callable[..., None]
+"""Appends an event of a kind with its fields."""
+
+_LOOK_SECONDS = 0.2
+_ARRIVAL_SECONDS = 300.0  # for agents of the service to come up
+_MOST_FAILURES = 5  # in a row, after which it would only fail again
+
+_log = logging.getLogger(__name__)
+
+
+class Judge(Protocol):
+    """What is asked of a checkpoint, and what its answers are worth."""
+
+    requests: Sequence[Request]
+
+    def results(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """For the results of a checkpoint (`trainer.checkpoint.format.results`), `scores` among them."""
+
+
+@dataclass
+class _Work:
+    """One checkpoint at a time."""
+
+    step: int
+    checkpoint: Path
+    manifest: Manifest
+    began: float
+    lease: ExitStack
+    """Held while ranks read it, so that it is not removed meanwhile."""
+    left: list[tuple[Task, Path]]
+    """What ranks have still to do, and where they write what they find."""
+    life: Life | None = None
+
+
+class EvaluationService:
+    """From its start until it is closed; a context manager, which does not wait for what is still to be judged."""
+
+    def __init__(
+        self, run_dir: RunDir, judge: Judge, when_behind: str, record: Record, fleet: Fleet | None = None
+    ) -> None:
+        """`fleet`: ranks of its own; without them it grades what the training ranks have answered."""
+        self._run_dir, self._judge, self._record, self._fleet = run_dir, judge, record, fleet
+        self._folder = run_dir.evaluation
+        self._waiting = Waiting("queue" if when_behind == "queue" else "skip")
+        self._leases: dict[int, ExitStack] = {}
+        self._events = EventReader(run_dir.events_path)
+        self._work: _Work | None = None
+        self._heard: dict[str, set[int]] = {"checkpoint_saved": set(), "answered": set()}
+        """Steps; answers come before or after the checkpoint that they are of is committed."""
+        self._num_failures = 0
+        self._is_closed, self._is_idle = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="evaluation service", daemon=True)
+        self.doing = "evaluate"
+        """For a person."""
+
+    def __enter__(self) -> "EvaluationService":
+        self._events.skip_to_end()
+        self._folder.mkdir(exist_ok=True)
+        write_requests(requests_path(self._run_dir), self._judge.requests)
+        self._look_for_unjudged()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_closed.set()
+        self._thread.join()
+
+    def is_idle(self) -> bool:
+        """Whether all that was committed so far has been judged or left out."""
+        return self._is_idle.is_set() or not self._thread.is_alive()
+
+    def finish(self, on_poll: Callable[[], None]) -> None:
+        """Wait until it is idle; `on_poll` is called about ten times a second."""
+        self._is_idle.clear()
+        while not self.is_idle():
+            on_poll()
+            time.sleep(_LOOK_SECONDS / 2)
+
+    # ---------------------------------------------------------------------------------------------------- in its thread
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closed.is_set() and self._num_failures < _MOST_FAILURES:
+                self._turn()
+            if self._num_failures >= _MOST_FAILURES:
+                _log.warning("no checkpoint is judged any more, after %d failures in a row", self._num_failures)
+        finally:
+            self._leave()
+
+    def _turn(self) -> None:
+        is_asked = not self._is_idle.is_set()
+        for event in self._events.new_events():
+            self._hear(event)
+        if self._fleet is not None:
+            self._fleet.news()
+        if self._work is not None:
+            self._go_on(self._work)
+            return
+        self._waiting, step = self._waiting.next()
+        if step is not None:
+            self._begin(step)
+            return
+        if is_asked:
+            self._is_idle.set()
+        self._is_closed.wait(_LOOK_SECONDS)
+
+    def _hear(self, event: Event) -> None:
+        match event["kind"]:
+            case "checkpoint_saved" if self._fleet is not None:
+                self._committed(event["step"])
+            case "checkpoint_saved" | "answered":
+                self._heard[event["kind"]].add(event["step"])
+                if all(event["step"] in steps for steps in self._heard.values()):
+                    self._grade_answers(event["step"])
+            case "training_started" | "rolled_back":
+                self._void_after(event["step" if event["kind"] == "training_started" else "to_step"])
+
+    def _void_after(self, step: int) -> None:
+        """What was saved after it is of no history that counts."""
+        self._waiting, left_out = self._waiting.void_after(step)
+        for each in left_out:
+            self._let_go(each)
+            self._record("evaluation_skipped", step=each, reason=f"the run goes on from step {step}")
+        for steps in self._heard.values():
+            steps.intersection_update(range(step + 1))
+
+    def _committed(self, step: int) -> None:
+        if self._work is not None and self._work.step == step:  # written over by another life
+            self._fail(self._work, "the run went back, and has written it anew")
+        self._waiting, left_out = self._waiting.committed(step)
+        for each in left_out:
+            self._let_go(each)
+            self._record("evaluation_skipped", step=each, reason=f"the checkpoint of step {step} came before its turn")
+        self._lease(step)
+
+    def _lease(self, step: int) -> None:
+        """Keep what waits from being removed, if none is to be left out."""
+        if self._waiting.when_behind == "queue":
+            self._let_go(step)
+            self._leases[step] = ExitStack()
+            with suppress(UserError):  # it is missed when its turn comes
+                self._leases[step].enter_context(store.being_read(self._checkpoint(step)))
+
+    def _begin(self, step: int) -> None:
+        checkpoint, lease = self._checkpoint(step), ExitStack()
+        try:
+            lease.enter_context(store.being_read(checkpoint))
+            manifest = read_manifest(checkpoint)
+        except UserError as error:
+            lease.close()
+            self._record("evaluation_skipped", step=step, reason=str(error))
+            return
+        finally:
+            self._let_go(step)
+        self.doing = f"evaluate: step {step}"
+        work = _Work(step, checkpoint, manifest, time.monotonic(), lease, [("evaluate", self._folder / "heldout.json")])
+        work.left += [("answer", self._folder / "answers.jsonl")] if self._judge.requests else []
+        self._work = work
+        self._next_task(work)
+
+    def _next_task(self, work: _Work) -> None:
+        assert self._fleet is not None
+        task, output = work.left[0]
+        output.unlink(missing_ok=True)
+        deadline = time.monotonic() + _ARRIVAL_SECONDS
+        while len(self._fleet.present()) < self._fleet.where.nodes:
+            if self._is_closed.wait(_LOOK_SECONDS):
+                return
+            if time.monotonic() > deadline:
+                self._fail(work, f"the machines of the service did not come up within {_ARRIVAL_SECONDS:g} s")
+                return
+            self._fleet.news()
+        try:
+            work.life = self._fleet.begin(
+                task, checkpoint=work.checkpoint.resolve(), output=output, requests=requests_path(self._run_dir)
+            )
+        except RayError as error:
+            self._fail(work, f"the ranks could not be started: {' '.join(str(error).split())}")
+
+    def _go_on(self, work: _Work) -> None:
+        assert work.life is not None
+        if (ends := work.life.poll(_LOOK_SECONDS)) is None:
+            return
+        work.life = None
+        if any(end.went_wrong for end in ends.values()):
+            assert self._fleet is not None
+            self._fleet.replace(node for node, end in ends.items() if end.problem)
+            self._fail(work, str(explain(ends, self._fleet.job.logs)))
+            return
+        work.left.pop(0)
+        if work.left:
+            self._next_task(work)
+        else:
+            self._conclude(work)
+
+    def _conclude(self, work: _Work) -> None:
+        try:
+            heldout = orjson.loads((self._folder / "heldout.json").read_bytes())
+            found = self._graded(self._folder / "answers.jsonl") if self._judge.requests else {}
+            self._tell(work.checkpoint, work.manifest, {"heldout": heldout, **found}, work.began)
+        except Exception as error:  # of which nobody thought: it must not end all evaluations
+            _log.exception("step %d could not be judged", work.step)
+            self._fail(work, f"{type(error).__name__}: {error}")
+            return
+        work.lease.close()
+        self._work, self._num_failures = None, 0
+
+    def _fail(self, work: _Work, reason: str) -> None:
+        if work.life is not None:
+            work.life.kill()
+        work.lease.close()
+        self._work = None
+        self._num_failures += 1
+        self._record("evaluation_failed", step=work.step, reason=reason)
+
+    # ------------------------------------------------------------------------------------------------------- and grades
+
+    def _grade_answers(self, step: int) -> None:
+        """Of the training ranks."""
+        began, checkpoint = time.monotonic(), self._checkpoint(step)
+        try:
+            manifest = read_manifest(checkpoint)
+            self._tell(checkpoint, manifest, self._graded(answers_path(self._run_dir, step)), began)
+        except UserError as error:
+            self._record("evaluation_skipped", step=step, reason=str(error))
+        except Exception as error:
+            _log.exception("step %d could not be judged", step)
+            self._record("evaluation_failed", step=step, reason=f"{type(error).__name__}: {error}")
+
+    def _graded(self, answers: Path) -> dict[str, Any]:
+        return self._judge.results(read_answers(answers, self._judge.requests))
+
+    def _tell(self, checkpoint: Path, manifest: Manifest, results: dict[str, Any], began: float) -> None:
+        path = write_results(checkpoint, manifest, results)
+        scores, heldout = results.get("scores", {}), results.get("heldout")
+        self._record(
+            "checkpoint_evaluated",
+            step=manifest.step,
+            results=str(path),
+            seconds=round(time.monotonic() - began, 3),
+            heldout_loss=heldout["loss"] if heldout else None,
+            scores={name: value for name, value in scores.items() if math.isfinite(value)},
+        )
+
+    # --------------------------------------------------------------------------------------------------------- the rest
+
+    def _look_for_unjudged(self) -> None:
+        """What earlier commands have left: as if it had just been committed, or answered."""
+        for step in store.steps(self._run_dir.checkpoints):
+            checkpoint = self._checkpoint(step)
+            try:
+                is_judged = read_results(checkpoint, read_manifest(checkpoint)) is not None
+            except UserError:
+                continue
+            if not is_judged and self._fleet is not None:
+                self._waiting, _ = self._waiting.committed(step)
+                self._lease(step)
+            elif not is_judged and answers_path(self._run_dir, step).exists():
+                self._grade_answers(step)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self._run_dir.checkpoints / store.folder_name(step)
+
+    def _let_go(self, step: int) -> None:
+        if (lease := self._leases.pop(step, None)) is not None:
+            lease.close()
+
+    def _leave(self) -> None:
+        if self._work is not None:
+            if self._work.life is not None:
+                with suppress(RayError):
+                    self._work.life.kill()
+            self._work.lease.close()
+        for step in list(self._leases):
+            self._let_go(step)
+
+
+def requests_path(run_dir: RunDir) -> Path:
+    """What every checkpoint of the run is asked."""
+    return run_dir.evaluation / "requests.jsonl"
+
+
+def answers_path(run_dir: RunDir, step: int) -> Path:
+    """What the training ranks have answered."""
+    return run_dir.evaluation / f"{store.folder_name(step)}.answers.jsonl"

@@ -1,0 +1,47 @@
+"""What evaluations have found of a checkpoint: a file beside its folder, which outlives it.
+
+`step-<n>.results.json` is a JSON object; of its keys this module knows three: `format`, `identity` (of the manifest of
+the very checkpoint that was evaluated: a run that goes back comes by the same step again) and `scores`, numbers by
+name, of which the larger is the better.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from trainer.checkpoint.format.manifest import Manifest
+
+FORMAT = 1
+
+
+def results_path(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.results.json")
+
+
+def write_results(checkpoint: Path, manifest: Manifest, results: Mapping[str, Any]) -> Path:
+    """Whole or not at all; `results` may have `scores`, and whatever else its readers know."""
+    path = results_path(checkpoint)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    tree = {"format": FORMAT, "identity": manifest.identity, "step": manifest.step, **results}
+    temporary.write_bytes(orjson.dumps(tree, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
+    os.replace(temporary, path)
+    return path
+
+
+def read_results(checkpoint: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """None where this very checkpoint has not been evaluated, or nobody can tell."""
+    try:
+        tree = orjson.loads(results_path(checkpoint).read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return None
+    is_ours = isinstance(tree, dict) and tree.get("format") == FORMAT and tree.get("identity") == manifest.identity
+    return tree if is_ours else None
+
+
+def score_of(checkpoint: Path, manifest: Manifest, name: str) -> float | None:
+    scores = (read_results(checkpoint, manifest) or {}).get("scores")
+    value: Any = scores.get(name) if isinstance(scores, dict) else None
+    return float(value) if type(value) in (float, int) else None
