@@ -76,6 +76,26 @@ def place(config: RunConfig, machines: Sequence[Machine]) -> Placement:
     )
 
 
+def check_beside(config: RunConfig, other: RunConfig, machines: Sequence[Machine]) -> None:
+    """Refuse a second job that has no room beside the run's on the same machines, which may hold a part of both.
+
+    Raises:
+        UserError: the cluster is too small for the two.
+    """
+    able = [machine for machine in machines if config.launch.labels.items() <= machine.labels.items()]
+    first, second = place(config, able), place(other, able)
+    number, one, two = first.nodes + config.launch.spares, first.bundle, second.bundle
+    both = {name: one.get(name, 0.0) + two.get(name, 0.0) for name in one | two}
+    for_second = [machine for machine in able if _has(machine, two)]
+    uncontended = [each for each in able if _has(each, one) and (_has(each, both) or not _has(each, two))]
+    if len(for_second) - max(0, number - len(uncontended)) < second.nodes:
+        gpus = f" with {second.gpus_per_node} GPUs" if second.gpus_per_node else ""
+        raise UserError(
+            f"evaluation.where is service, whose ranks need {second.nodes} machine(s){gpus} beside the run's {number}, "
+            f"and the cluster has {len(machines)}; add machines, or set evaluation.where to ranks"
+        )
+
+
 def check_memory(config: RunConfig, machines: Sequence[Machine]) -> None:
     """Refuse to train what cannot be held; what else ranks need, activations among it, is not counted.
 

@@ -18,10 +18,13 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # the least Ray accepts; nothing but commands 
 
 
 @contextmanager
-def embedded_ray(folder: Path, labels: Mapping[str, str] | None = None) -> Iterator[None]:
+def embedded_ray(folder: Path, labels: Mapping[str, str] | None = None, num_jobs: int = 1) -> Iterator[None]:
     """Start Ray with its files in `folder`, and stop it at the end; meanwhile SIGTERM without a handler is Ctrl-C.
 
     Within a `launcher.job.session`, which ends what an interrupt leaves half-started.
+
+    Args:
+        num_jobs: that are to have an agent here at the same time.
     """
     assert threading.current_thread() is threading.main_thread(), "the kernel ends Ray with the thread that starts it"
     assert not ray.is_initialized(), "this process is connected to another Ray"
@@ -29,7 +32,7 @@ def embedded_ray(folder: Path, labels: Mapping[str, str] | None = None) -> Itera
     on_sigterm = before if callable(before) else signal.default_int_handler
     with isolated():
         try:
-            _init(folder, labels or {}, on_sigterm)
+            _init(folder, labels or {}, num_jobs, on_sigterm)
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's would print a stack
             yield
         finally:
@@ -37,11 +40,13 @@ def embedded_ray(folder: Path, labels: Mapping[str, str] | None = None) -> Itera
             signal.signal(signal.SIGTERM, before)
 
 
-def _init(folder: Path, labels: Mapping[str, str], on_sigterm: Callable[[int, FrameType | None], object]) -> None:
+def _init(
+    folder: Path, labels: Mapping[str, str], num_jobs: int, on_sigterm: Callable[[int, FrameType | None], object]
+) -> None:
     try:
         ray.init(
             address="local",
-            num_cpus=1,
+            num_cpus=num_jobs,
             labels=dict(labels),
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=False,

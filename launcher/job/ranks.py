@@ -16,8 +16,8 @@ from launcher.job.fleet import Fleet, fleet_of
 from launcher.job.session import memory_folder, session
 from launcher.node import fork_server, ownership
 from launcher.node.agent import Job
-from launcher.placement import Machine, place
-from launcher.sizing import sizes
+from launcher.placement import Machine, check_beside, place
+from launcher.sizing import service_config, sizes
 from trainer.checkpoint.format import store
 from trainer.config import RunConfig, UserError
 from trainer.rank_spec import Task
@@ -102,7 +102,9 @@ def check_embedded(config: RunConfig) -> None:
     """
     if config.launch.nodes > 1:
         raise UserError(f"launch.nodes is {config.launch.nodes}, and a run without a cluster has 1; set it to 1")
-    place(config, [this_machine(config)])
+    place(config, machines := [this_machine(config)])
+    if config.evaluation.has_service:
+        check_beside(config, service_config(config), machines)
 
 
 def this_machine(config: RunConfig) -> Machine:
@@ -114,7 +116,13 @@ def this_machine(config: RunConfig) -> Machine:
         from trainer.device import num_gpus  # imports torch, which only those who have asked for GPUs wait for
 
         gpus = num_gpus()
-    return Machine({"CPU": 1.0, "GPU": float(gpus), "memory": float(get_system_memory())}, config.launch.labels)
+    cpus = float(_num_jobs(config))
+    return Machine({"CPU": cpus, "GPU": float(gpus), "memory": float(get_system_memory())}, config.launch.labels)
+
+
+def _num_jobs(config: RunConfig) -> int:
+    """That have an agent on this machine."""
+    return 2 if config.evaluation.has_service else 1
 
 
 @contextmanager
@@ -142,7 +150,7 @@ def ready_ranks(
         # Before Ray, so that the imports of the ranks (4 s) overlap with Ray's start (3 s).
         server = fork_server.spawn(job.server_options(0), job.server_env, job.cwd, keeper=os.getpid())
         try:
-            with embedded_ray(folder, config.launch.labels), fleet_of(job, folder) as fleet:
+            with embedded_ray(folder, config.launch.labels, _num_jobs(config)), fleet_of(job, folder) as fleet:
                 yield Ranks(fleet)
         finally:
             server.kill()

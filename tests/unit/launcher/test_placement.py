@@ -1,6 +1,11 @@
-import pytest
+from itertools import combinations
 
-from launcher.placement import Machine, Placement, check_memory, in_order, place, threads_per_rank
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.placement import Machine, Placement, check_beside, check_memory, in_order, place, threads_per_rank
+from launcher.sizing import service_config
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.plan import num_parameters
@@ -173,3 +178,75 @@ def test_machines_of_any_address_have_an_order() -> None:
 )
 def test_ranks_share_the_cores_evenly(ranks: int, cores: int, wanted: int | None, threads: int) -> None:
     assert threads_per_rank(config(ranks=ranks, threads_per_rank=wanted), cores) == threads
+
+
+# ------------------------------------------------------------------------------------------------------- a second job
+
+
+def with_service(ranks: int, nodes: int, service_ranks: int, service_nodes: int = 1, spares: int = 0) -> RunConfig:
+    return from_tree(
+        {
+            "parallel": {"data": ranks},
+            "train": {"global_batch_size": ranks},
+            "launch": {"nodes": nodes, "spares": spares, "device": "cuda"},
+            "evaluation": {"where": "service", "data": service_ranks, "nodes": service_nodes},
+        }
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), min_size=1, max_size=5),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 2),
+    st.integers(1, 4),
+)
+def test_the_service_is_refused_exactly_where_no_way_of_placing_both_exists(
+    sizes: list[tuple[int, int]], nodes: int, gpus: int, service_nodes: int, service_gpus: int
+) -> None:
+    """Against every choice of machines for the one and the other."""
+    run = with_service(gpus * nodes, nodes, service_gpus * service_nodes, service_nodes)
+    machines = [Machine({"CPU": float(cpus), "GPU": float(count)}) for cpus, count in sizes]
+
+    def fits(chosen: tuple[int, ...], others: tuple[int, ...]) -> bool:
+        return all(
+            sizes[each][0] >= (each in chosen) + (each in others)
+            and sizes[each][1] >= gpus * (each in chosen) + service_gpus * (each in others)
+            for each in range(len(sizes))
+        )
+
+    places = range(len(sizes))
+    possible = any(
+        fits(chosen, others) for chosen in combinations(places, nodes) for others in combinations(places, service_nodes)
+    )
+    try:
+        check_beside(run, service_config(run), machines)
+    except UserError:
+        assert not possible
+    else:
+        assert possible
+
+
+def test_what_the_service_lacks_is_said() -> None:
+    run = with_service(ranks=8, nodes=1, service_ranks=4)
+    with pytest.raises(UserError, match=r"whose ranks need 1 machine\(s\) with 4 GPUs beside the run's 1, .* has 1;"):
+        check_beside(run, service_config(run), [GPU_NODE])
+    check_beside(run, service_config(run), [GPU_NODE, GPU_NODE])
+
+
+def test_the_service_has_a_layout_of_its_own() -> None:
+    run = from_tree(
+        {
+            "model": {"num_heads": 8, "num_layers": 4},
+            "parallel": {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "virtual_pipeline": 2, "data": 2},
+            "train": {"global_batch_size": 64, "ramp_start_batch_size": 16, "ramp_tokens": 1000},
+            "launch": {"nodes": 2, "spares": 1},
+            "evaluation": {"where": "service", "pipeline": 1, "data": 3},
+        }
+    )
+    layout = service_config(run).parallel
+    assert (layout.tensor, layout.pipeline, layout.context, layout.data, layout.num_ranks) == (2, 1, 1, 3, 6)
+    assert service_config(run).launch.nodes == 1 and service_config(run).launch.spares == 0
+    wrong = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"tensor": 3})})
+    with pytest.raises(UserError, match=r"the evaluation service cannot hold the model: .*parallel.tensor 3"):
+        service_config(wrong)
