@@ -364,6 +364,19 @@ def test_damage_is_named_and_mended(
     assert content_of(prepared) == before
 
 
+def test_a_file_that_has_not_changed_is_read_once_a_command(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, read = Manifest.load(prepared), []
+    of = FileRecord.of
+    monkeypatch.setattr(FileRecord, "of", lambda path: read.append(path.name) or of(path))
+    for name in manifest.files:  # as copied just now: nobody has read them
+        path = prepared / name
+        path.with_suffix(".copy").write_bytes(path.read_bytes())
+        path.with_suffix(".copy").rename(path)
+    manifest.verify(prepared)
+    manifest.verify(prepared)
+    assert sorted(read) == sorted(Path(name).name for name in manifest.files)
+
+
 def test_damaged_data_is_not_replaced_by_other_text(corpus_folder: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "a.jsonl", tmp_path / "out"
     source.write_bytes((corpus_folder / "part0.jsonl").read_bytes())
