@@ -35,7 +35,10 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     rolled_back         from_step, to_step (steps after it are void), reason, quarantined (steps to pass over from now
                         on), checkpoint (path, or null for a fresh start)
     diverged            verdict
-    evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss
+    evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss, bits_per_byte (of
+                        text, or null where the tokenizer does not tell), datasets (of each data set loss, tokens,
+                        bits_per_byte), positions (loss at positions in the sequence, from each named one to before the
+                        next; at position p there are p + 1 tokens to go by)
     checkpoint_snapshot step, durable (whether it is to become a checkpoint), seconds (for which training stood still)
     checkpoint_saved    step, path, bytes, seconds (to write it; training stood still where there was no snapshot)
     checkpoint_skipped  step, durable, reason: one was due and was left out, as `checkpoint.when_busy` says (snapshots

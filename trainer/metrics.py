@@ -139,6 +139,12 @@ SAVED_AGE = _gauge("checkpoint_age_seconds", "Time since then, or since training
 SAVED_STEP = _gauge("checkpoint_step", "Step of the newest checkpoint; 0: none is.")
 
 EVALUATION = _gauge("evaluation_score", "Result of the newest evaluation of a task.", "task", "measure")
+HELDOUT = _gauge(
+    "heldout_score",
+    "Result of the newest held-out evaluation on a source: nats per token, bits per byte.",
+    "source",
+    "measure",
+)
 RESTARTS = _counter("restarts", "Times that ranks were started again, by what had ended them.", "reason")
 LIVES = _counter("lives", "Times that ranks were started.")
 EXCLUDED = _counter("excluded_machines", "Machines that were left out because they kept failing.")

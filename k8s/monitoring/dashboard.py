@@ -76,6 +76,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         _panel(metrics.GRAD_NORM, logarithmic=True),
         _panel(metrics.LEARNING_RATE),
         _panel(metrics.EVALUATION),
+        _panel(metrics.HELDOUT),
         _panel(metrics.SKIPPED),
         _panel(metrics.ROLLBACKS, metrics.QUARANTINED, metrics.VOID_STEPS),
         _panel(metrics.CONSUMED_TOKENS, look="stat"),

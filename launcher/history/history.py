@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from launcher.history.saves import Saves
 from launcher.history.soundness import is_sound
@@ -114,6 +114,11 @@ class RunHistory:
     def evaluated(self) -> list[Event]:
         """Held-out evaluations by step; the last one where a step was evaluated again."""
         return [self.evaluations[step] for step in sorted(self.evaluations)]
+
+    @property
+    def heldout_sources(self) -> dict[str, dict[str, Any]]:
+        """Loss and bits per byte of each data set in the last evaluation."""
+        return (self.last_evaluation or {}).get("datasets") or {}
 
     @property
     def loss(self) -> float | None:

@@ -1,6 +1,7 @@
 """The values of a run's metrics, from its history. See `trainer.metrics.RUN`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal, Self, get_args
@@ -181,11 +182,11 @@ def _checkpoints(history: RunHistory, now: float) -> Values:
 
 
 def _results(history: RunHistory) -> Values:
-    evaluation, sources = history.last_evaluation, (history.data or {}).get("datasets", {})
-    measures = {name: evaluation[name] for name in ("loss", "uniform_loss", "unigram_loss")} if evaluation else {}
+    evaluation, sources = history.last_evaluation or {}, (history.data or {}).get("datasets", {})
     dropped = {name: source.get("dropped", {}) for name, source in sources.items()}
     return {
-        metrics.EVALUATION: {("heldout", name): value for name, value in measures.items()},
+        metrics.EVALUATION: _scores({"heldout": evaluation}, "loss", "uniform_loss", "unigram_loss", "bits_per_byte"),
+        metrics.HELDOUT: _scores(history.heldout_sources, "loss", "bits_per_byte"),
         metrics.RESTARTS: {(reason,): history.restarts[reason] for reason in get_args(RestartReason)},
         metrics.LIVES: _one(history.num_lives),
         metrics.EXCLUDED: _one(len(history.excluded)),
@@ -194,6 +195,16 @@ def _results(history: RunHistory) -> Values:
         metrics.DATA_DROPPED: {
             (name, reason): count for name, reasons in dropped.items() for reason, count in reasons.items()
         },
+    }
+
+
+def _scores(found: Mapping[str, Mapping[str, float | None]], *measures: str) -> dict[Labels, float]:
+    """By what was evaluated and measure, where there is one."""
+    return {
+        (name, measure): value
+        for name, scores in found.items()
+        for measure in measures
+        if (value := scores.get(measure)) is not None
     }
 
 
