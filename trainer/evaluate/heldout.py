@@ -18,7 +18,7 @@ from trainer.evaluate.loss_sums import LossSums
 from trainer.pipeline import WatchLosses
 
 Evaluate = Callable[[Sequence[MicroBatch], WatchLosses], tuple[float, int]]
-"""Sum of token losses (nats) and number of tokens over all replicas; the other is told those of this one."""
+"""Sum of token losses (nats) and number of tokens over all replicas; the function is told each loss of this one."""
 
 MAX_COUNTED_TOKENS = 1 << 27
 """Training tokens counted for the unigram baseline, split evenly over the data sets; each rank counts for itself."""
@@ -94,8 +94,8 @@ class HeldoutEvaluation:
         lengths = token_bytes(self.heldout.folder)
         if lengths is None or labels.max() >= len(lengths):
             return np.zeros(len(self.heldout.names), dtype=np.int64)
-        counts = np.bincount(datasets, weights=lengths[labels].sum(1), minlength=len(self.heldout.names))
-        return counts.astype(np.int64)
+        in_each = np.fromiter((lengths[row].sum() for row in labels), np.int64, len(labels))  # so that memory stays flat
+        return np.bincount(datasets, weights=in_each, minlength=len(self.heldout.names)).astype(np.int64)
 
     def run(self, evaluate: Evaluate) -> HeldoutResult:
         """Collective; the same result on every rank."""
