@@ -94,7 +94,7 @@ class HeldoutEvaluation:
         lengths = token_bytes(self.heldout.folder)
         if lengths is None or labels.max() >= len(lengths):
             return np.zeros(len(self.heldout.names), dtype=np.int64)
-        in_each = np.fromiter((lengths[row].sum() for row in labels), np.int64, len(labels))  # so that memory stays flat
+        in_each = np.fromiter((lengths[row].sum() for row in labels), np.int64, len(labels))  # memory stays flat
         return np.bincount(datasets, weights=in_each, minlength=len(self.heldout.names)).astype(np.int64)
 
     def run(self, evaluate: Evaluate) -> HeldoutResult:
