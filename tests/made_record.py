@@ -66,8 +66,14 @@ def started(step: int, time: float) -> Event:
 
 
 def evaluated(step: int) -> Event:
-    losses = {"loss": loss_at(step) + 0.05, "uniform_loss": 10.8, "unigram_loss": 7.5}
-    return {"time": at(step) + 0.1, "kind": "evaluated", "step": step, "tokens": 10**5, **losses}
+    loss = loss_at(step) + 0.05
+    losses = {"loss": loss, "uniform_loss": 10.8, "unigram_loss": 7.5, "bits_per_byte": loss / 3}
+    datasets = {
+        name: {"loss": loss + more, "tokens": 5 * 10**4, "bits_per_byte": (loss + more) / 3}
+        for name, more in (("web", 0.2), ("books", -0.2))
+    }
+    measured = {"time": at(step) + 0.1, "kind": "evaluated", "step": step, "tokens": 10**5}
+    return {**measured, **losses, "datasets": datasets}
 
 
 def judged(step: int) -> Event:

@@ -38,7 +38,10 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     rolled_back         from_step, to_step (steps after it are void), reason, quarantined (steps to pass over from now
                         on), checkpoint (path, or null for a fresh start)
     diverged            verdict
-    evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss
+    evaluated           step, loss (nats per token), tokens (evaluated), uniform_loss, unigram_loss, bits_per_byte (of
+                        text, or null where the tokenizer does not tell), datasets (of each data set loss, tokens,
+                        bits_per_byte), positions (loss at positions in the sequence, from each named one to before the
+                        next; at position p there are p + 1 tokens to go by)
     answered            step, seconds (for which training stood still), answers (path): the training ranks have answered
                         what tasks ask of the checkpoint of that step
     checkpoint_evaluated    step, results (path), seconds, heldout_loss (null where only tasks were asked), scores (by

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -228,7 +228,7 @@ class Training:
         if self._evaluated is None or self._evaluated[0] != step:
             self._heartbeat.phase("evaluating")
             result = self._evaluation.run(self._engine.evaluate)
-            self._record("evaluated", step=step, **asdict(result))
+            self._record("evaluated", step=step, **result.as_event())
             self._evaluated = step, result.loss
 
     # ------------------------------------------------------------------------------------------------------ checkpoints

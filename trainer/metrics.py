@@ -139,6 +139,12 @@ SAVED_AGE = _gauge("checkpoint_age_seconds", "Time since then, or since training
 SAVED_STEP = _gauge("checkpoint_step", "Step of the newest checkpoint; 0: none is.")
 
 EVALUATION = _gauge("evaluation_score", "Result of the newest evaluation of a task.", "task", "measure")
+HELDOUT = _gauge(
+    "heldout_score",
+    "Result of the newest held-out evaluation on a source: nats per token, bits per byte.",
+    "source",
+    "measure",
+)
 EVALUATED = _gauge("evaluated_checkpoints", "Checkpoints whose evaluation counts: a rollback takes later ones back.")
 EVALUATED_STEP = _gauge("evaluated_step", "Step of the newest of them; 0: none is.")
 UNEVALUATED = _counter("unevaluated_checkpoints", "Checkpoints that were not evaluated, by why.", "what")

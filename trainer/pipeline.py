@@ -21,6 +21,8 @@ from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions
 
 Forward = Callable[..., Tensor]
+WatchLosses = Callable[[MicroBatch, Tensor], None]
+"""Told the token losses (nats) of a micro-batch, [b, s / context ranks], fp32, 0 where a sequence does not count."""
 
 
 class StageView(torch.nn.Module):
@@ -46,11 +48,17 @@ class StageView(torch.nn.Module):
 
 
 def run_schedule(
-    stages: Sequence[StageView], model: ModelConfig, micro_batches: Sequence[MicroBatch], *, forward_only: bool
+    stages: Sequence[StageView],
+    model: ModelConfig,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    forward_only: bool,
+    watch: WatchLosses | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward (and backward) over all micro-batches of this replica.
 
-    Gradients are of the mean loss per token of each micro-batch, averaged over micro-batches.
+    Gradients are of the mean loss per token of each micro-batch, averaged over micro-batches. `watch` is told of each
+    micro-batch on the last pipeline stage, and of none on the others.
 
     Returns:
         The sum of token losses (nats) and the number of tokens, over this replica's micro-batches, fp64 scalars.
@@ -76,6 +84,8 @@ def run_schedule(
             total = weighted.sum()
             # copied before returning: the schedule divides `total` in place
             sums.append(torch.stack([total.detach().double(), count.double()]))
+            if watch is not None:
+                watch(batch, weighted.detach())
             return total, count, None
 
         return losses, loss_function
@@ -97,7 +107,12 @@ def run_schedule(
 def sum_over_replicas(total: Tensor, count: Tensor) -> tuple[float, int]:
     """Add up `run_schedule`'s result over data-parallel replicas; the same answer on every rank."""
     both = torch.stack([total, count])
-    dist.all_reduce(both, group=parallel.data_group())
-    if parallel.pipeline_size() > 1:
-        dist.broadcast(both, src=parallel.last_stage_rank(), group=parallel.pipeline_group())
+    add_up(both)
     return both[0].item(), int(both[1].item())
+
+
+def add_up(sums: Tensor) -> None:
+    """Add up in place, over data-parallel replicas, what the last stage has; the same answer on every rank."""
+    dist.all_reduce(sums, group=parallel.data_group())
+    if parallel.pipeline_size() > 1:
+        dist.broadcast(sums, src=parallel.last_stage_rank(), group=parallel.pipeline_group())

@@ -76,6 +76,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         _panel(metrics.GRAD_NORM, logarithmic=True),
         _panel(metrics.LEARNING_RATE),
         _panel(metrics.EVALUATION),
+        _panel(metrics.HELDOUT),
         _panel(metrics.EVALUATED, metrics.UNEVALUATED),
         _panel(metrics.EVALUATED_STEP, look="stat"),
         _panel(metrics.SKIPPED),

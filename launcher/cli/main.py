@@ -93,6 +93,8 @@ def evaluate(
 ) -> None:
     """Held-out loss and perplexity of a checkpoint, beside the uniform and unigram baselines, as JSON.
 
+    Bits per byte too, all of it for each data set, and the loss by position in the sequence.
+
     Example: `broadgauge eval runs/quickstart --set parallel.tensor=1 parallel.pipeline=1`
     """
     from launcher.verbs import inspection

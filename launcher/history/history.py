@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from launcher.history.saves import Saves
 from launcher.history.soundness import is_sound
@@ -123,6 +123,11 @@ class RunHistory:
     def judged(self) -> list[Event]:
         """Evaluations of checkpoints, by step."""
         return [self.judgements[step] for step in sorted(self.judgements)]
+
+    @property
+    def heldout_sources(self) -> dict[str, dict[str, Any]]:
+        """Loss and bits per byte of each data set in the last evaluation."""
+        return (self.last_evaluation or {}).get("datasets") or {}
 
     @property
     def loss(self) -> float | None:

@@ -57,6 +57,12 @@ def _is_source(value: Any) -> bool:
     )
 
 
+def _is_scored(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping) and is_number(value.get("loss")) and _or_none(is_number)(value.get("bits_per_byte"))
+    )
+
+
 _FIELDS: dict[str, dict[str, Check]] = {
     "step": {
         **dict.fromkeys(("step", "tokens", "num_samples"), is_count),
@@ -67,7 +73,12 @@ _FIELDS: dict[str, dict[str, Check]] = {
     "step_skipped": {"step": is_count, "num_samples": is_count, "reason": is_text},
     "training_started": {"step": is_count, "ranks": _or_none(is_count), "device": _or_none(is_text)},
     "rolled_back": {"to_step": is_count},
-    "evaluated": {"step": is_count, **dict.fromkeys(("loss", "uniform_loss", "unigram_loss"), is_number)},
+    "evaluated": {
+        "step": is_count,
+        **dict.fromkeys(("loss", "uniform_loss", "unigram_loss"), is_number),
+        "bits_per_byte": _or_none(is_number),
+        "datasets": _or_none(_maps_to(_is_scored)),
+    },
     "checkpoint_evaluated": {"step": is_count, "heldout_loss": _or_none(is_number), "scores": _maps_to(is_number)},
     "evaluation_skipped": {"step": is_count},
     "evaluation_failed": {"step": is_count, "reason": is_text},

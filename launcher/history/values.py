@@ -1,6 +1,7 @@
 """The values of a run's metrics, from its history. See `trainer.metrics.RUN`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Literal, Self, get_args
@@ -182,12 +183,13 @@ def _checkpoints(history: RunHistory, now: float) -> Values:
 
 
 def _results(history: RunHistory) -> Values:
-    evaluation, sources = history.last_evaluation, (history.data or {}).get("datasets", {})
-    measures = {name: evaluation[name] for name in ("loss", "uniform_loss", "unigram_loss")} if evaluation else {}
+    evaluation, sources = history.last_evaluation or {}, (history.data or {}).get("datasets", {})
     judged = history.judged[-1] if history.judgements else None
     dropped = {name: source.get("dropped", {}) for name, source in sources.items()}
+    heldout = _scores({"heldout": evaluation}, "loss", "uniform_loss", "unigram_loss", "bits_per_byte")
     return {
-        metrics.EVALUATION: {("heldout", name): value for name, value in measures.items()} | _scores(judged),
+        metrics.EVALUATION: heldout | _task_scores(judged),
+        metrics.HELDOUT: _scores(history.heldout_sources, "loss", "bits_per_byte"),
         metrics.EVALUATED: _one(len(history.judgements)),
         metrics.UNEVALUATED: {(what,): history.unjudged[what] for what in ("skipped", "failed")},
         metrics.EVALUATED_STEP: _one(judged["step"] if judged else 0),
@@ -202,7 +204,17 @@ def _results(history: RunHistory) -> Values:
     }
 
 
-def _scores(judged: Event | None) -> dict[Labels, float]:
+def _scores(found: Mapping[str, Mapping[str, float | None]], *measures: str) -> dict[Labels, float]:
+    """By what was evaluated and measure, where there is one."""
+    return {
+        (name, measure): value
+        for name, scores in found.items()
+        for measure in measures
+        if (value := scores.get(measure)) is not None
+    }
+
+
+def _task_scores(judged: Event | None) -> dict[Labels, float]:
     """Of the newest checkpoint that was evaluated, by task and measure."""
     named = judged["scores"].items() if judged else ()
     return {(task, measure): value for name, value in named for task, _, measure in [name.rpartition("/")]}

@@ -45,6 +45,7 @@ def view_of(history: RunHistory, facts: Facts, now: float) -> dict[str, Any]:
         "curves": _curves(history, facts),
         "evaluations": [_some(event, "step", "time", "loss", "uniform_loss") for event in history.evaluated],
         "judgements": [_some(event, "step", "time", "heldout_loss", "scores") for event in history.judged],
+        "heldout_sources": {name: scores["loss"] for name, scores in history.heldout_sources.items()},
         "checkpoints": list(history.saves.recent),
         "marks": [_mark(event) for event in history.marks],
         "ranks": _heat(history.ranks),

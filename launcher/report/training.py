@@ -82,6 +82,7 @@ def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
         f"{after['unigram_loss']:.4f})",
         "perplexity": f"{perplexity(before['loss'])} -> {perplexity(after['loss'])} (uniform "
         f"{perplexity(after['uniform_loss'])}, unigram {perplexity(after['unigram_loss'])})",
+        **_heldout_rows(before, after),
         "speed": f"{rate:,.0f} tokens/s, {rate * model_flops_per_token(config.model) / 1e9:,.1f} model GFLOP/s",
         "saves": str(history.saves),
         "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in history.stage_seconds.items()),
@@ -99,3 +100,13 @@ def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _heldout_rows(before: Event, after: Event) -> dict[str, str]:
+    """What records of earlier versions do not have; of sources where there are several."""
+    rows, sources = {}, after.get("datasets") or {}
+    if before.get("bits_per_byte") and after.get("bits_per_byte"):
+        rows["bits per byte"] = f"{before['bits_per_byte']:.4f} -> {after['bits_per_byte']:.4f}"
+    if len(sources) > 1:
+        rows["loss by source"] = ", ".join(f"{name} {scores['loss']:.4f}" for name, scores in sources.items())
+    return rows

@@ -95,6 +95,8 @@ def evaluate(path: Path, data: Path | None, settings: Sequence[str]) -> dict[str
         with ready_ranks(found.config, run_dir) as ranks:
             ranks.run("evaluate", lambda: None, checkpoint=found.checkpoint, output=output)
         result = orjson.loads(output.read_bytes())
+    for scores in result["datasets"].values():
+        scores["perplexity"] = math.exp(scores["loss"])
     return {
         "checkpoint": str(found.checkpoint),
         "step": found.manifest.step,

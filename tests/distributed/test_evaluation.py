@@ -1,12 +1,14 @@
-"""The held-out loss, logits and baselines in every layout, against a plain model and plain Python."""
+"""The held-out loss and its parts, logits and baselines in every layout, against a plain model and plain Python."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,11 +29,13 @@ from trainer.data.prepared import PreparedFolder
 from trainer.data.shards import Shard
 from trainer.data.windows import HeldoutReader
 from trainer.engine.engine import Engine
-from trainer.evaluate.heldout import HeldoutEvaluation, unigram_loss
+from trainer.evaluate.heldout import HeldoutEvaluation, HeldoutResult, unigram_loss
 from trainer.inference.frozen import FrozenModel
 from trainer.training_state import MASTER
 
-SEQ, VOCAB, NUM_WINDOWS = 16, 90, 13
+SEQ, VOCAB = 16, 90
+WINDOWS = {"prose": 8, "code": 5}
+NUM_WINDOWS = 13
 # 90 tokens pad to 128 rows: with TP4 the last rank holds padding alone. 13 windows fill no whole number of batches.
 MODEL = {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "vocab_size": VOCAB, "seq_length": SEQ}
 
@@ -67,15 +71,40 @@ def config_of(layout: str, precision: str = "fp32", max_sequences: int | None = 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train and heldout in one folder; token frequencies fall off, and differ between the two."""
-    folder, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(3)
-    for name, num_tokens, power in (("train", 2000, 2.0), ("heldout", NUM_WINDOWS * SEQ + 1 + 9, 1.5)):
-        tokens = (VOCAB * draw.random(num_tokens - 1) ** power).astype(token_dtype(VOCAB))
-        with ShardWriter(folder / name, VOCAB, end_of_text_id=VOCAB - 1) as writer:
-            writer.add(TokenBatch.of([tokens]))
-            writer.finish()
-            writer.commit()
+    """Two data sets, train and heldout; token frequencies fall off, and differ between all of them.
+
+    Of the 90 tokens the last ends a text, token n before it spells n % 7 + 1 bytes.
+    """
+    folder, draw, files = tmp_path_factory.mktemp("data"), np.random.default_rng(3), {}
+    for name, num_windows in WINDOWS.items():
+        (folder / name).mkdir()
+        power = 1.5 if name == "prose" else 0.7
+        for split, num_tokens, skew in (("train", 2000, 0.5), ("heldout", num_windows * SEQ + 1 + 9, 0.0)):
+            tokens = (VOCAB * draw.random(num_tokens - 1) ** (power + skew)).astype(token_dtype(VOCAB))
+            with ShardWriter(folder / name / split, VOCAB, end_of_text_id=VOCAB - 1) as writer:
+                writer.add(TokenBatch.of([tokens]))
+                writer.finish()
+                writer.commit()
+        files[f"{name}/train.bin"] = {"xxh3_128": name}
+    manifest = {"datasets": WINDOWS, "tokenizer_fingerprint": "a", "files": files, "end_of_text_id": VOCAB - 1}
+    (folder / "manifest.json").write_bytes(orjson.dumps(manifest))
+    vocab = {chr(200 + token) * spelled(token): token for token in range(VOCAB)}
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_bytes(
+        orjson.dumps({"model": {"type": "BPE", "vocab": vocab}, "decoder": {"type": "ByteLevel"}})
+    )
     return folder
+
+
+def spelled(token: int) -> int:
+    """Bytes, of a token that does not end a text."""
+    return token % 7 + 1
+
+
+def heldout_of(data: Path) -> list[tuple[str, list[int]]]:
+    """Name of the data set and the SEQ + 1 tokens of all held-out windows, numbered through."""
+    tokens = {name: Shard(data / name / "heldout").mapped().tolist() for name in WINDOWS}
+    return [(name, tokens[name][n * SEQ : (n + 1) * SEQ + 1]) for name, num in WINDOWS.items() for n in range(num)]
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +137,39 @@ def checkpoint(reference: ReferenceGPT, tmp_path_factory: pytest.TempPathFactory
 
 
 @torch.no_grad()
-def plain_loss(model: ReferenceGPT, tokens: np.ndarray, windows: Sequence[int]) -> float:
-    """Mean nats per token over some windows, one at a time, summed in double precision."""
-    total = 0.0
-    for number in windows:
-        window = torch.from_numpy(tokens[number * SEQ : (number + 1) * SEQ + 1].astype(np.int64))
-        logits = model(window[None, :-1])[0].double()
-        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
-    return total / (len(windows) * SEQ)
+def plain_losses(model: ReferenceGPT, windows: Sequence[tuple[str, list[int]]]) -> list[tuple[str, int, int, float]]:
+    """Data set, position, token and loss in double precision of every token, one window at a time."""
+    found = []
+    for name, tokens in windows:
+        logits = model(torch.tensor([tokens[:-1]]))[0].double()
+        losses = F.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none").tolist()
+        found += [(name, position, tokens[position + 1], loss) for position, loss in enumerate(losses)]
+    return found
+
+
+def plain_loss(model: ReferenceGPT, windows: Sequence[tuple[str, list[int]]]) -> float:
+    return mean([loss for *_, loss in plain_losses(model, windows)])
+
+
+def plain_bits_per_byte(tokens: Sequence[tuple[str, int, int, float]]) -> float:
+    num_bytes = sum(spelled(token) for _, _, token, _ in tokens if token != VOCAB - 1)
+    return sum(loss for *_, loss in tokens) / math.log(2) / num_bytes
+
+
+def check_parts(result: HeldoutResult, expected: Sequence[tuple[str, int, int, float]]) -> None:
+    """Of a result, what it says of data sets and positions, by the losses of single tokens."""
+    assert list(result.datasets) == list(dict.fromkeys(name for name, *_ in expected))
+    for name, found in result.datasets.items():
+        tokens = [each for each in expected if each[0] == name]
+        assert found.tokens == len(tokens)
+        assert found.loss == pytest.approx(mean([loss for *_, loss in tokens]), rel=1e-6)
+        assert found.bits_per_byte == pytest.approx(plain_bits_per_byte(tokens), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(plain_bits_per_byte(expected), rel=1e-6)
+    assert [(each.first, each.end) for each in result.positions] == [(0, 1), (1, 2), (2, 4), (4, 8), (8, 16)]
+    for stretch in result.positions:
+        losses = [loss for _, position, _, loss in expected if stretch.first <= position < stretch.end]
+        assert stretch.tokens == len(losses)
+        assert stretch.loss == pytest.approx(mean(losses), rel=1e-6)
 
 
 def plain_unigram_loss(train: list[int], labels: list[int], vocab_size: int) -> float:
@@ -145,13 +199,14 @@ def test_every_layout_evaluates_as_the_plain_model_does(
 ) -> None:
     tokens = torch.randint(0, VOCAB, (3, SEQ), generator=torch.Generator().manual_seed(1))
     results = run_on_ranks(config_of(layout), evaluate_all_ways(checkpoint, data, tokens))
-    heldout = Shard(data / "heldout").mapped()
-    expected = plain_loss(reference, heldout, range(NUM_WINDOWS))
+    single = plain_losses(reference, heldout_of(data))
+    expected = mean([loss for *_, loss in single])
     for by_engine, by_frozen, _ in results:
         assert by_engine.tokens == by_frozen.tokens == NUM_WINDOWS * SEQ
         assert by_engine.loss == pytest.approx(expected, rel=1e-6)
         assert by_frozen.loss == pytest.approx(expected, rel=1e-6)
-    assert len({(by_engine, by_frozen) for by_engine, by_frozen, _ in results}) == 1, "ranks disagree"
+        check_parts(by_engine, single)
+        assert (by_engine, by_frozen) == results[0][:2], "ranks disagree"
 
     with torch.no_grad():
         expected_logits = reference(tokens)
@@ -167,7 +222,7 @@ def test_bf16_evaluates_close_to_fp32(checkpoint: Path, data: Path, reference: R
     ((by_engine, by_frozen, logits), *_) = run_on_ranks(
         config_of("TP2", "bf16"), evaluate_all_ways(checkpoint, data, tokens)
     )
-    expected = plain_loss(reference, Shard(data / "heldout").mapped(), range(NUM_WINDOWS))
+    expected = plain_loss(reference, heldout_of(data))
     assert by_engine == by_frozen  # the same bf16 weights, derived from the same masters
     assert by_engine.loss == pytest.approx(expected, rel=1e-3) and by_engine.loss != expected
     assert logits.dtype == torch.float32
@@ -180,13 +235,15 @@ def test_evaluation_of_some_sequences(
     tokens = torch.zeros(1, SEQ, dtype=torch.long)
     config = config_of("DP2 ZeRO-1", max_sequences=max_sequences)
     ((result, _, _), *_) = run_on_ranks(config, evaluate_all_ways(checkpoint, data, tokens))
-    train, heldout = (Shard(data / name).mapped() for name in ("train", "heldout"))
-    windows = heldout_windows(HeldoutReader(PreparedFolder.open(data), SEQ), config).tolist()
-    labels = [token for number in windows for token in heldout[number * SEQ + 1 : number * SEQ + SEQ + 1].tolist()]
+    train = [token for name in WINDOWS for token in Shard(data / name / "train").mapped().tolist()]
+    numbers = heldout_windows(HeldoutReader(PreparedFolder.open(data), SEQ), config).tolist()
+    windows = [heldout_of(data)[number] for number in numbers]
+    labels = [token for _, tokens in windows for token in tokens[1:]]
     assert result.tokens == len(labels) == min(max_sequences, NUM_WINDOWS) * SEQ
-    assert result.loss == pytest.approx(plain_loss(reference, heldout, windows), rel=1e-6)
+    assert result.loss == pytest.approx(plain_loss(reference, windows), rel=1e-6)
+    check_parts(result, plain_losses(reference, windows))  # of one sequence, without the other data set
     assert result.uniform_loss == math.log(VOCAB)
-    assert result.unigram_loss == pytest.approx(plain_unigram_loss(train.tolist(), labels, VOCAB), rel=1e-12)
+    assert result.unigram_loss == pytest.approx(plain_unigram_loss(train, labels, VOCAB), rel=1e-12)
 
 
 def test_another_architecture_is_refused_before_anything_is_read(checkpoint: Path) -> None:

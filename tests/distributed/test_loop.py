@@ -283,7 +283,12 @@ def test_a_blended_run_does_not_go_on_with_another_blend(data: Path, tmp_path: P
     state({"a": 3, "b": 1})
     events = train(config, run_dir)
     assert of_kind(events, "evaluated")[-1]["loss"] < of_kind(events, "evaluated")[0]["loss"]
-    assert of_kind(events, "evaluated")[0]["tokens"] == 2 * 9 * SEQ  # of both, whatever their weights
+    evaluated = of_kind(events, "evaluated")[-1]
+    assert evaluated["tokens"] == 2 * 9 * SEQ  # of both, whatever their weights
+    loss = pytest.approx(evaluated["loss"], abs=2e-6)  # of both, as they are the same text
+    each = {"loss": loss, "tokens": 9 * SEQ, "bits_per_byte": None}  # there is no tokenizer
+    assert evaluated["datasets"] == {"a": each, "b": each} and evaluated["bits_per_byte"] is None
+    assert list(evaluated["positions"])[:4] == ["0", "1", "2", "4"]
     state({"a": 6, "b": 2})
     assert train(config, run_dir)[0]["step"] == NUM_STEPS
     state({"a": 1, "b": 1})

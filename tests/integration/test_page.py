@@ -88,7 +88,7 @@ def test_everything_is_shown_and_nobody_complains(page: Page, tmp_path: Path) ->
         assert re.search(r"restarts\s+1\b", figures)
         assert re.search(r"productive \d+ min", text_of(page, "#time-legend"))
         assert "rank 5 at step 300" in text_of(page, "#heat-text") and "1.7" in text_of(page, "#heat-text")
-        for table, rows in (("checkpoints", 6), ("evaluations", 4), ("tasks", 2), ("data", 2), ("events", 3)):
+        for table, rows in (("checkpoints", 6), ("evaluations", 6), ("tasks", 2), ("data", 2), ("events", 3)):
             assert page.evaluate(f"document.getElementById('{table}').tBodies[0].rows.length") == rows, table
         assert "rank-2 | step 99 of rank 2" in text_of(page, "#log")
         page.evaluate(

@@ -1,6 +1,7 @@
 """The whole run, as a user starts it: raw text to a Hugging Face folder, interrupted anywhere, in any layout."""
 
 import hashlib
+import math
 import os
 import re
 import signal
@@ -122,6 +123,11 @@ class TestOtherVerbs:
         assert result["step"] == NUM_STEPS and result["tokens"] == recorded["tokens"]
         assert result["unigram_loss"] == recorded["unigram_loss"]
         assert result["loss"] == pytest.approx(recorded["loss"], abs=5e-3)  # bf16
+        assert result["perplexity"] == math.exp(result["loss"])
+        assert 0 < result["bits_per_byte"] == pytest.approx(recorded["bits_per_byte"], abs=5e-3)
+        (source,) = result["datasets"].values()
+        assert source["perplexity"] == pytest.approx(result["perplexity"]) and source["tokens"] == result["tokens"]
+        assert [str(each["first"]) for each in result["positions"]] == list(recorded["positions"])
 
     @pytest.mark.slow
     def test_export_of_an_earlier_checkpoint(self, finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ class MicroBatch:
     tokens: torch.Tensor
     weight: torch.Tensor | None = None
     """[b] 0 for a sequence that only fills up the batch, else 1; None means that all count."""
+    datasets: torch.Tensor | None = None
+    """[b] Of held-out sequences the number of the data set, in the order of `HeldoutReader.names`."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,12 @@ def heldout_micro_batches(
     round_size = micro * replicas * stages  # the interleaved schedule wants whole rounds
     padded = -(-len(windows) // round_size) * round_size
     numbers = np.arange(padded).reshape(-1, replicas, micro)[:, data_rank]
+    filled = windows[np.minimum(numbers, len(windows) - 1)]
     return [
         MicroBatch(
-            reader.windows(windows[np.minimum(row, len(windows) - 1)]).to(device),
-            torch.from_numpy(row < len(windows)).float().to(device),
+            reader.windows(row).to(device),
+            torch.from_numpy(number < len(windows)).float().to(device),
+            torch.from_numpy(reader.datasets(row)).to(device),
         )
-        for row in numbers
+        for row, number in zip(filled, numbers, strict=True)
     ]

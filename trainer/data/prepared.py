@@ -1,13 +1,14 @@
 """A folder of prepared data, as training reads it. The contract with whatever wrote it is these files:
 
     manifest.json
-    tokenizer/
+    tokenizer/              with a tokenizer.json
     NAME/train.bin, NAME/train.idx, NAME/heldout.bin, NAME/heldout.idx     for every data set NAME
 
 and, of manifest.json, these keys; others are the writer's own:
 
     datasets                {NAME: anything}, in the order of the blend
     tokenizer_fingerprint   a hash of the tokenizer
+    end_of_text_id          the token that ends every document; may be missing
     blend                   {NAME: weight}, or null
     files                   {"NAME/train.bin": {"xxh3_128": hash of the content, ...}, ...}
 
@@ -40,6 +41,7 @@ class PreparedFolder:
     """The tokenizer's fingerprint; None for a folder without a manifest, of whose content nothing is known."""
     train_hashes: tuple[str, ...] = ()
     """xxh3-128 of each data set's train.bin."""
+    end_of_text_id: int | None = None
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -67,6 +69,7 @@ class PreparedFolder:
             manifest.get("blend"),
             manifest["tokenizer_fingerprint"],
             tuple(manifest["files"][f"{place}train.bin"]["xxh3_128"] for place in places.values()),
+            manifest.get("end_of_text_id"),
         )
 
     def train_tokens(self) -> dict[str, int]:

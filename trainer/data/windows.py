@@ -41,6 +41,8 @@ class HeldoutReader:
         """Raises:
         UserError: a shard is missing or damaged, or no data set holds a whole window.
         """
+        self.folder = folder
+        self.names = tuple(folder.datasets)
         self.readers = [WindowReader(place / "heldout", seq_length) for place in folder.datasets.values()]
         self._ends = np.cumsum([reader.num_windows for reader in self.readers])
         self.num_windows = int(self._ends[-1])
@@ -54,10 +56,12 @@ class HeldoutReader:
 
     def windows(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Token ids [len(indices), seq_length + 1], int64."""
-        indices = np.asarray(indices)
-        which = np.searchsorted(self._ends, indices, side="right")
-        starts = np.concatenate([[0], self._ends])
-        return read_windows(self.readers, which, indices - starts[which])
+        which, starts = self.datasets(indices), np.concatenate([[0], self._ends])
+        return read_windows(self.readers, which, np.asarray(indices) - starts[which])
+
+    def datasets(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Which data set each window is of, [len(indices)]: places in `names`."""
+        return np.searchsorted(self._ends, np.asarray(indices), side="right")
 
 
 def read_windows(readers: Sequence[WindowReader], which: np.ndarray, indices: np.ndarray) -> torch.Tensor:

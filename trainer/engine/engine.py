@@ -20,7 +20,7 @@ from trainer.engine.zero import Zero
 from trainer.heartbeat import StepPhase
 from trainer.model.gpt import build_chunks
 from trainer.model.sharding import placements
-from trainer.pipeline import StageView, run_schedule, sum_over_replicas
+from trainer.pipeline import StageView, WatchLosses, run_schedule, sum_over_replicas
 
 Accept = Callable[[float, float], bool]
 """Whether a step with this loss and this gradient norm may update the weights. The same answer on every rank."""
@@ -83,7 +83,8 @@ class Engine:
         return StepStats(loss, grad_norm, num_tokens, updated)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch], watch: WatchLosses | None = None) -> tuple[float, int]:
         """Sum of token losses (nats) and number of tokens over all replicas; the same on every rank."""
         self._zero.module.eval()
-        return sum_over_replicas(*run_schedule(self.stages, self.config.model, micro_batches, forward_only=True))
+        model = self.config.model
+        return sum_over_replicas(*run_schedule(self.stages, model, micro_batches, forward_only=True, watch=watch))

@@ -19,7 +19,7 @@ from trainer.config import RunConfig
 from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions
 from trainer.model.gpt import build_chunks
-from trainer.pipeline import StageView, run_schedule, sum_over_replicas
+from trainer.pipeline import StageView, WatchLosses, run_schedule, sum_over_replicas
 
 
 class FrozenModel:
@@ -38,9 +38,10 @@ class FrozenModel:
         self.stages = [StageView(chunk, chunk) for chunk in self.chunks]
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    def evaluate(self, micro_batches: Sequence[MicroBatch], watch: WatchLosses | None = None) -> tuple[float, int]:
         """Sum of token losses (nats) and number of tokens over all replicas; the same on every rank."""
-        return sum_over_replicas(*run_schedule(self.stages, self.config.model, micro_batches, forward_only=True))
+        model = self.config.model
+        return sum_over_replicas(*run_schedule(self.stages, model, micro_batches, forward_only=True, watch=watch))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor | None:

@@ -192,8 +192,13 @@ function showTables(view) {
   fill("events", [...view.marks].reverse().map((mark) => [clock(mark.time), mark.kind.replaceAll("_", " "), number(mark.step ?? ""), mark.text]));
   fill("checkpoints", [...view.checkpoints].reverse().map((each) => [number(each.step), clock(each.time), number(`${short(each.bytes)}B`), number(duration(each.seconds))]));
   byId("saves").textContent = view.saves;
-  fill("evaluations", [...view.evaluations].reverse().map((each) => [
-    number(each.step), "held-out", number(each.loss.toFixed(4)), number(short(Math.exp(each.loss))), number(each.uniform_loss.toFixed(4)),
+  const newest = view.evaluations.at(-1), sources = Object.entries(view.heldout_sources);
+  const scored = (step, task, loss, uniform) => [
+    number(step), task, number(loss.toFixed(4)), number(short(Math.exp(loss))), number(uniform?.toFixed(4) ?? ""),
+  ];
+  fill("evaluations", [...view.evaluations].reverse().flatMap((each) => [
+    scored(each.step, "held-out", each.loss, each.uniform_loss),
+    ...(each === newest && sources.length > 1 ? sources.map(([name, loss]) => scored(each.step, `held-out: ${name}`, loss)) : []),
   ]));
   fill("tasks", scoreNames(view).map((name) => {
     const found = view.judgements.filter((each) => name in each.scores), newest = found.at(-1);

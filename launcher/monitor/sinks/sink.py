@@ -52,7 +52,12 @@ def values_of(event: Event, history: RunHistory, facts: Facts) -> dict[str, floa
                 **phases,
             }
         case "evaluated":
-            return {"heldout/loss": event["loss"]}
+            datasets = event.get("datasets") or {}
+            return {
+                "heldout/loss": event["loss"],
+                **{f"heldout/{name}/loss": scores["loss"] for name, scores in datasets.items() if len(datasets) > 1},
+                **({"heldout/bits_per_byte": event["bits_per_byte"]} if event.get("bits_per_byte") else {}),
+            }
         case "checkpoint_evaluated":
             return {f"tasks/{name}": value for name, value in event["scores"].items()}
         case "ranks":

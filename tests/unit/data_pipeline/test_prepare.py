@@ -15,6 +15,8 @@ from data_pipeline.pipeline import prepare
 from data_pipeline.tokenization import Tokenizer, train_bpe
 from inline_workers import InlineWorkers
 from trainer.config import DataConfig, UserError
+from trainer.data.prepared import PreparedFolder
+from trainer.data.token_bytes import token_bytes
 
 VOCAB_SIZE = 320
 SEQ_LENGTH = 32
@@ -88,6 +90,14 @@ def test_the_manifest_tells_what_is_there(prepared: Path, corpus_folder: Path) -
     assert manifest.vocab_size == VOCAB_SIZE
     assert (manifest.dropped, manifest.repaired, manifest.notes) == ({}, {}, [])
     manifest.verify(prepared)
+
+
+def test_tokens_in_shards_spell_the_bytes_that_the_manifest_counts(prepared: Path) -> None:
+    lengths = token_bytes(PreparedFolder.open(prepared))
+    assert lengths is not None
+    for portion, record in Manifest.load(prepared).datasets["text"].items():
+        tokens = np.fromfile(prepared / "text" / f"{portion}.bin", np.uint16)
+        assert lengths[tokens].sum() == record.text_bytes
 
 
 def test_a_data_sets_manifest_tells_where_it_came_from(prepared: Path, corpus_folder: Path) -> None:

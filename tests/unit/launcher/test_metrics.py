@@ -34,12 +34,16 @@ def events(num_sources: int = 2) -> list[Event]:
         f"source-{number}": {"documents": 7, "tokens": 70, "dropped": {"too_short": 3, "duplicate": 1}}
         for number in range(num_sources)
     }
+    scores = {
+        "bits_per_byte": 2.5,
+        "datasets": {name: {"loss": 9.5, "tokens": 8, "bits_per_byte": 2.75} for name in sources},
+    }
     said: list[tuple[float, str, dict[str, Any]]] = [
         (1000, "stage_started", {"stage": "train"}),
         (1000, "blend", {"datasets": sources}),
         (1001, "life_started", {"number": 1, "nodes": 1, "data": 1, "why": ""}),
         (1005, "training_started", {"step": 0, "ranks": 4, "device": "NVIDIA H100 80GB HBM3"}),
-        (1006, "evaluated", {"step": 0, "loss": 9.0, "uniform_loss": 10.0, "unigram_loss": 7.0}),
+        (1006, "evaluated", {"step": 0, "loss": 9.0, "uniform_loss": 10.0, "unigram_loss": 7.0, **scores}),
         *((1006 + 2 * step, "step", step_fields(step)) for step in range(1, 21)),
         (1047, "checkpoint_snapshot", {"step": 20, "durable": True, "seconds": 0.5}),
         (1048, "checkpoint_saved", {"step": 20, "bytes": 1234, "seconds": 1.5}),
@@ -133,6 +137,9 @@ def test_what_a_run_tells_is_what_happened() -> None:
         ("broadgauge_checkpoint_failures_total", ("save",)): 1,
         ("broadgauge_checkpoint_age_seconds", ()): NOW - 1048,
         ("broadgauge_evaluation_score", ("loss", "heldout")): 9.0,
+        ("broadgauge_evaluation_score", ("bits_per_byte", "heldout")): 2.5,
+        ("broadgauge_heldout_score", ("loss", "source-1")): 9.5,
+        ("broadgauge_heldout_score", ("bits_per_byte", "source-1")): 2.75,
         ("broadgauge_restarts_total", ("rank",)): 1,
         ("broadgauge_restarts_total", ("machine",)): 0,
         ("broadgauge_data_tokens", ("source-1",)): 70,

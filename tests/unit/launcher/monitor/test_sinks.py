@@ -70,12 +70,14 @@ def test_tensorboard_shows_the_steps_that_count(run_dir: RunDir, log: EventLog) 
         train(log, 4, 5, loss=200)
         log.write("rolled_back", from_step=5, to_step=3, reason="loss spike", quarantined=[])
         train(log, 4, 4, loss=300)
-        log.write("evaluated", step=4, loss=2.5, uniform_loss=9.0, unigram_loss=7.0, tokens=1)
+        scores = {"bits_per_byte": 1.5, "datasets": {name: {"loss": 2.25} for name in ("web", "books")}}
+        log.write("evaluated", step=4, loss=2.5, uniform_loss=9.0, unigram_loss=7.0, tokens=1, **scores)
 
     told(run_dir, log, "tensorboard", then=meanwhile)
     found = curves(run_dir)
     assert found["train/loss"] == {1: 101, 2: 102, 3: 103, 4: 304}
-    assert found["heldout/loss"] == {4: 2.5}
+    assert found["heldout/loss"] == {4: 2.5} and found["heldout/bits_per_byte"] == {4: 1.5}
+    assert found["heldout/web/loss"] == found["heldout/books/loss"] == {4: 2.25}
     assert found["phases/loading_data"] == dict.fromkeys(range(1, 5), 0.25)
     assert found["speed/tokens_per_second"][1] == 2 * 2048 / 0.5 and 0 < found["speed/mfu"][1] < 1
     told(run_dir, log, "tensorboard")
