@@ -31,6 +31,7 @@ from trainer.data.windows import HeldoutReader
 from trainer.engine.engine import Engine
 from trainer.evaluate.heldout import HeldoutEvaluation, HeldoutResult, unigram_loss
 from trainer.inference.frozen import FrozenModel
+from trainer.inference.windows import window_logits
 from trainer.training_state import MASTER
 
 SEQ, VOCAB = 16, 90
@@ -179,7 +180,7 @@ def plain_unigram_loss(train: list[int], labels: list[int], vocab_size: int) -> 
 
 
 def evaluate_all_ways(checkpoint: Path, data: Path, tokens: Tensor) -> Callable[[RunConfig, torch.device], Any]:
-    """Each rank's (result through the engine, result through the frozen model, logits or None)."""
+    """Each rank's (result through the engine, result through the frozen model, logits through both or None)."""
 
     def rank(config: RunConfig, device: torch.device) -> Any:
         folder = PreparedFolder.open(data)
@@ -187,7 +188,7 @@ def evaluate_all_ways(checkpoint: Path, data: Path, tokens: Tensor) -> Callable[
         engine = Engine(config, device)
         sharded.load(engine, checkpoint)
         frozen = FrozenModel(config, checkpoint, device)
-        logits = frozen.logits(tokens)
+        logits = frozen.logits(tokens), window_logits(engine.stages, config.model, tokens)
         return evaluation.run(engine.evaluate), evaluation.run(frozen.evaluate), logits
 
     return rank
@@ -210,8 +211,8 @@ def test_every_layout_evaluates_as_the_plain_model_does(
 
     with torch.no_grad():
         expected_logits = reference(tokens)
-    found = [logits for _, _, logits in results if logits is not None]
-    assert len(found) == len(results) // LAYOUTS[layout].get("pipeline", 1)  # the ranks of the last stage
+    found = [logits for _, _, both in results for logits in both if logits is not None]
+    assert len(found) == 2 * len(results) // LAYOUTS[layout].get("pipeline", 1)  # the ranks of the last stage
     for logits in found:
         assert logits.dtype == torch.float32 and logits.shape == (3, SEQ, VOCAB)
         torch.testing.assert_close(logits, expected_logits, rtol=0, atol=2e-6)
@@ -225,7 +226,7 @@ def test_bf16_evaluates_close_to_fp32(checkpoint: Path, data: Path, reference: R
     expected = plain_loss(reference, heldout_of(data))
     assert by_engine == by_frozen  # the same bf16 weights, derived from the same masters
     assert by_engine.loss == pytest.approx(expected, rel=1e-3) and by_engine.loss != expected
-    assert logits.dtype == torch.float32
+    assert {each.dtype for each in logits} == {torch.float32}
 
 
 @pytest.mark.parametrize("max_sequences", [1, 5, 1000])
