@@ -73,7 +73,7 @@ def check_logits(
     Raises:
         ExportMismatch: they differ by more than is allowed, or the folder cannot be opened.
     """
-    model = _opened(folder)
+    model = opened(folder)
     largest, largest_logit, squares, reference_squares = 0.0, 0.0, 0.0, 0.0
     for found, reference in _pieces(model, tokens, reference_logits):
         difference = found - reference
@@ -101,11 +101,16 @@ def _pieces(model: Any, tokens: Tensor, reference_logits: Tensor) -> Iterator[tu
         yield from zip(logits.split(_POSITIONS_AT_ONCE), reference.split(_POSITIONS_AT_ONCE), strict=True)
 
 
-def _opened(folder: Path) -> Any:
+def opened(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a folder, with its weights in `dtype`.
+
+    Raises:
+        ExportMismatch: transformers cannot open it, or its weights are not those that its config.json asks for.
+    """
     with quiet():
         try:
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ExportMismatch(f"transformers cannot open the export in {folder}: {error}") from error
