@@ -55,6 +55,15 @@ class RunDir:
         return self.path / "evaluation"
 
     @property
+    def requests_path(self) -> Path:
+        """What tasks ask of every checkpoint; see `trainer.inference.requests`."""
+        return self.evaluation / "requests.jsonl"
+
+    def answers_path(self, step: int) -> Path:
+        """What the training ranks have answered."""
+        return self.evaluation / f"step-{step:08d}.answers.jsonl"
+
+    @property
     def stop_path(self) -> Path:
         """Its presence asks the ranks to save and end."""
         return self.path / "stop"

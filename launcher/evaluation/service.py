@@ -88,7 +88,7 @@ class EvaluationService:
     def __enter__(self) -> "EvaluationService":
         self._events.skip_to_end()
         self._folder.mkdir(exist_ok=True)
-        write_requests(requests_path(self._run_dir), self._judge.requests)
+        write_requests(self._run_dir.requests_path, self._judge.requests)
         self._look_for_unjudged()
         self._thread.start()
         return self
@@ -204,7 +204,7 @@ class EvaluationService:
             self._fleet.news()
         try:
             work.life = self._fleet.begin(
-                task, checkpoint=work.checkpoint.resolve(), output=output, requests=requests_path(self._run_dir)
+                task, checkpoint=work.checkpoint.resolve(), output=output, requests=self._run_dir.requests_path
             )
         except RayError as error:
             self._fail(work, f"the ranks could not be started: {' '.join(str(error).split())}")
@@ -252,7 +252,7 @@ class EvaluationService:
         began, checkpoint = time.monotonic(), self._checkpoint(step)
         try:
             manifest = read_manifest(checkpoint)
-            self._tell(checkpoint, manifest, self._graded(answers_path(self._run_dir, step)), began)
+            self._tell(checkpoint, manifest, self._graded(self._run_dir.answers_path(step)), began)
         except UserError as error:
             self._record("evaluation_skipped", step=step, reason=str(error))
         except Exception as error:
@@ -287,7 +287,7 @@ class EvaluationService:
             if not is_judged and self._fleet is not None:
                 self._waiting, _ = self._waiting.committed(step)
                 self._lease(step)
-            elif not is_judged and answers_path(self._run_dir, step).exists():
+            elif not is_judged and self._run_dir.answers_path(step).exists():
                 self._grade_answers(step)
 
     def _checkpoint(self, step: int) -> Path:
@@ -305,13 +305,3 @@ class EvaluationService:
             self._work.lease.close()
         for step in list(self._leases):
             self._let_go(step)
-
-
-def requests_path(run_dir: RunDir) -> Path:
-    """What every checkpoint of the run is asked."""
-    return run_dir.evaluation / "requests.jsonl"
-
-
-def answers_path(run_dir: RunDir, step: int) -> Path:
-    """What the training ranks have answered."""
-    return run_dir.evaluation / f"{store.folder_name(step)}.answers.jsonl"

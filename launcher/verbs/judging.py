@@ -53,9 +53,7 @@ def service(
             laid_out = service_config(config)
             laid_out = laid_out.model_copy(update={"data": laid_out.data.model_copy(update={"prepared": prepared})})
             fleet = resources.enter_context(ready_ranks(laid_out, own, on_cluster=True)).fleet
-        yield resources.enter_context(
-            EvaluationService(run_dir, judge, config.evaluation.when_behind, record, fleet)
-        )
+        yield resources.enter_context(EvaluationService(run_dir, judge, config.evaluation.when_behind, record, fleet))
 
 
 def summary(run_dir: RunDir) -> str:

@@ -1,0 +1,106 @@
+"""A checkpoint's weights that answer requests, with tensor and pipeline ranks and a cache of keys and values.
+
+Shapes: b rows, s positions, h hidden, n positions wanted, v this tensor-parallel rank's rows of the padded vocabulary,
+V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer import parallel
+from trainer.config import RunConfig
+from trainer.inference.frozen import FrozenModel
+from trainer.inference.layout import is_for_inference
+from trainer.inference.requests import Score, Scored
+
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+_LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}  # elements
+
+
+class CachedModel:
+    """This rank's share of a replica; a `trainer.inference.model.LanguageModel`."""
+
+    def __init__(self, config: RunConfig, checkpoint: Path, device: torch.device) -> None:
+        """config: of `trainer.inference.layout.inference_config`.
+
+        Raises:
+            UserError: the checkpoint is of another architecture.
+        """
+        assert is_for_inference(config), f"no layout for inference: {config.parallel.describe()}"
+        (self._chunk,) = FrozenModel(config, checkpoint, device).chunks
+        self._model, self._device = config.model, device
+        self._dtype = next(self._chunk.parameters()).dtype
+
+    @property
+    def replica(self) -> int:
+        return parallel.data_rank()
+
+    @property
+    def num_replicas(self) -> int:
+        return parallel.data_size()
+
+    @property
+    def context(self) -> int:
+        return self._model.seq_length
+
+    @property
+    def tokens_at_once(self) -> int:
+        return _TOKENS_AT_ONCE[self._device.type]
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Score]) -> list[Scored]:
+        """Rows are filled up at their ends, where no position of theirs looks: causal attention needs no mask."""
+        rows = [(*request.context, *request.continuation) for request in requests]
+        longest = max(map(len, rows)) - 1
+        tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+        for row, filled in zip(tokens, rows, strict=True):
+            row[: len(filled) - 1] = torch.tensor(filled[:-1])
+        positions = torch.arange(longest, device=self._device).expand(len(rows), -1)
+        hidden = self._forward(tokens.to(self._device), positions)
+        targets = torch.tensor([token for request in requests for token in request.continuation], device=self._device)
+        found = torch.zeros(2, len(targets), dtype=torch.float64, device=self._device)
+        if hidden is not None:
+            # position p predicts token p + 1
+            wanted = [
+                position * len(rows) + row
+                for row, request in enumerate(requests)
+                for position in range(len(request.context) - 1, len(rows[row]) - 1)
+            ]
+            chosen = hidden.flatten(0, 1)[torch.tensor(wanted, device=self._device)]
+            for part, logits in self._logits(chosen):
+                logprobs = logits.log_softmax(-1).gather(1, targets[part, None]).squeeze(1)
+                found[0, part], found[1, part] = logprobs.double(), (logits.argmax(-1) == targets[part]).double()
+        logprobs, is_likeliest = self.share(found).tolist()
+        ends = accumulate((len(request.continuation) for request in requests), initial=0)
+        return [Scored(tuple(logprobs[a:b]), all(is_likeliest[a:b])) for a, b in pairwise(ends)]
+
+    def share(self, choice: Tensor) -> Tensor:
+        return parallel.from_last_stage(choice)
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
+        """tokens and positions [b, s] through all stages: hidden states [s, b, h] on ranks of the last one."""
+        group = parallel.pipeline_group()
+        received = None
+        if not self._chunk.pre_process:
+            received = torch.empty(*tokens.t().shape, self._model.hidden_size, dtype=self._dtype, device=self._device)
+            dist.recv(received, src=parallel.previous_stage_rank(), group=group)
+        hidden = self._chunk.hidden(tokens, positions, received)
+        if self._chunk.post_process:
+            return hidden
+        dist.send(hidden.contiguous(), dst=parallel.next_stage_rank(), group=group)
+        return None
+
+    def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """hidden [n, h] -> some of the n, and their logits [., V], fp32; together all."""
+        rows_at_once = max(1, _LOGITS_AT_ONCE[self._device.type] // self._model.padded_vocab_size)
+        for first in range(0, len(hidden), rows_at_once):
+            part = slice(first, first + rows_at_once)
+            shard = self._chunk.logits(hidden[part, None]).squeeze(0).float()
+            shards = parallel.gather(shard, parallel.tensor_group()) if parallel.tensor_size() > 1 else [shard]
+            whole = torch.cat(shards, dim=-1) if len(shards) > 1 else shard
+            yield part, whole[:, : self._model.vocab_size]
