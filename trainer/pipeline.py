@@ -19,6 +19,7 @@ from trainer import parallel
 from trainer.config import ModelConfig
 from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions
+from trainer.progress import Advance, unheard
 
 Forward = Callable[..., Tensor]
 
@@ -46,11 +47,19 @@ class StageView(torch.nn.Module):
 
 
 def run_schedule(
-    stages: Sequence[StageView], model: ModelConfig, micro_batches: Sequence[MicroBatch], *, forward_only: bool
+    stages: Sequence[StageView],
+    model: ModelConfig,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    forward_only: bool,
+    advance: Advance = unheard,
 ) -> tuple[Tensor, Tensor]:
     """Forward (and backward) over all micro-batches of this replica.
 
     Gradients are of the mean loss per token of each micro-batch, averaged over micro-batches.
+
+    Args:
+        advance: hears on the last pipeline stage of how many micro-batches the loss is known.
 
     Returns:
         The sum of token losses (nats) and the number of tokens, over this replica's micro-batches, fp64 scalars.
@@ -76,6 +85,7 @@ def run_schedule(
             total = weighted.sum()
             # copied before returning: the schedule divides `total` in place
             sums.append(torch.stack([total.detach().double(), count.double()]))
+            advance(len(sums), len(micro_batches))
             return total, count, None
 
         return losses, loss_function

@@ -20,6 +20,7 @@ from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions
 from trainer.model.gpt import build_chunks
 from trainer.pipeline import StageView, run_schedule, sum_over_replicas
+from trainer.progress import Advance, unheard
 
 
 class FrozenModel:
@@ -38,9 +39,13 @@ class FrozenModel:
         self.stages = [StageView(chunk, chunk) for chunk in self.chunks]
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Sum of token losses (nats) and number of tokens over all replicas; the same on every rank."""
-        return sum_over_replicas(*run_schedule(self.stages, self.config.model, micro_batches, forward_only=True))
+    def evaluate(self, micro_batches: Sequence[MicroBatch], advance: Advance = unheard) -> tuple[float, int]:
+        """Sum of token losses (nats) and number of tokens over all replicas; the same on every rank.
+
+        `advance` hears on the ranks of the last pipeline stage how many of their micro-batches are done.
+        """
+        model = self.config.model
+        return sum_over_replicas(*run_schedule(self.stages, model, micro_batches, forward_only=True, advance=advance))
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor | None:
