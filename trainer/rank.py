@@ -30,6 +30,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.inference.cached import CachedModel
     from trainer.inference.frozen import FrozenModel
     from trainer.inference.requests import read_requests, write_answers
+    from trainer.progress import ProgressFile, unheard
     from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
     from trainer.stop import StopRequest
@@ -112,7 +113,8 @@ def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.
     data = PreparedFolder.open(run_dir.data_for(config))
     heldout = HeldoutReader(data, config.model.seq_length)
     evaluation = HeldoutEvaluation(TrainingData.open(data, config), heldout, config, device)
-    result = evaluation.run(model.evaluate)
+    told = ProgressFile(spec.output).write if _is_first_replica() else unheard
+    result = evaluation.run(partial(model.evaluate, advance=told))
     if dist.get_rank() == 0:
         spec.output.write_bytes(orjson.dumps(result))
 
@@ -147,8 +149,13 @@ def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.de
         tokens = torch.randint(config.model.vocab_size, (2, config.model.seq_length), generator=draw).to(device)
         text = "drawn at random"
     logits = model.logits(tokens)
-    if logits is not None and not (parallel.tensor_rank() or parallel.context_rank() or parallel.data_rank()):
+    if logits is not None and _is_first_replica():
         torch.save({"tokens": tokens.cpu(), "logits": logits.cpu(), "text": text}, spec.output)
+
+
+def _is_first_replica() -> bool:
+    """Whether this rank is one of the pipeline that speaks where all would say the same."""
+    return not (parallel.tensor_rank() or parallel.context_rank() or parallel.data_rank())
 
 
 def _write_nothing(*_: Any, **__: Any) -> None:

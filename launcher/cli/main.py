@@ -99,8 +99,8 @@ def evaluate(
     """
     from launcher.verbs import inspection
 
-    with working(stderr=True).stage("evaluate"):
-        result = inspection.evaluate(path, data, settings or ())
+    with working(stderr=True).stage("evaluate") as bar:
+        result = inspection.evaluate(path, data, settings or (), bar.update)
     print(json.dumps(result, indent=2))
 
 
@@ -122,8 +122,8 @@ def export(
     """
     from launcher.verbs import inspection
 
-    with working(stderr=True).stage("export"):
-        verified = inspection.export(path, out, data, settings or (), dtype, verify)
+    with working(stderr=True).stage("export") as bar:
+        verified = inspection.export(path, out, data, settings or (), dtype, verify, bar.update)
     print(f"{out}: {verified.summary}")
 
 
@@ -143,8 +143,8 @@ def import_model(
     """
     from launcher.verbs import importing
 
-    with working(stderr=True).stage("import"):
-        imported = importing.import_model(source, out, revision)
+    with working(stderr=True).stage("import") as bar:
+        imported = importing.import_model(source, out, revision, bar.update)
     print(f"{imported.checkpoint}: a {imported.architecture}; train on from it with {imported.config_path}")
     if imported.tokenizer_problem:
         print(f"no data can be prepared with its tokenizer: {imported.tokenizer_problem}")

@@ -310,7 +310,7 @@ def export(claimed: ClaimedRun) -> None:
         facts["Held-out loss, nats per token"] = history.evaluated[-1]["loss"]
         tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER
         verified = exporting.export_checkpoint(
-            config, run_dir, claimed.ranks, checkpoint, tokenizer, run_dir.export, facts
+            config, run_dir, claimed.ranks, checkpoint, tokenizer, run_dir.export, facts, update=bar.update
         )
         difference, tokens = verified.largest_difference, verified.num_tokens
         claimed.log.write("export_verified", how=verified.how, largest_difference=difference, tokens=tokens)
