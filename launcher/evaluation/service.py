@@ -188,20 +188,17 @@ class EvaluationService:
         work = _Work(step, checkpoint, manifest, time.monotonic(), lease, [("evaluate", self._folder / "heldout.json")])
         work.left += [("answer", self._folder / "answers.jsonl")] if self._judge.requests else []
         self._work = work
-        self._next_task(work)
 
-    def _next_task(self, work: _Work) -> None:
+    def _start_task(self, work: _Work) -> None:
+        """As soon as the machines of the service are there."""
         assert self._fleet is not None
+        if len(self._fleet.present()) < self._fleet.where.nodes:
+            if time.monotonic() - work.began > _ARRIVAL_SECONDS:
+                self._fail(work, f"the machines of the service did not come up within {_ARRIVAL_SECONDS:g} s")
+            self._is_closed.wait(_LOOK_SECONDS)
+            return
         task, output = work.left[0]
         output.unlink(missing_ok=True)
-        deadline = time.monotonic() + _ARRIVAL_SECONDS
-        while len(self._fleet.present()) < self._fleet.where.nodes:
-            if self._is_closed.wait(_LOOK_SECONDS):
-                return
-            if time.monotonic() > deadline:
-                self._fail(work, f"the machines of the service did not come up within {_ARRIVAL_SECONDS:g} s")
-                return
-            self._fleet.news()
         try:
             work.life = self._fleet.begin(
                 task, checkpoint=work.checkpoint.resolve(), output=output, requests=self._run_dir.requests_path
@@ -210,7 +207,9 @@ class EvaluationService:
             self._fail(work, f"the ranks could not be started: {' '.join(str(error).split())}")
 
     def _go_on(self, work: _Work) -> None:
-        assert work.life is not None
+        if work.life is None:
+            self._start_task(work)
+            return
         if (ends := work.life.poll(_LOOK_SECONDS)) is None:
             return
         work.life = None
@@ -220,9 +219,7 @@ class EvaluationService:
             self._fail(work, str(explain(ends, self._fleet.job.logs)))
             return
         work.left.pop(0)
-        if work.left:
-            self._next_task(work)
-        else:
+        if not work.left:
             self._conclude(work)
 
     def _conclude(self, work: _Work) -> None:
