@@ -1,5 +1,7 @@
 """Scores and continuations in every layout for inference, against a plain model that keeps nothing in a cache."""
 
+import itertools
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,13 @@ import torch
 
 from answering_models import MODELS, SEQ, VOCAB, checkpoint_of, config_of, reference_of
 from ranks import run_on_ranks
+from reference_gpt import ReferenceGPT
 from trainer.config import RunConfig
 from trainer.inference.answering import answer
 from trainer.inference.cached import CachedModel
+from trainer.inference.decoding import stream
 from trainer.inference.layout import inference_config
-from trainer.inference.requests import Answer, Request, Score, Scored
+from trainer.inference.requests import Answer, Decoding, Generate, Generated, Request, Score, Scored, Tokens
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
@@ -99,3 +103,76 @@ def test_every_layout_scores_as_the_plain_model_does(layout: str, checkpoints: d
             for scored, plain in zip(result[family], expected, strict=True):
                 assert scored.logprobs == pytest.approx(plain.logprobs, rel=0, abs=1e-5)
                 assert scored.is_greedy == plain.is_greedy
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+SAMPLED = Decoding(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2, no_repeat_ngram=2, seed=3)
+STOP = 7
+
+
+def generate_requests() -> list[Request]:
+    """Prompts of many lengths, to be continued in several ways; some continuations end at a stop token."""
+    draw = random.Random(8)
+
+    def one(number: int) -> Generate:
+        length = draw.choice([1, 3, 7, 7, 12, 20])
+        prompt = tuple(draw.randrange(VOCAB) for _ in range(length))
+        stops = tuple(draw.sample(range(VOCAB), number % 4 * 8))
+        return Generate(prompt, draw.randint(1, SEQ - length), stops, Decoding() if number % 2 else SAMPLED)
+
+    return [one(number) for number in range(24)]
+
+
+@torch.no_grad()
+def plain_continuation(model: ReferenceGPT, number: int, request: Generate) -> Tokens:
+    """The whole text read anew for each token, and each token drawn from a list of probabilities."""
+    text, draw, decoding = list(request.prompt), stream(request.decoding.seed, number), request.decoding
+    for _ in range(request.max_new_tokens):
+        logits = model(torch.tensor([text]))[0, -1].double().tolist()
+        logits = [
+            (x / decoding.repetition_penalty if x > 0 else x * decoding.repetition_penalty) if token in text else x
+            for token, x in enumerate(logits)
+        ]
+        pairs = set(itertools.pairwise(text)) if decoding.no_repeat_ngram else set()
+        logits = [-math.inf if (text[-1], token) in pairs else x for token, x in enumerate(logits)]
+        if decoding.temperature == 0:
+            text.append(max(range(VOCAB), key=lambda token: logits[token]))
+        else:
+            ranked = sorted(range(VOCAB), key=lambda token: -logits[token])[: decoding.top_k]
+            weights = {token: math.exp(logits[token] / decoding.temperature) for token in ranked}
+            kept, total = [], sum(weights.values())
+            for token in ranked:
+                kept.append(token)
+                if sum(weights[token] for token in kept) / total >= decoding.top_p:
+                    break
+            at = draw.random() * sum(weights[token] for token in kept)
+            for token in sorted(kept):
+                at -= weights[token]
+                if at < 0:
+                    break
+            text.append(token)
+        if text[-1] in request.stop_ids:
+            break
+    return tuple(text[len(request.prompt) :])
+
+
+@pytest.fixture(scope="module")
+def plain_continuations() -> dict[str, list[Answer]]:
+    found = {}
+    for family in MODELS:
+        model = reference_of(family)
+        numbered = enumerate(generate_requests())
+        found[family] = [Generated(plain_continuation(model, number, request)) for number, request in numbered]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_goes_on_as_the_plain_model_does(
+    layout: str, checkpoints: dict[str, Path], plain_continuations: dict[str, list[Answer]]
+) -> None:
+    results = run_on_ranks(
+        layout_of(layout), answers_of(checkpoints, {family: generate_requests() for family in MODELS})
+    )
+    for result in results:
+        assert result == plain_continuations
