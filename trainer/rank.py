@@ -26,7 +26,10 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.evaluate.heldout import HeldoutEvaluation
     from trainer.events import EventLog
     from trainer.heartbeat import Heartbeat, answer_with_stacks, beat_path, stack_path
+    from trainer.inference.answering import answer
+    from trainer.inference.cached import CachedModel
     from trainer.inference.frozen import FrozenModel
+    from trainer.inference.requests import read_requests, write_answers
     from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
     from trainer.stop import StopRequest
@@ -57,6 +60,9 @@ def main(spec: RankSpec) -> None:
     elif spec.task == "evaluate":
         heartbeat.phase("evaluating")
         _evaluate(spec, config, run_dir, device)
+    elif spec.task == "answer":
+        heartbeat.phase("evaluating")
+        _answer(spec, config, device)
     else:
         heartbeat.phase("evaluating")
         _logits(spec, config, run_dir, device)
@@ -109,6 +115,19 @@ def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.
     result = evaluation.run(model.evaluate)
     if dist.get_rank() == 0:
         spec.output.write_bytes(orjson.dumps(result))
+
+
+def _answer(spec: RankSpec, config: RunConfig, device: torch.device) -> None:
+    """Answers to the requests of a file in `spec.output`, by a checkpoint in a layout for inference."""
+    assert spec.checkpoint is not None and spec.output is not None and spec.requests is not None
+    model, requests = CachedModel(config, spec.checkpoint, device), read_requests(spec.requests)
+    if dist.get_rank() > 0 or spec.stream is None:
+        answers = answer(model, requests)
+    else:
+        with open(spec.stream, "a", encoding="ascii", buffering=1) as stream:
+            answers = answer(model, requests, lambda number, token: print(number, token, file=stream))
+    if dist.get_rank() == 0:
+        write_answers(spec.output, answers)
 
 
 def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:

@@ -60,6 +60,8 @@ class Ranks:
         *,
         checkpoint: Path | None = None,
         output: Path | None = None,
+        requests: Path | None = None,
+        stream: Path | None = None,
     ) -> None:
         """Run a task on all ranks to its end, calling `on_poll` about ten times a second and once at the end.
 
@@ -70,7 +72,9 @@ class Ranks:
             JobFailed: too few machines are left.
         """
         slots, config = self._gather()
-        life = self.fleet.begin(task, slots, config, checkpoint=checkpoint, output=output)
+        life = self.fleet.begin(
+            task, slots, config, checkpoint=checkpoint, output=output, requests=requests, stream=stream
+        )
         while (ends := life.poll(_POLL_SECONDS)) is None:
             on_poll()
         on_poll()

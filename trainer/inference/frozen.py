@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trainer import parallel
@@ -62,16 +61,8 @@ class FrozenModel:
         if not found:
             return None
         shard = found[0].float()  # [b, s / context ranks, V / tensor ranks]
-        rows = torch.cat(_gathered(shard, parallel.tensor_group()), dim=-1)[..., : self.config.model.vocab_size]
+        rows = torch.cat(parallel.gather(shard, parallel.tensor_group()), dim=-1)[..., : self.config.model.vocab_size]
         whole = rows.new_empty(*tokens.shape, rows.shape[-1])
-        for rank, part in enumerate(_gathered(rows, parallel.context_group())):
+        for rank, part in enumerate(parallel.gather(rows, parallel.context_group())):
             whole[:, local_positions(tokens.shape[1], rank, parallel.context_size())] = part
         return whole
-
-
-def _gathered(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's tensor of this shape, in order of rank."""
-    mine = mine.contiguous()
-    tensors = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(tensors, mine, group=group)
-    return tensors
