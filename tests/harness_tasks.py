@@ -79,3 +79,8 @@ def _write(folder: Path, name: str, documents: list[dict[str, Any]], **settings:
     source = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
     task = {"task": name, "dataset_path": "json", "dataset_kwargs": source, "test_split": "test"}
     (folder / f"{name}.yaml").write_text(json.dumps(task | settings))
+
+
+def flat(value: Any) -> list[Any]:
+    """Without the harness's nesting of answers in lists and pairs."""
+    return [each for item in value for each in flat(item)] if isinstance(value, list | tuple) else [value]

@@ -31,9 +31,9 @@ def searched(
     search = BeamSearch(decoding, stop_ids, max_new_tokens)
     while not search.is_done:
         before = search.live
-        search.advance(torch.tensor([next_logprobs(beam.tokens) for beam in before]))
-        for parent, beam in zip(search.parents, search.live, strict=True):
-            assert search.is_done or beam.tokens[:-1] == before[parent].tokens
+        parents = search.advance(search.likeliest(torch.tensor([next_logprobs(beam.tokens) for beam in before])))
+        if parents:
+            assert [before[parent].tokens for parent in parents] == [beam.tokens[:-1] for beam in search.live]
     return search
 
 

@@ -64,10 +64,12 @@ class Plain:
         def after(continuation: Tokens) -> list[float]:
             seen, decoding = request.prompt + continuation, request.decoding
             logits = self.logits(seen)[-1]
-            logits = with_repetition_penalty(logits, seen, decoding.repetition_penalty)
-            if decoding.no_repeat_ngram:
-                logits = without_repeated_ngrams(logits, seen, decoding.no_repeat_ngram)
-            return log_softmax(logits)
+            logprobs = log_softmax(with_repetition_penalty(logits, seen, decoding.repetition_penalty))
+            return (
+                without_repeated_ngrams(logprobs, seen, decoding.no_repeat_ngram)
+                if decoding.no_repeat_ngram
+                else logprobs
+            )
 
         return after
 
@@ -151,7 +153,12 @@ def test_beams_are_those_of_the_plain_search(variant: str, max_batch_tokens: int
     requests = [
         Generate(PROMPTS[0], 4, (), Decoding(beams=3)),
         Generate(PROMPTS[1], 5, tuple(range(60)), Decoding(beams=4)),
-        Generate(PROMPTS[2], 4, tuple(range(60)), Decoding(beams=2, length_penalty=2.0, no_repeat_ngram=1)),
+        Generate(
+            PROMPTS[2],
+            4,
+            tuple(range(60)),
+            Decoding(beams=2, length_penalty=2.0, no_repeat_ngram=1, repetition_penalty=1.3),
+        ),
     ]
     assert answers(folders[variant], requests, max_batch_tokens=max_batch_tokens) == [
         Generated(plain_beams(plain.next_logprobs(each), each.decoding, each.stop_ids, each.max_new_tokens))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from exported_models import SEQ, ExportedModel, exported_model
-from harness_tasks import CHOICE, FREE, ROLLING, write_tasks
+from harness_tasks import CHOICE, FREE, ROLLING, flat, write_tasks
 from launcher.evaluation import harness
 from launcher.evaluation.harness import BroadgaugeLM
 from trainer.checkpoint.huggingface.answering import HuggingFaceModel, HuggingFaceTokenizer
@@ -80,10 +80,6 @@ def test_every_document_is_answered_as_the_harness_own_model_does(
             name: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
             for name, value in values.items()
         }
-
-
-def flat(value: Any) -> list[Any]:
-    return [each for item in value for each in flat(item)] if isinstance(value, list | tuple) else [value]
 
 
 def test_examples_in_prompts_are_chosen_by_the_seed(
