@@ -1,6 +1,7 @@
 """Scores and continuations in every layout for inference, against a plain model that keeps nothing in a cache."""
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, models
 
 from answering_models import MODELS, SEQ, VOCAB, checkpoint_of, config_of, reference_of
 from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
+from trainer.checkpoint.huggingface import export
 from trainer.config import RunConfig
 from trainer.inference.answering import answer
 from trainer.inference.cached import CachedModel
@@ -176,3 +180,55 @@ def test_every_layout_goes_on_as_the_plain_model_does(
     )
     for result in results:
         assert result == plain_continuations
+
+
+@pytest.fixture(scope="module")
+def exports(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exports")
+    Tokenizer(models.WordLevel({"<|endoftext|>": 0, "word": 1}, unk_token="word")).save(str(root / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (root / "tokenizer_config.json").write_text(json.dumps(settings))
+    folders = {}
+    for family in ("GPT-2", "Llama"):
+        config, folders[family] = config_of(family), root / family
+        export.commit(export.export_model(checkpoints[family], config, root, folders[family], {}), folders[family])
+    return folders
+
+
+def by_transformers(folder: Path, requests: list[Generate]) -> list[Answer]:
+    """One prompt at a time; of beams, the sum of log-probabilities decides."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    found: list[Answer] = []
+    for request in requests:
+        decoding, prompt = request.decoding, torch.tensor([request.prompt])
+        whole = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=request.max_new_tokens,
+            eos_token_id=list(request.stop_ids) or None,
+            pad_token_id=0,
+            repetition_penalty=decoding.repetition_penalty,
+            no_repeat_ngram_size=decoding.no_repeat_ngram,
+            num_beams=decoding.beams,
+            early_stopping=decoding.beams > 1,
+            length_penalty=decoding.length_penalty,
+        )
+        found.append(Generated(tuple(whole[0, len(request.prompt) :].tolist())))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP2", "PP2", "TP2 x PP2"])
+def test_the_likeliest_tokens_are_those_of_transformers(
+    layout: str, checkpoints: dict[str, Path], exports: dict[str, Path]
+) -> None:
+    draw = random.Random(9)
+    prompts = [tuple(draw.randrange(VOCAB) for _ in range(length)) for length in (1, 4, 4, 11, 20)]
+    stops = (draw.randrange(VOCAB), draw.randrange(VOCAB))
+    ways = [Decoding(), Decoding(repetition_penalty=1.3, no_repeat_ngram=3), Decoding(beams=3, length_penalty=0.0)]
+    asked = [Generate(prompt, 12, stops, way) for prompt in prompts for way in ways]
+    results = run_on_ranks(layout_of(layout), answers_of(checkpoints, dict.fromkeys(exports, asked)))
+    for family, folder in exports.items():
+        expected = by_transformers(folder, asked)
+        for result in results:
+            assert result[family] == expected
