@@ -1,14 +1,12 @@
 """Answering requests with a model: batches of like requests, shared out among the replicas."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from trainer import parallel
 from trainer.config import UserError
+from trainer.inference.generating import OnToken, generate
 from trainer.inference.model import LanguageModel
-from trainer.inference.requests import Answer, Request, Score
-
-OnToken = Callable[[int, int], None]
-"""Told of a request's number and its next token."""
+from trainer.inference.requests import Answer, Decoding, Generate, Generated, Request, Score
 
 
 def answer(model: LanguageModel, requests: Sequence[Request], on_token: OnToken | None = None) -> list[Answer]:
@@ -23,15 +21,35 @@ def answer(model: LanguageModel, requests: Sequence[Request], on_token: OnToken 
     """
     for number, request in enumerate(requests):
         _check(number, request, model.context)
-    scores = {number: request for number, request in enumerate(requests) if isinstance(request, Score)}
     mine: dict[int, Answer] = {}
-    for batch in _shared_out(_score_batches(scores, model.tokens_at_once), model):
+    scores = {number: request for number, request in enumerate(requests) if isinstance(request, Score)}
+    for batch in _shared_out(score_batches(scores, model.tokens_at_once), model):
         mine.update(zip(batch, model.score([scores[number] for number in batch]), strict=True))
-    answers = dict(mine)
-    if model.num_replicas > 1:
-        for theirs in parallel.gather_objects(mine, parallel.data_group()):
-            answers |= theirs
+    others = {number: request for number, request in enumerate(requests) if isinstance(request, Generate)}
+    for batch in _shared_out(generate_batches(others, model.tokens_kept), model):
+        mine.update(generate(model, {number: others[number] for number in batch}, on_token))
+    answers = mine | _of_others(model, mine)
+    if on_token is not None:
+        for number, request in others.items():
+            _tell(number, request, answers[number], on_token) if number not in mine else None
     return [answers[number] for number in range(len(requests))]
+
+
+def _of_others(model: LanguageModel, mine: dict[int, Answer]) -> dict[int, Answer]:
+    """The answers of all replicas."""
+    if model.num_replicas == 1:
+        return {}
+    return {
+        number: answer
+        for theirs in parallel.gather_objects(mine, parallel.data_group())
+        for number, answer in theirs.items()
+    }
+
+
+def _tell(number: int, request: Generate, answer: Answer, on_token: OnToken) -> None:
+    if isinstance(answer, Generated) and request.decoding.beams == 1:
+        for token in answer.tokens:
+            on_token(number, token)
 
 
 def _check(number: int, request: Request, context: int) -> None:
@@ -54,13 +72,22 @@ def _shared_out(batches: Sequence[list[int]], model: LanguageModel) -> Sequence[
     return batches[model.replica :: model.num_replicas]
 
 
-def _score_batches(requests: dict[int, Score], tokens_at_once: int) -> list[list[int]]:
+def score_batches(requests: Mapping[int, Score], tokens_at_once: int) -> list[list[int]]:
     """Numbers of requests to be answered together: of like lengths, the longest first."""
     lengths = {number: len(request.context) + len(request.continuation) for number, request in requests.items()}
     return list(batches_of(lengths, tokens_at_once))
 
 
-def batches_of(lengths: dict[int, int], tokens_at_once: int) -> Iterator[list[int]]:
+def generate_batches(requests: Mapping[int, Generate], tokens_kept: int) -> list[list[int]]:
+    """The same, of one way to decode each."""
+    lengths: dict[Decoding, dict[int, int]] = {}
+    for number, request in requests.items():
+        length = (len(request.prompt) + request.max_new_tokens) * request.decoding.beams
+        lengths.setdefault(request.decoding, {})[number] = length
+    return [batch for like in lengths.values() for batch in batches_of(like, tokens_kept)]
+
+
+def batches_of(lengths: Mapping[int, int], tokens_at_once: int) -> Iterator[list[int]]:
     """Keys in falling order of length, as many at a time as have room when all are filled up to the longest."""
     batch: list[int] = []
     for number in sorted(lengths, key=lambda number: (-lengths[number], number)):

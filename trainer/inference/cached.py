@@ -14,11 +14,14 @@ from torch import Tensor
 
 from trainer import parallel
 from trainer.config import RunConfig
+from trainer.inference.cache import KeyValueCache
 from trainer.inference.frozen import FrozenModel
 from trainer.inference.layout import is_for_inference
-from trainer.inference.requests import Score, Scored
+from trainer.inference.requests import Score, Scored, Tokens
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
+_PROMPTS_AT_ONCE = 8  # times as many tokens; of prompts no more is computed than the last position's logits
+_CACHE_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 _LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}  # elements
 
 
@@ -33,8 +36,9 @@ class CachedModel:
         """
         assert is_for_inference(config), f"no layout for inference: {config.parallel.describe()}"
         (self._chunk,) = FrozenModel(config, checkpoint, device).chunks
-        self._model, self._device = config.model, device
+        self._model, self._parallel, self._device = config.model, config.parallel, device
         self._dtype = next(self._chunk.parameters()).dtype
+        self._cache: KeyValueCache | None = None
 
     @property
     def replica(self) -> int:
@@ -45,6 +49,10 @@ class CachedModel:
         return parallel.data_size()
 
     @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
     def context(self) -> int:
         return self._model.seq_length
 
@@ -52,9 +60,17 @@ class CachedModel:
     def tokens_at_once(self) -> int:
         return _TOKENS_AT_ONCE[self._device.type]
 
+    @property
+    def tokens_kept(self) -> int:
+        model, parallel = self._model, self._parallel
+        elements = 2 * model.num_layers // parallel.pipeline * model.kv_heads // parallel.tensor * model.head_size
+        have_room = _CACHE_BYTES[self._device.type] // (elements * self._dtype.itemsize)
+        return min(have_room, _PROMPTS_AT_ONCE * self.tokens_at_once)
+
     @torch.inference_mode()
     def score(self, requests: Sequence[Score]) -> list[Scored]:
         """Rows are filled up at their ends, where no position of theirs looks: causal attention needs no mask."""
+        self._forget()
         rows = [(*request.context, *request.continuation) for request in requests]
         longest = max(map(len, rows)) - 1
         tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -78,6 +94,34 @@ class CachedModel:
         logprobs, is_likeliest = self.share(found).tolist()
         ends = accumulate((len(request.continuation) for request in requests), initial=0)
         return [Scored(tuple(logprobs[a:b]), all(is_likeliest[a:b])) for a, b in pairwise(ends)]
+
+    @torch.inference_mode()
+    def begin(self, prompts: Sequence[Tokens], num_new_tokens: int) -> Tensor | None:
+        """Rows are filled up at their beginnings, so that all have their last token in the same place."""
+        longest = max(map(len, prompts))
+        paddings = [longest - len(prompt) for prompt in prompts]
+        self._cache = KeyValueCache(self._chunk.attentions(), paddings, longest + num_new_tokens, self._device)
+        self._cache.attach()
+        return self._next(
+            self._cache, [(0,) * padding + prompt for padding, prompt in zip(paddings, prompts, strict=True)]
+        )
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor | None:
+        assert self._cache is not None
+        self._cache.select(rows)
+        return self._next(self._cache, [(token,) for token in tokens])
+
+    def _next(self, cache: KeyValueCache, rows: Sequence[Tokens]) -> Tensor | None:
+        """Logits [b, V] after the next tokens of each row."""
+        positions = cache.advance(len(rows[0]))
+        hidden = self._forward(torch.tensor(rows, device=self._device), positions)
+        return torch.cat([logits for _, logits in self._logits(hidden[-1])]) if hidden is not None else None
+
+    def _forget(self) -> None:
+        self._cache = None
+        for attention in self._chunk.attentions():
+            attention.memory = None
 
     def share(self, choice: Tensor) -> Tensor:
         return parallel.from_last_stage(choice)

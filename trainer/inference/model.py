@@ -7,6 +7,7 @@ the weights: it needs no more than these methods, and says `num_replicas` 1 if i
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from trainer.inference.requests import Score, Scored, Tokens
@@ -26,12 +27,20 @@ class LanguageModel(Protocol):
         """How many share the requests out; 1 where all ranks answer each of them together."""
 
     @property
+    def device(self) -> torch.device:
+        """Of logits and choices."""
+
+    @property
     def context(self) -> int:
         """The most tokens that it reads at once."""
 
     @property
     def tokens_at_once(self) -> int:
         """How many tokens, padding included, are best asked about in one batch."""
+
+    @property
+    def tokens_kept(self) -> int:
+        """How many tokens, padding and those to come included, one batch of continuations may have."""
 
     def score(self, requests: Sequence[Score]) -> list[Scored]:
         """Answer one batch; the same on every rank of the replica."""

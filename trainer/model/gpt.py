@@ -97,6 +97,10 @@ class GPT(GPTModel):
         self.decoder.set_input_tensor(hidden)
         return self.decoder(hidden_states=hidden, attention_mask=None)
 
+    def attentions(self) -> list[CausalAttention]:
+        """Of the layers of this chunk, in their order."""
+        return [module for module in self.decoder.modules() if isinstance(module, CausalAttention)]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[s, b, h] -> logits [b, s, v] of this rank, in the last chunk; those of padding are -inf."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

@@ -148,7 +148,7 @@ class HuggingFaceModel:
             rows = [[(*batch[place][1].prompt, *beam.tokens) for beam in searches[place].live] for place in running]
             following = self._following([row for group in rows for row in group])
             for place, group, logits in zip(running, rows, following.split([*map(len, rows)]), strict=True):
-                searches[place].advance(_adjusted(group, logits, batch[place][1]).log_softmax(-1))
+                searches[place].advance(searches[place].likeliest(_logprobs(group, logits, batch[place][1])))
         for (number, _), search in zip(batch, searches, strict=True):
             yield number, Generated(search.best.tokens)
 
@@ -166,14 +166,15 @@ def _scored(logits: Tensor, continuation: Tokens) -> Scored:
     return Scored(tuple(logprobs.tolist()), bool((logits.argmax(-1) == tokens).all()))
 
 
-def _adjusted(sequences: Sequence[Tokens], logits: Tensor, request: Generate) -> Tensor:
-    """Logits of the tokens after sequences of one length, as the request's decoding wants them; fp64."""
-    tokens, logits = torch.tensor(sequences, device=logits.device), logits.double()
+def _logprobs(sequences: Sequence[Tokens], logits: Tensor, request: Generate) -> Tensor:
+    """Of the tokens after sequences of one length, fp64; -inf for those that may not follow."""
+    tokens = torch.tensor(sequences, device=logits.device)
     if request.decoding.repetition_penalty != 1:
         logits = RepetitionPenaltyLogitsProcessor(request.decoding.repetition_penalty)(tokens, logits)
+    logprobs = logits.double().log_softmax(-1)
     if request.decoding.no_repeat_ngram > 0:
-        logits = NoRepeatNGramLogitsProcessor(request.decoding.no_repeat_ngram)(tokens, logits)
-    return logits
+        logprobs = NoRepeatNGramLogitsProcessor(request.decoding.no_repeat_ngram)(tokens, logprobs)
+    return logprobs
 
 
 def _generation_config(request: Generate) -> transformers.GenerationConfig:
