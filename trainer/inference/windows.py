@@ -59,7 +59,7 @@ class WindowModel:
     """
 
     def __init__(self, stages: Sequence[StageView], config: RunConfig, device: torch.device) -> None:
-        self._stages, self._config, self._device = stages, config, device
+        self._stages, self._config, self.device = stages, config, device
         self._rows: list[list[int]] = []
         for stage in stages:
             stage.module.eval()
@@ -85,6 +85,10 @@ class WindowModel:
     def tokens_at_once(self) -> int:
         return self._config.train.micro_batch_size * self.context
 
+    @property
+    def tokens_kept(self) -> int:
+        return self.tokens_at_once
+
     def score(self, requests: Sequence[Score]) -> list[Scored]:
         scored = []
         for first in range(0, len(requests), self._config.train.micro_batch_size):
@@ -94,7 +98,7 @@ class WindowModel:
     def _score(self, requests: Sequence[Score]) -> list[Scored]:
         logits = self._logits([[*each.context, *each.continuation][:-1] for each in requests])
         lengths = [len(each.continuation) for each in requests]
-        found = torch.zeros(2, sum(lengths), dtype=torch.float64, device=self._device)
+        found = torch.zeros(2, sum(lengths), dtype=torch.float64, device=self.device)
         if logits is not None:
             for row, each, part in zip(logits, requests, found.split(lengths, dim=1), strict=True):
                 targets = torch.tensor(each.continuation, device=row.device)
@@ -126,7 +130,7 @@ class WindowModel:
         tokens = torch.zeros(len(rows), self.context, dtype=torch.int64)
         for place, row in zip(tokens, rows, strict=True):
             place[: len(row)] = torch.tensor(row)
-        return window_logits(self._stages, self._config.model, tokens.to(self._device))
+        return window_logits(self._stages, self._config.model, tokens.to(self.device))
 
     def share(self, choice: Tensor) -> Tensor:
         return parallel.from_last_stage(choice)
