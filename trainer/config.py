@@ -216,7 +216,7 @@ class CheckpointConfig(Section):
     keep_best: int = Field(0, ge=0)
     """Best checkpoints to keep, among those that were evaluated."""
     best_by: str | None = Field(None, min_length=1)
-    """The score by which they are the best, as results name it, such as `arithmetic/accuracy@8`; empty: the held-out
+    """The score by which they are the best, as results name it, such as `arithmetic/8-shot/accuracy`; empty: the held-out
     loss."""
     upload_to: str | None = None
     """Folder or URL (s3://, gs://, ...) of this run alone, to which committed checkpoints are copied, and from which it

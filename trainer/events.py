@@ -46,7 +46,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     answered            step, seconds (for which training stood still), answers (path): the training ranks have answered
                         what tasks ask of the checkpoint of that step
     checkpoint_evaluated    step, results (path), seconds, heldout_loss (null where only tasks were asked), scores (by
-                        `TASK/MEASURE@SHOTS`, the larger the better)
+                        `TASK/SHOTS-shot/MEASURE`, the larger the better)
     evaluation_skipped  step, reason: that checkpoint is not evaluated
     evaluation_failed   step, reason: it could not be
     checkpoint_snapshot step, durable (whether it is to become a checkpoint), seconds (for which training stood still)
