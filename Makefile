@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all drill lint format docs parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery bench-watching clean
+.PHONY: help install quickstart test test-all drill lint format docs tasks parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery bench-watching clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -45,6 +45,9 @@ docs: $(INSTALLED)     ## rewrite the pages, rules and dashboards that are made 
 	PYTHONPATH=tests:. $(BIN)/python -W ignore docs/layouts.py
 	PYTHONPATH=. $(BIN)/python k8s/monitoring/prometheus_rule.py
 	PYTHONPATH=. $(BIN)/python k8s/monitoring/dashboard.py
+
+tasks: $(INSTALLED)    ## make the tasks that are shipped once more
+	PYTHONPATH=. $(BIN)/python -m launcher.evaluation.making
 
 parity: $(INSTALLED)  ## every layout against one process: the whole table
 	PYTHONPATH=tests:. $(BIN)/python -W ignore tests/parity.py

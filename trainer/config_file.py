@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from trainer.config import RunConfig, UserError
 from trainer.presets import PRESETS
 from trainer.section import section_in
+
+_S = TypeVar("_S", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,18 +41,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: the file cannot be read, a key is unknown, a value has the wrong type, or the layout is impossible.
     """
+    return override(read_tree(path, "the config"), overrides)
+
+
+def read_tree(path: str | Path, what: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; `what` is what messages call it, like "the config".
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         tree = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:  # the second for a date like 2020-13-45
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping of config keys, not a {type(tree).__name__}")
-    return override(tree, overrides)
+        raise UserError(f"{path} must hold a mapping of {what.removeprefix('the ')} keys, not a {type(tree).__name__}")
+    return tree
 
 
 def override(tree: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
@@ -69,12 +80,19 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     preset = tree.get("preset")
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise UserError(f"preset: unknown preset {preset!r}{_suggest(str(preset), PRESETS)}")
+            raise UserError(f"preset: unknown preset {preset!r}{suggest(str(preset), PRESETS)}")
         tree = _merge(PRESETS[preset](), tree)
+    return validated(RunConfig, tree)
+
+
+def validated(section: type[_S], tree: Mapping[str, Any]) -> _S:
+    """Raises:
+    UserError: the first thing that is wrong, with the nearest known key where one is unknown.
+    """
     try:
-        return RunConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(_one_line(error, section)) from error
 
 
 def dump(config: RunConfig) -> str:
@@ -141,16 +159,16 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _one_line(error: ValidationError) -> str:
-    problems = [_describe(detail) for detail in error.errors()]
+def _one_line(error: ValidationError, section: type[BaseModel]) -> str:
+    problems = [_describe(detail, section) for detail in error.errors()]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return problems[0] + more
 
 
-def _describe(detail: Any) -> str:
+def _describe(detail: Any, section: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in detail["loc"] if not str(part).startswith("function-"))
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {where}{_suggest(where, known_keys())}"
+        return f"unknown key {where}{suggest(where, known_keys(section))}"
     if detail["type"] == "value_error":  # our own rules: already whole sentences
         return str(detail["ctx"]["error"])
     got = repr(detail["input"])
@@ -168,7 +186,8 @@ def known_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[s
     return keys
 
 
-def _suggest(wrong: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def suggest(wrong: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """The end of a message about an unknown name: the nearest that is known, or all of them."""
     near = [key for key in known if key.rpartition(".")[2] == wrong.rpartition(".")[2]][:1]  # in the wrong section
     near = near or difflib.get_close_matches(wrong, [key for key in known if not wrong.startswith(f"{key}.")], 1, 0.5)
     siblings = [key for key in known if key.rpartition(".")[0] == wrong.rpartition(".")[0]]
