@@ -9,15 +9,16 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 from ray.exceptions import RayError
 
+from launcher.evaluation.judge import Judge
 from launcher.evaluation.waiting import Waiting
 from launcher.job.failures import explain
 from launcher.job.fleet import Fleet, Life
@@ -26,7 +27,7 @@ from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.checkpoint.format.results import read_results, write_results
 from trainer.config import UserError
 from trainer.events import Event, EventReader
-from trainer.inference.requests import Answer, Request, read_answers, write_requests
+from trainer.inference.requests import read_answers, write_requests
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
 
@@ -38,15 +39,6 @@ _ARRIVAL_SECONDS = 300.0  # for agents of the service to come up
 _MOST_FAILURES = 5  # in a row, after which it would only fail again
 
 _log = logging.getLogger(__name__)
-
-
-class Judge(Protocol):
-    """What is asked of a checkpoint, and what its answers are worth."""
-
-    requests: Sequence[Request]
-
-    def results(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """For the results of a checkpoint (`trainer.checkpoint.format.results`), `scores` among them."""
 
 
 @dataclass
@@ -225,8 +217,7 @@ class EvaluationService:
     def _conclude(self, work: _Work) -> None:
         try:
             heldout = orjson.loads((self._folder / "heldout.json").read_bytes())
-            found = self._graded(self._folder / "answers.jsonl") if self._judge.requests else {}
-            self._tell(work.checkpoint, work.manifest, {"heldout": heldout, **found}, work.began)
+            self._tell(work.checkpoint, work.manifest, self._folder / "answers.jsonl", heldout, work.began)
         except Exception as error:  # of which nobody thought: it must not end all evaluations
             _log.exception("step %d could not be judged", work.step)
             self._fail(work, f"{type(error).__name__}: {error}")
@@ -249,26 +240,28 @@ class EvaluationService:
         began, checkpoint = time.monotonic(), self._checkpoint(step)
         try:
             manifest = read_manifest(checkpoint)
-            self._tell(checkpoint, manifest, self._graded(self._run_dir.answers_path(step)), began)
+            self._tell(checkpoint, manifest, self._run_dir.answers_path(step), None, began)
         except UserError as error:
             self._record("evaluation_skipped", step=step, reason=str(error))
         except Exception as error:
             _log.exception("step %d could not be judged", step)
             self._record("evaluation_failed", step=step, reason=f"{type(error).__name__}: {error}")
 
-    def _graded(self, answers: Path) -> dict[str, Any]:
-        return self._judge.results(read_answers(answers, self._judge.requests))
-
-    def _tell(self, checkpoint: Path, manifest: Manifest, results: dict[str, Any], began: float) -> None:
-        path = write_results(checkpoint, manifest, results)
-        scores, heldout = results.get("scores", {}), results.get("heldout")
+    def _tell(
+        self, checkpoint: Path, manifest: Manifest, answers: Path, heldout: dict[str, Any] | None, began: float
+    ) -> None:
+        """Grade the answers, and let everybody know."""
+        requests = self._judge.requests
+        given = read_answers(answers, requests) if requests else []
+        results = self._judge.results(checkpoint.name, manifest.step, given, heldout)
+        path = write_results(checkpoint, manifest, results.scores, results.model_dump(mode="json"))
         self._record(
             "checkpoint_evaluated",
             step=manifest.step,
             results=str(path),
             seconds=round(time.monotonic() - began, 3),
             heldout_loss=heldout["loss"] if heldout else None,
-            scores={name: value for name, value in scores.items() if math.isfinite(value)},
+            scores={name: value for name, value in results.scores.items() if math.isfinite(value)},
         )
 
     # --------------------------------------------------------------------------------------------------------- the rest

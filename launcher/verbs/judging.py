@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from launcher.evaluation.judge import NoTasks
+from launcher.evaluation.judge import judge_of
 from launcher.evaluation.service import EvaluationService
 from launcher.history.history import RunHistory
 from launcher.job.ranks import Ranks, ready_ranks
@@ -44,7 +44,7 @@ def service(
     if not is_wanted(config):
         yield None
         return
-    judge = NoTasks()
+    judge = judge_of(config, run_dir.data_for(config))
     with ExitStack() as resources:
         fleet = None
         if config.evaluation.has_service:

@@ -1,8 +1,8 @@
 """What evaluations have found of a checkpoint: a file beside its folder, which outlives it.
 
-`step-<n>.results.json` is a JSON object; of its keys this module knows three: `format`, `identity` (of the manifest of
-the very checkpoint that was evaluated: a run that goes back comes by the same step again) and `scores`, numbers by
-name, of which the larger is the better.
+`step-<n>.results.json` is a JSON object with `format`, `identity` (of the manifest of the very checkpoint that was
+evaluated: a run that goes back comes by the same step again), `step`, `scores` (numbers by name, of which the larger is
+the better) and `evaluation`, what else was found, which is for whoever evaluates to know.
 """
 
 import os
@@ -21,11 +21,19 @@ def results_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.results.json")
 
 
-def write_results(checkpoint: Path, manifest: Manifest, results: Mapping[str, Any]) -> Path:
-    """Whole or not at all; `results` may have `scores`, and whatever else its readers know."""
+def write_results(
+    checkpoint: Path, manifest: Manifest, scores: Mapping[str, float], evaluation: Mapping[str, Any] | None = None
+) -> Path:
+    """Whole or not at all."""
     path = results_path(checkpoint)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    tree = {"format": FORMAT, "identity": manifest.identity, "step": manifest.step, **results}
+    tree = {
+        "format": FORMAT,
+        "identity": manifest.identity,
+        "step": manifest.step,
+        "scores": scores,
+        "evaluation": evaluation,
+    }
     temporary.write_bytes(orjson.dumps(tree, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
     os.replace(temporary, path)
     return path
