@@ -211,7 +211,7 @@ def by_transformers(folder: Path, requests: list[Generate]) -> list[Answer]:
             repetition_penalty=decoding.repetition_penalty,
             no_repeat_ngram_size=decoding.no_repeat_ngram,
             num_beams=decoding.beams,
-            early_stopping=decoding.beams > 1,
+            early_stopping="never" if decoding.beams > 1 else None,
             length_penalty=decoding.length_penalty,
         )
         found.append(Generated(tuple(whole[0, len(request.prompt) :].tolist())))

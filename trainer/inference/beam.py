@@ -5,10 +5,10 @@
         logprobs = ...  # of each next token, one row a live beam
         parents = search.advance(search.likeliest(logprobs))  # whose keys and values belong to the live beams now
 
-The search is that of Tensor2Tensor, with which T5 was measured, and with its parameters GPT-3 (Brown et al. 2020, 2.4):
-of each step's 2 x beams likeliest candidates, those that end are set aside, and the likeliest of the others live on;
-it is over when no live beam can come to a better score than the best that has ended. Beams that are cut off by the
-limit are an answer only where none has ended.
+The rules are those of transformers, but for the length penalty: of each step's likeliest candidates, as many as there
+are beams, those that end are set aside, and the likeliest of all others live on. The search is over when no live beam
+can come to a better score than the best that has ended (transformers' early_stopping="never"). Beams that the limit
+cuts off are answers too.
 
 Shapes: n live beams, V vocabulary.
 """
@@ -64,13 +64,16 @@ class BeamSearch:
 
     @property
     def best(self) -> Beam:
-        """Of all so far; of the whole search once it is done."""
-        return self._best_ended or max(self.live, key=self._score)
+        """Of all once the search is done."""
+        if self._best_ended is None:
+            return max(self.live, key=self._score)
+        cut_off = self.live if len(self.live[0].tokens) == self._max_new_tokens else []
+        return max([self._best_ended, *cut_off], key=self._score)
 
     @property
     def num_candidates(self) -> int:
         """How many of the likeliest must be known: each token that ends may come before every beam that goes on."""
-        return self._beams * (1 + max(1, len(self._stop_ids)))
+        return self._beams * (1 + len(self._stop_ids))
 
     def likeliest(self, logprobs: Tensor) -> list[Candidate]:
         """The candidates for `advance`.
@@ -95,7 +98,7 @@ class BeamSearch:
             For each live beam the row of the last step that it goes on from.
         """
         beams = [Beam((*self.live[each.row].tokens, each.token), each.logprob) for each in candidates]
-        ended = [beam for beam in beams[: 2 * self._beams] if self._has_ended(beam)]
+        ended = [beam for beam in beams[: self._beams] if self._has_ended(beam)]
         if self._best_ended is not None:
             ended.append(self._best_ended)
         self._best_ended = max(ended, key=self._score, default=None)

@@ -1,7 +1,6 @@
 """A checkpoint's weights that answer requests, with tensor and pipeline ranks and a cache of keys and values.
 
-Shapes: b rows, s positions, h hidden, n positions wanted, v this tensor-parallel rank's rows of the padded vocabulary,
-V vocabulary.
+Shapes: b rows, s positions, h hidden, n positions wanted, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from trainer import parallel
 from trainer.config import RunConfig
-from trainer.inference.cache import KeyValueCache
+from trainer.inference.cache import KeyValueCache, attend_from_start
 from trainer.inference.frozen import FrozenModel
 from trainer.inference.layout import is_for_inference
 from trainer.inference.requests import Score, Scored, Tokens
+from trainer.model.forward_only import Attention, ForwardOnly
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32768}
 _PROMPTS_AT_ONCE = 8  # times as many tokens; of prompts no more is computed than the last position's logits
@@ -35,9 +35,10 @@ class CachedModel:
             UserError: the checkpoint is of another architecture.
         """
         assert is_for_inference(config), f"no layout for inference: {config.parallel.describe()}"
-        (self._chunk,) = FrozenModel(config, checkpoint, device).chunks
+        (chunk,) = FrozenModel(config, checkpoint, device).chunks
+        self._stage = ForwardOnly(chunk)
         self._model, self._parallel, self._device = config.model, config.parallel, device
-        self._dtype = next(self._chunk.parameters()).dtype
+        self._dtype = next(chunk.parameters()).dtype
         self._cache: KeyValueCache | None = None
 
     @property
@@ -70,24 +71,24 @@ class CachedModel:
     @torch.inference_mode()
     def score(self, requests: Sequence[Score]) -> list[Scored]:
         """Rows are filled up at their ends, where no position of theirs looks: causal attention needs no mask."""
-        self._forget()
+        self._cache = None
         rows = [(*request.context, *request.continuation) for request in requests]
         longest = max(map(len, rows)) - 1
         tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
         for row, filled in zip(tokens, rows, strict=True):
             row[: len(filled) - 1] = torch.tensor(filled[:-1])
         positions = torch.arange(longest, device=self._device).expand(len(rows), -1)
-        hidden = self._forward(tokens.to(self._device), positions)
+        hidden = self._forward(tokens.to(self._device), positions, longest, _nothing_before)
         targets = torch.tensor([token for request in requests for token in request.continuation], device=self._device)
         found = torch.zeros(2, len(targets), dtype=torch.float64, device=self._device)
         if hidden is not None:
             # position p predicts token p + 1
             wanted = [
-                position * len(rows) + row
+                row * longest + position
                 for row, request in enumerate(requests)
                 for position in range(len(request.context) - 1, len(rows[row]) - 1)
             ]
-            chosen = hidden.flatten(0, 1)[torch.tensor(wanted, device=self._device)]
+            chosen = hidden[torch.tensor(wanted, device=self._device)]
             for part, logits in self._logits(chosen):
                 logprobs = logits.log_softmax(-1).gather(1, targets[part, None]).squeeze(1)
                 found[0, part], found[1, part] = logprobs.double(), (logits.argmax(-1) == targets[part]).double()
@@ -100,8 +101,7 @@ class CachedModel:
         """Rows are filled up at their beginnings, so that all have their last token in the same place."""
         longest = max(map(len, prompts))
         paddings = [longest - len(prompt) for prompt in prompts]
-        self._cache = KeyValueCache(self._chunk.attentions(), paddings, longest + num_new_tokens, self._device)
-        self._cache.attach()
+        self._cache = KeyValueCache(paddings, longest + num_new_tokens, self._device)
         return self._next(
             self._cache, [(0,) * padding + prompt for padding, prompt in zip(paddings, prompts, strict=True)]
         )
@@ -115,28 +115,26 @@ class CachedModel:
     def _next(self, cache: KeyValueCache, rows: Sequence[Tokens]) -> Tensor | None:
         """Logits [b, V] after the next tokens of each row."""
         positions = cache.advance(len(rows[0]))
-        hidden = self._forward(torch.tensor(rows, device=self._device), positions)
-        return torch.cat([logits for _, logits in self._logits(hidden[-1])]) if hidden is not None else None
-
-    def _forget(self) -> None:
-        self._cache = None
-        for attention in self._chunk.attentions():
-            attention.memory = None
+        hidden = self._forward(torch.tensor(rows, device=self._device), positions, cache.num_slots, cache)
+        if hidden is None:
+            return None
+        parts = [logits for _, logits in self._logits(hidden.view(*positions.shape, -1)[:, -1])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def share(self, choice: Tensor) -> Tensor:
         return parallel.from_last_stage(choice)
 
-    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor | None:
-        """tokens and positions [b, s] through all stages: hidden states [s, b, h] on ranks of the last one."""
-        group = parallel.pipeline_group()
-        received = None
-        if not self._chunk.pre_process:
-            received = torch.empty(*tokens.t().shape, self._model.hidden_size, dtype=self._dtype, device=self._device)
-            dist.recv(received, src=parallel.previous_stage_rank(), group=group)
-        hidden = self._chunk.hidden(tokens, positions, received)
-        if self._chunk.post_process:
+    def _forward(self, tokens: Tensor, positions: Tensor, num_positions: int, attention: Attention) -> Tensor | None:
+        """tokens and positions [b, s] through all stages: hidden states [b * s, h] on ranks of the last one."""
+        if self._stage.is_first:
+            hidden = self._stage.embed(tokens, positions)
+        else:
+            hidden = torch.empty(tokens.numel(), self._model.hidden_size, dtype=self._dtype, device=self._device)
+            dist.recv(hidden, src=parallel.previous_stage_rank(), group=parallel.pipeline_group())
+        hidden = self._stage.hidden(hidden, positions, num_positions, attention)
+        if self._stage.is_last:
             return hidden
-        dist.send(hidden.contiguous(), dst=parallel.next_stage_rank(), group=group)
+        dist.send(hidden, dst=parallel.next_stage_rank(), group=parallel.pipeline_group())
         return None
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -144,7 +142,11 @@ class CachedModel:
         rows_at_once = max(1, _LOGITS_AT_ONCE[self._device.type] // self._model.padded_vocab_size)
         for first in range(0, len(hidden), rows_at_once):
             part = slice(first, first + rows_at_once)
-            shard = self._chunk.logits(hidden[part, None]).squeeze(0).float()
+            shard = self._stage.logits(hidden[part]).float()
             shards = parallel.gather(shard, parallel.tensor_group()) if parallel.tensor_size() > 1 else [shard]
             whole = torch.cat(shards, dim=-1) if len(shards) > 1 else shard
             yield part, whole[:, : self._model.vocab_size]
+
+
+def _nothing_before(layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    return attend_from_start(query, key, value, window)

@@ -101,8 +101,3 @@ def drawn(logits: Tensor, numbers: Sequence[float]) -> Tensor:
     at = torch.tensor(numbers, dtype=torch.float64, device=logits.device) * total
     at = torch.minimum(at, total.nextafter(torch.zeros_like(total)))  # or rounding might lead beyond the last token
     return torch.searchsorted(cumulative, at[:, None], right=True).squeeze(1)
-
-
-def length_normalized(logprob: float, length: int, exponent: float) -> float:
-    """Wu et al. 2016, equation 14."""
-    return logprob / ((5 + length) / 6) ** exponent

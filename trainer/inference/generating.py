@@ -5,14 +5,14 @@ have them, and shared.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from trainer.inference.decoding import choose, length_normalized, log_probabilities, stream
+from trainer.inference.beam import BeamSearch, Candidate
+from trainer.inference.decoding import choose, log_probabilities, stream
 from trainer.inference.model import LanguageModel
-from trainer.inference.requests import Generate, Generated, Tokens
+from trainer.inference.requests import Generate, Generated
 
 OnToken = Callable[[int, int], None]
 """Told of a request's number and its next token."""
@@ -62,101 +62,45 @@ def _has_ended(request: Generate, tokens: list[int]) -> bool:
 # --------------------------------------------------------------------------------------------------------------- beams
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A beam and a token that may follow it."""
-
-    beam: int
-    token: int
-    logprob: float
-    """Of the beam with the token."""
-
-
-@dataclass
-class Search:
-    """The beams of one request: as many as are followed at once, fewer as long as there are not so many."""
-
-    request: Generate
-    beams: list[tuple[float, Tokens]] = field(default_factory=lambda: [(0.0, ())])
-    """Log-probability and tokens of those that go on."""
-    finished: list[tuple[float, Tokens]] = field(default_factory=list)
-    """Those that have come to a stop, by normalized log-probability."""
-
-    @property
-    def num_candidates(self) -> int:
-        """How many of the likeliest must be known: every beam might be stopped by every stop token."""
-        return self.request.decoding.beams * (1 + len(self.request.stop_ids))
-
-    @property
-    def is_over(self) -> bool:
-        """As many have come to a stop as were to be followed, or all are as long as they may be."""
-        beams = self.request.decoding.beams
-        return not self.beams or len(self.finished) >= beams or len(self.beams[0][1]) == self.request.max_new_tokens
-
-    @property
-    def best(self) -> Tokens:
-        whole = [(self._normalized(*beam), beam[1]) for beam in self.beams]
-        return max([*self.finished, *whole], key=lambda each: each[0])[1]
-
-    def advance(self, candidates: list[Candidate]) -> list[int]:
-        """Go on with the best of the candidates, which come from the likeliest to the least likely.
-
-        Of stop tokens only those count that are among as many as are followed at once.
-
-        Returns:
-            Of each beam that goes on, the number of that from which it came.
-        """
-        width, beams, parents = self.request.decoding.beams, list[tuple[float, Tokens]](), list[int]()
-        for rank, each in enumerate(candidates):
-            tokens = (*self.beams[each.beam][1], each.token)
-            if each.token in self.request.stop_ids:
-                if rank < width:
-                    self.finished.append((self._normalized(each.logprob, tokens), tokens))
-            elif len(beams) < width:
-                beams.append((each.logprob, tokens))
-                parents.append(each.beam)
-        self.beams = beams
-        return parents
-
-    def _normalized(self, logprob: float, tokens: Tokens) -> float:
-        return length_normalized(logprob, len(tokens), self.request.decoding.length_penalty)
-
-
 def _search(model: LanguageModel, requests: Mapping[int, Generate]) -> dict[int, Generated]:
-    searches = {number: Search(request) for number, request in requests.items()}
-    going = list(searches.values())
+    searches = {
+        number: BeamSearch(request.decoding, request.stop_ids, request.max_new_tokens)
+        for number, request in requests.items()
+    }
+    going = dict(searches)
     logits = _begin(model, requests)
     while True:
         rows, tokens, first = list[int](), list[int](), 0
-        for search, candidates in zip(going, _candidates(model, going, logits), strict=True):
-            num_beams = len(search.beams)
+        for search, candidates in zip(going.values(), _candidates(model, requests, going, logits), strict=True):
+            num_beams = len(search.live)
             parents = search.advance(candidates)
-            if not search.is_over:
+            if not search.is_done:
                 rows += [first + parent for parent in parents]
-                tokens += [beam[1][-1] for beam in search.beams]
+                tokens += [beam.tokens[-1] for beam in search.live]
             first += num_beams
-        going = [search for search in going if not search.is_over]
+        going = {number: search for number, search in going.items() if not search.is_done}
         if not going:
-            return {number: Generated(search.best) for number, search in searches.items()}
+            return {number: Generated(search.best.tokens) for number, search in searches.items()}
         logits = model.step(rows, tokens)
 
 
-def _candidates(model: LanguageModel, searches: list[Search], logits: Tensor | None) -> list[list[Candidate]]:
+def _candidates(
+    model: LanguageModel, requests: Mapping[int, Generate], searches: Mapping[int, BeamSearch], logits: Tensor | None
+) -> list[list[Candidate]]:
     """Of each search the likeliest, the same on every rank of the replica."""
-    widest = max(search.num_candidates for search in searches)
+    widest = max(search.num_candidates for search in searches.values())
     table = torch.full((3, len(searches), widest), -torch.inf, dtype=torch.float64, device=model.device)
     if logits is not None:
-        histories = [[*search.request.prompt, *beam[1]] for search in searches for beam in search.beams]
-        logprobs = log_probabilities(logits, searches[0].request.decoding, histories)
-        sums = [beam[0] for search in searches for beam in search.beams]
-        totals = logprobs + torch.tensor(sums, dtype=torch.float64, device=logits.device)[:, None]
-        parts = totals.split([len(search.beams) for search in searches])
-        for number, (search, part) in enumerate(zip(searches, parts, strict=True)):
-            top = part.flatten().topk(min(search.num_candidates, part.numel()))
-            beams, tokens = top.indices // part.shape[1], top.indices % part.shape[1]
-            table[:, number, : len(tokens)] = torch.stack([top.values, beams.double(), tokens.double()])
-    found: list[list[list[float]]] = model.share(table).permute(1, 2, 0).tolist()
+        histories = [
+            [*requests[number].prompt, *beam.tokens] for number, search in searches.items() for beam in search.live
+        ]
+        decoding = next(iter(requests.values())).decoding
+        parts = log_probabilities(logits, decoding, histories).split([len(each.live) for each in searches.values()])
+        for place, (search, logprobs) in enumerate(zip(searches.values(), parts, strict=True)):
+            found = torch.tensor(search.likeliest(logprobs), dtype=torch.float64, device=model.device)
+            table[:, place, : len(found)] = found.t()
+    shared: list[list[list[float]]] = model.share(table).permute(1, 2, 0).tolist()
     return [
-        [Candidate(int(beam), int(token), logprob) for logprob, beam, token in rows if logprob > -torch.inf]
-        for rows in found
+        [Candidate(int(row), int(token), logprob) for row, token, logprob in rows if logprob > -torch.inf]
+        for rows in shared
     ]

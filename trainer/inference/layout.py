@@ -23,6 +23,7 @@ def inference_config(config: RunConfig) -> RunConfig:
         "parallel.zero": 1,
         "parallel.offload": "none",
         "train.recompute": "none",
+        "train.transformer_engine": False,
         "train.global_batch_size": replicas,  # of no consequence but to the rules
         "train.micro_batch_size": 1,
         "train.ramp_start_batch_size": None,

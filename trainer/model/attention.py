@@ -4,7 +4,7 @@ Shapes: s sequence, b batch, n heads of this tensor-parallel rank, m key-value h
 """
 
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,6 @@ from trainer import parallel
 from trainer.model.banded_attention import attend_banded
 from trainer.model.context_parallel import gather_sequence, scatter_sequence
 from trainer.model.rotary import rotate
-
-
-class Memory(Protocol):
-    """Keys and values of positions that were read before, in inference."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As `CausalAttention.forward`, of the positions that come next in every sequence."""
 
 
 class CausalAttention(torch.nn.Module):
@@ -52,8 +45,6 @@ class CausalAttention(torch.nn.Module):
         is_banded = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if is_banded else None  # megatron-core's counts others only
         self.context_group = parallel.context_group() if config.context_parallel_size > 1 else None
-        self.memory: Memory | None = None
-        """What attends instead, where not all positions come at once."""
         self.stream_is_own = config.sequence_parallel  # megatron-core then runs whole layers in the stream we want
 
     def forward(
@@ -68,8 +59,6 @@ class CausalAttention(torch.nn.Module):
     ) -> Tensor:
         """query [s, b, n, d], key and value [s, b, m, d] -> [s, b, n * d]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
-        if self.memory is not None:
-            return self.memory.attend(query, key, value)
         dropout = self.dropout if self.training else 0.0
         if self.context_group is not None:
             query, key, value = (gather_sequence(tensor, self.context_group) for tensor in (query, key, value))

@@ -86,26 +86,6 @@ class GPT(GPTModel):
         if self.post_process:
             self.output_layer.__class__ = OutputLayer  # megatron-core takes no spec for this layer
 
-    def hidden(self, tokens: Tensor, positions: Tensor, received: Tensor | None) -> Tensor:
-        """Hidden states [s, b, h] behind the layers of this chunk, for inference.
-
-        Args:
-            tokens, positions: [b, s], embedded in the first chunk.
-            received: [s, b, h] of the chunk before, in every other.
-        """
-        hidden = self.embedding(tokens, positions) if self.pre_process else received
-        self.decoder.set_input_tensor(hidden)
-        return self.decoder(hidden_states=hidden, attention_mask=None)
-
-    def attentions(self) -> list[CausalAttention]:
-        """Of the layers of this chunk, in their order."""
-        return [module for module in self.decoder.modules() if isinstance(module, CausalAttention)]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[s, b, h] -> logits [b, s, v] of this rank, in the last chunk; those of padding are -inf."""
-        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden, None, tied)
-
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None, **_: Any) -> Tensor:
         """Hidden states [s, b, h] on to the next stage, or token losses [b, s], or logits where there are no labels."""
         if not self.post_process:

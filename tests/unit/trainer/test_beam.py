@@ -65,7 +65,7 @@ def test_with_a_beam_for_each_it_finds_the_best_of_all(length_penalty: float) ->
             if stop not in tokens:
                 totals |= {(*tokens, token): totals[tokens] + x for token, x in enumerate(model(tokens))}
     best = max(
-        (tokens for tokens in totals if tokens and tokens[-1] == stop),
+        (tokens for tokens in totals if len(tokens) == max_new_tokens or tokens[-1:] == (stop,)),
         key=lambda tokens: totals[tokens] / ((5 + len(tokens)) / 6) ** length_penalty,
     )
     decoding = Decoding(beams=vocab_size**max_new_tokens, length_penalty=length_penalty)
@@ -110,11 +110,21 @@ def test_it_is_over_when_nothing_better_can_come() -> None:
     assert steps < 10
 
 
-def test_what_is_cut_off_is_an_answer_where_nothing_ended() -> None:
-    model = language(3, 6)
-    assert len(searched(model, Decoding(beams=3), (), 5).best.tokens) == 5
-    ending = searched(model, Decoding(beams=3), (0,), 5).best
-    assert ending.tokens[-1] == 0
+def test_what_is_cut_off_is_an_answer_too() -> None:
+    def model(tokens: Tokens) -> list[float]:
+        return [math.log(0.7), math.log(0.3)] if tokens == () else [math.log(0.99), math.log(0.01)]
+
+    assert searched(model, Decoding(beams=2), (1,), 5).best.tokens == (0,) * 5
+    assert len(searched(language(3, 6), Decoding(beams=3), (), 5).best.tokens) == 5
+
+
+def test_what_was_not_cut_off_is_none() -> None:
+    """A text that ends as likely as not at its second token, whose beginning is likelier than all of it."""
+
+    def model(tokens: Tokens) -> list[float]:
+        return [math.log(0.98), -math.inf, math.log(0.02)] if len(tokens) == 0 else [-9.0, math.log(0.5), -9.0]
+
+    assert searched(model, Decoding(beams=2), (1,), 50).best.tokens == (0, 1)
 
 
 def test_a_beam_that_can_go_nowhere_is_the_answer_so_far() -> None:

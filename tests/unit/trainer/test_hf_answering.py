@@ -166,6 +166,31 @@ def test_beams_are_those_of_the_plain_search(variant: str, max_batch_tokens: int
     ]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_a_length_penalty_beams_are_those_of_transformers(variant: str, folders: dict[str, Path]) -> None:
+    """Which divides by another; with none, nothing else differs."""
+    model = HuggingFaceModel(folders[variant], target="cpu")
+    stop_ids = tuple(range(0, VOCAB, 9))
+    ways = [Decoding(beams=beams, length_penalty=0.0) for beams in (2, 4)]
+    requests = [Generate(prompt, 9, stop_ids, way) for prompt in PROMPTS for way in ways]
+    found = model.answer(requests)
+    for request, answer in zip(requests, found, strict=True):
+        tokens = torch.tensor([request.prompt])
+        whole = model._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=9,
+            num_beams=request.decoding.beams,
+            length_penalty=0.0,
+            early_stopping="never",
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+        )
+        assert answer.tokens == tuple(whole[0, len(request.prompt) :].tolist())
+    assert len({len(answer.tokens) for answer in found}) > 1
+
+
 def test_the_end_of_text_ends_only_what_asks_for_it(folders: dict[str, Path], tmp_path: Path) -> None:
     """Though config.json and generation_config.json say that it ends every text."""
     model = HuggingFaceModel(folders["GPT-2"], target="cpu")

@@ -98,8 +98,9 @@ def test_examples_in_prompts_are_chosen_by_the_seed(
         assert (first.num_documents, first.num_fewshot) == (3, 2)
         return seen
 
-    assert asked(1) == asked(1) != asked(2)
-    assert len(asked(1)) == 3 * 3 * 2, "each choice after its question, and after nothing"
+    first, again, other = map(asked, (1, 1, 2))
+    assert first == again != other
+    assert len(first) == 3 * 3 * 2, "each choice after its question, and after nothing"
 
 
 def test_groups_have_results_of_their_own(folder: Path, tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:
