@@ -160,7 +160,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(error: ValidationError, section: type[BaseModel]) -> str:
-    problems = [_describe(detail, section) for detail in error.errors()]
+    errors = sorted(
+        error.errors(), key=lambda detail: detail["type"] != "extra_forbidden"
+    )  # what a slip has left unset last
+    problems = [_describe(detail, section) for detail in errors]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return problems[0] + more
 

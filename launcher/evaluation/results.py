@@ -1,6 +1,6 @@
 """What a battery of tasks has found of a checkpoint, and its file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -107,7 +107,7 @@ class EvaluationResults(_Record):
             raise UserError(f"{path} holds no results of this version; evaluate again") from error
 
 
-def check_comparable(results: list[EvaluationResults]) -> None:
+def check_comparable(results: Sequence[EvaluationResults]) -> None:
     """Raises:
     UserError: they answer different questions.
     """

@@ -1,0 +1,36 @@
+"""A small tokenizer, and a prepared folder of text that is known."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+
+from data_pipeline.pipeline import prepare
+from data_pipeline.tokenization import Tokenizer, train_bpe
+from inline_workers import InlineWorkers
+from launcher.evaluation.tokens import FolderTokenizer
+from made_tasks import story
+from trainer.config import DataConfig
+
+TEXTS = (
+    "Q: What is the answer to the question?\nA: The answer is a word, and the word is in the context.\n\n",
+    "the quick brown fox jumps over the lazy dog while the other foxes were watching the dog sleep",
+    "사과는 맛있습니다. 학교에 갑니다. 답: 열두 번째 단어를 말하세요.",
+) * 8
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> FolderTokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(TEXTS, 380, folder, 64)
+    return FolderTokenizer(Tokenizer.load(folder, "reference"))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 stories, about a fifth of them held out."""
+    folder = tmp_path_factory.mktemp("stories")
+    (folder / "stories.jsonl").write_bytes(b"".join(orjson.dumps({"text": story(n)}) + b"\n" for n in range(120)))
+    data = DataConfig(sources=(str(folder / "stories.jsonl"),), heldout_fraction=0.2)
+    prepare(data, vocab_size=350, seq_length=32, out=folder / "data", workers=InlineWorkers())
+    return folder / "data"
