@@ -244,7 +244,8 @@ class Training:
             return
         self._heartbeat.phase("evaluating")
         began, step = time.perf_counter(), self._progress.step
-        answers = answer(WindowModel(self._engine.stages, self._config, self._device), self._requests)
+        model = WindowModel(self._engine.stages, self._config, self._device)
+        answers = answer(model, self._requests, advance=lambda *_: self._heartbeat.phase("evaluating"))
         if dist.get_rank() == 0:
             write_answers(self._run_dir.answers_path(step), answers)
         seconds = round(time.perf_counter() - began, 6)

@@ -7,6 +7,7 @@ starts no thread.
 import os
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 with warnings.catch_warnings():  # megatron-core says at length which optional packages it does without
@@ -30,7 +31,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.inference.cached import CachedModel
     from trainer.inference.frozen import FrozenModel
     from trainer.inference.requests import read_requests, write_answers
-    from trainer.progress import ProgressFile, unheard
+    from trainer.progress import Advance, ProgressFile, unheard
     from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
     from trainer.stop import StopRequest
@@ -60,10 +61,10 @@ def main(spec: RankSpec) -> None:
         _train(spec, config, run_dir, device, stop, heartbeat)
     elif spec.task == "evaluate":
         heartbeat.phase("evaluating")
-        _evaluate(spec, config, run_dir, device)
+        _evaluate(spec, config, run_dir, device, heartbeat)
     elif spec.task == "answer":
         heartbeat.phase("evaluating")
-        _answer(spec, config, device)
+        _answer(spec, config, device, heartbeat)
     else:
         heartbeat.phase("evaluating")
         _logits(spec, config, run_dir, device)
@@ -106,30 +107,41 @@ def _train(
             log.close()
 
 
-def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
+def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device, heartbeat: Heartbeat) -> None:
     """Held-out loss of a checkpoint, as JSON in `spec.output`."""
     assert spec.checkpoint is not None and spec.output is not None
     model = FrozenModel(config, spec.checkpoint, device)
     data = PreparedFolder.open(run_dir.data_for(config))
     heldout = HeldoutReader(data, config.model.seq_length)
     evaluation = HeldoutEvaluation(TrainingData.open(data, config), heldout, config, device)
-    told = ProgressFile(spec.output).write if _is_first_replica() else unheard
-    result = evaluation.run(partial(model.evaluate, advance=told))
+    result = evaluation.run(partial(model.evaluate, advance=_advance(spec.output, heartbeat)))
     if dist.get_rank() == 0:
         spec.output.write_bytes(orjson.dumps(result))
 
 
-def _answer(spec: RankSpec, config: RunConfig, device: torch.device) -> None:
+def _answer(spec: RankSpec, config: RunConfig, device: torch.device, heartbeat: Heartbeat) -> None:
     """Answers to the requests of a file in `spec.output`, by a checkpoint in a layout for inference."""
     assert spec.checkpoint is not None and spec.output is not None and spec.requests is not None
     model, requests = CachedModel(config, spec.checkpoint, device), read_requests(spec.requests)
+    advance = _advance(spec.output, heartbeat)
     if dist.get_rank() > 0 or spec.stream is None:
-        answers = answer(model, requests)
+        answers = answer(model, requests, None, advance)
     else:
         with open(spec.stream, "a", encoding="ascii", buffering=1) as stream:
-            answers = answer(model, requests, lambda number, token: print(number, token, file=stream))
+            answers = answer(model, requests, lambda number, token: print(number, token, file=stream), advance)
     if dist.get_rank() == 0:
         write_answers(spec.output, answers)
+
+
+def _advance(output: Path, heartbeat: Heartbeat) -> Advance:
+    """Tells who waits for the output how far this rank is, and who watches it that it is alive."""
+    told = ProgressFile(output).write if _is_first_replica() else unheard
+
+    def advance(done: int, total: int) -> None:
+        heartbeat.phase("evaluating")
+        told(done, total)
+
+    return advance
 
 
 def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:

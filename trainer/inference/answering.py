@@ -7,14 +7,18 @@ from trainer.config import UserError
 from trainer.inference.generating import OnToken, generate
 from trainer.inference.model import LanguageModel
 from trainer.inference.requests import Answer, Decoding, Generate, Generated, Request, Score
+from trainer.progress import Advance, unheard
 
 
-def answer(model: LanguageModel, requests: Sequence[Request], on_token: OnToken | None = None) -> list[Answer]:
+def answer(
+    model: LanguageModel, requests: Sequence[Request], on_token: OnToken | None = None, advance: Advance = unheard
+) -> list[Answer]:
     """The answers, in the order of the requests, on every rank. Collective.
 
     Args:
         on_token: told of each token of a `Generate` request that follows one beam: as it is chosen where this rank's
             replica does so, and in the end of those of other replicas.
+        advance: hears how many of its requests this replica has answered; in long work again and again.
 
     Raises:
         UserError: a request has no room in the model's context.
@@ -22,12 +26,19 @@ def answer(model: LanguageModel, requests: Sequence[Request], on_token: OnToken 
     for number, request in enumerate(requests):
         _check(number, request, model.context)
     mine: dict[int, Answer] = {}
+    total = -(-len(requests) // model.num_replicas)
+
+    def tick() -> None:
+        advance(min(len(mine), total), total)
+
     scores = {number: request for number, request in enumerate(requests) if isinstance(request, Score)}
     for batch in _shared_out(score_batches(scores, model.tokens_at_once), model):
         mine.update(zip(batch, model.score([scores[number] for number in batch]), strict=True))
+        tick()
     others = {number: request for number, request in enumerate(requests) if isinstance(request, Generate)}
     for batch in _shared_out(generate_batches(others, model.tokens_kept), model):
-        mine.update(generate(model, {number: others[number] for number in batch}, on_token))
+        mine.update(generate(model, {number: others[number] for number in batch}, on_token, tick))
+        tick()
     answers = mine | _of_others(model, mine)
     if on_token is not None:
         for number, request in others.items():

@@ -13,22 +13,27 @@ from trainer.inference.beam import BeamSearch, Candidate
 from trainer.inference.decoding import choose, log_probabilities, stream
 from trainer.inference.model import LanguageModel
 from trainer.inference.requests import Generate, Generated
+from trainer.progress import unheard
 
 OnToken = Callable[[int, int], None]
 """Told of a request's number and its next token."""
 
 
 def generate(
-    model: LanguageModel, requests: Mapping[int, Generate], on_token: OnToken | None = None
+    model: LanguageModel,
+    requests: Mapping[int, Generate],
+    on_token: OnToken | None = None,
+    tick: Callable[[], None] = unheard,
 ) -> dict[int, Generated]:
     """Answers by the requests' numbers. Collective in a replica.
 
     Args:
         requests: by their numbers, all with the same decoding.
         on_token: is not told of tokens of beams, which may yet be given up.
+        tick: is called with every token.
     """
     if next(iter(requests.values())).decoding.beams > 1:
-        return _search(model, requests)
+        return _search(model, requests, tick)
     decoding = next(iter(requests.values())).decoding
     rows, found = list(requests), {number: list[int]() for number in requests}
     streams = {number: stream(decoding.seed, number) for number in requests}
@@ -47,6 +52,7 @@ def generate(
         if not kept:
             return {number: Generated(tuple(tokens)) for number, tokens in found.items()}
         rows = [rows[row] for row in kept]
+        tick()
         logits = model.step(kept, [tokens[row] for row in kept])
 
 
@@ -62,7 +68,7 @@ def _has_ended(request: Generate, tokens: list[int]) -> bool:
 # --------------------------------------------------------------------------------------------------------------- beams
 
 
-def _search(model: LanguageModel, requests: Mapping[int, Generate]) -> dict[int, Generated]:
+def _search(model: LanguageModel, requests: Mapping[int, Generate], tick: Callable[[], None]) -> dict[int, Generated]:
     searches = {
         number: BeamSearch(request.decoding, request.stop_ids, request.max_new_tokens)
         for number, request in requests.items()
@@ -81,6 +87,7 @@ def _search(model: LanguageModel, requests: Mapping[int, Generate]) -> dict[int,
         going = {number: search for number, search in going.items() if not search.is_done}
         if not going:
             return {number: Generated(search.best.tokens) for number, search in searches.items()}
+        tick()
         logits = model.step(rows, tokens)
 
 
