@@ -8,7 +8,10 @@ import os
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.huggingface.answering import HuggingFaceModel
 
 with warnings.catch_warnings():  # megatron-core says at length which optional packages it does without
     warnings.simplefilter("ignore")
@@ -110,7 +113,7 @@ def _train(
 def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device, heartbeat: Heartbeat) -> None:
     """Held-out loss of a checkpoint, as JSON in `spec.output`."""
     assert spec.checkpoint is not None and spec.output is not None
-    model = FrozenModel(config, spec.checkpoint, device)
+    model = _exported(spec, config) or FrozenModel(config, spec.checkpoint, device)
     data = PreparedFolder.open(run_dir.data_for(config))
     heldout = HeldoutReader(data, config.model.seq_length)
     evaluation = HeldoutEvaluation(TrainingData.open(data, config), heldout, config, device)
@@ -122,8 +125,11 @@ def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.
 def _answer(spec: RankSpec, config: RunConfig, device: torch.device, heartbeat: Heartbeat) -> None:
     """Answers to the requests of a file in `spec.output`, by a checkpoint in a layout for inference."""
     assert spec.checkpoint is not None and spec.output is not None and spec.requests is not None
-    model, requests = CachedModel(config, spec.checkpoint, device), read_requests(spec.requests)
-    advance = _advance(spec.output, heartbeat)
+    requests, advance = read_requests(spec.requests), _advance(spec.output, heartbeat)
+    if (exported := _exported(spec, config)) is not None:
+        write_answers(spec.output, exported.answer(requests, advance))
+        return
+    model = CachedModel(config, spec.checkpoint, device)
     if dist.get_rank() > 0 or spec.stream is None:
         answers = answer(model, requests, None, advance)
     else:
@@ -131,6 +137,18 @@ def _answer(spec: RankSpec, config: RunConfig, device: torch.device, heartbeat: 
             answers = answer(model, requests, lambda number, token: print(number, token, file=stream), advance)
     if dist.get_rank() == 0:
         write_answers(spec.output, answers)
+
+
+def _exported(spec: RankSpec, config: RunConfig) -> "HuggingFaceModel | None":
+    """A folder of Hugging Face in the place of a checkpoint, by transformers alone; on one rank."""
+    assert spec.checkpoint is not None
+    if not (spec.checkpoint / "config.json").is_file():
+        return None
+    from trainer.checkpoint.huggingface.answering import HuggingFaceModel  # seconds to import, which few ranks need
+
+    assert spec.world_size == 1
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return HuggingFaceModel(spec.checkpoint, dtype, devices.resolve(config.launch.device))
 
 
 def _advance(output: Path, heartbeat: Heartbeat) -> Advance:

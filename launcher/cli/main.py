@@ -13,6 +13,7 @@ from rich.console import Console
 from launcher.cli import checkpoint as checkpoint_cli
 from launcher.cli import data as data_cli
 from launcher.cli import doctor as doctor_cli
+from launcher.cli import evaluation as evaluation_cli
 from launcher.cli import prepare as prepare_cli
 from launcher.cli import runs, terminal
 from launcher.cli import submit as submit_cli
@@ -38,6 +39,8 @@ app.add_typer(prepare_cli.app, name="prepare")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(config_app, name="config")
+app.command("eval")(evaluation_cli.evaluate)
+app.command()(evaluation_cli.results)
 for verb in (
     *(doctor_cli.doctor, submit_cli.submit, runs.status, runs.events, runs.logs, runs.report, runs.profile, runs.stop),
     runs.resume,
@@ -83,25 +86,6 @@ def train(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None,
     checks.check_train(config, where, on_cluster=ray is not None)
     with stages.claim(config, where, working(), ray) as claimed:
         stages.train(claimed)
-
-
-@app.command("eval")
-def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
-    data: DataOption = None,
-    settings: SetOption = None,
-) -> None:
-    """Held-out loss and perplexity of a checkpoint, beside the uniform and unigram baselines, as JSON.
-
-    Bits per byte too, all of it for each data set, and the loss by position in the sequence.
-
-    Example: `broadgauge eval runs/quickstart --set parallel.tensor=1 parallel.pipeline=1`
-    """
-    from launcher.verbs import inspection
-
-    with working(stderr=True).stage("evaluate") as bar:
-        result = inspection.evaluate(path, data, settings or (), bar.update)
-    print(json.dumps(result, indent=2))
 
 
 @app.command()

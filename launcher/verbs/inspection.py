@@ -1,16 +1,14 @@
-"""Verbs that look at what a run has made: evaluate or export a checkpoint, generate from an export.
+"""Verbs that look at what a run has made: find a checkpoint, export it, generate from an export.
 
 They work beside a run, never in its folder, so they may be used while it trains.
 """
 
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -23,7 +21,7 @@ from trainer import config_file
 from trainer.checkpoint.format import compatibility, store
 from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.config import RunConfig, UserError
-from trainer.progress import Advance, ProgressFile, Update, counting, unheard
+from trainer.progress import Advance, Update, counting, unheard
 from trainer.run_dir import RunDir
 
 
@@ -89,25 +87,6 @@ def scratch_run() -> Iterator[RunDir]:
         shutil.rmtree(run_dir.path, ignore_errors=True)
         raise
     shutil.rmtree(run_dir.path)
-
-
-def evaluate(path: Path, data: Path | None, settings: Sequence[str], update: Update = unheard) -> dict[str, Any]:
-    found = find(path, data, settings, counting(update, "evaluate: verifying", "files"))
-    with scratch_run() as run_dir, store.being_read(found.checkpoint):
-        output = run_dir.path / "heldout.json"
-        told, advance = ProgressFile(output), counting(update, "evaluate", "micro-batches")
-        update("evaluate: starting ranks", 0, None, "micro-batches")
-        with ready_ranks(found.config, run_dir) as ranks:
-            ranks.run("evaluate", lambda: told.tell(advance), checkpoint=found.checkpoint, output=output)
-        result = orjson.loads(output.read_bytes())
-    for scores in result["datasets"].values():
-        scores["perplexity"] = math.exp(scores["loss"])
-    return {
-        "checkpoint": str(found.checkpoint),
-        "step": found.manifest.step,
-        **result,
-        "perplexity": math.exp(result["loss"]),
-    }
 
 
 def export(

@@ -20,7 +20,11 @@ SURFACE = {
     "profile": ["RUN", "--steps", "--rank"],
     "stop": ["RUN", "--timeout"],
     "resume": ["RUN", "--ray"],
-    "eval": ["PATH", "--data", "--set"],
+    "eval": [
+        *("PATH", "--tasks", "--max-examples", "--contamination", "--harness", "--harness-folder"),
+        *("--heldout", "--no-heldout", "--precision", "--out", "--save", "--data", "--set"),
+    ],
+    "results": ["RUN", "--plot", "--json"],
     "export": ["PATH", "--out", "--data", "--dtype", "--verify", "--set"],
     "import": ["SOURCE", "--out", "--revision"],
     "generate": ["PATH", "--prompt", "--max-new-tokens", "--seed"],

@@ -13,8 +13,10 @@ from typing import Any
 import orjson
 
 from trainer.checkpoint.format.manifest import Manifest
+from trainer.config import UserError
 
 FORMAT = 1
+RESULTS_PATTERN = "step-*.results.json"
 
 
 def results_path(checkpoint: Path) -> Path:
@@ -53,3 +55,18 @@ def score_of(checkpoint: Path, manifest: Manifest, name: str) -> float | None:
     scores = (read_results(checkpoint, manifest) or {}).get("scores")
     value: Any = scores.get(name) if isinstance(scores, dict) else None
     return float(value) if type(value) in (float, int) else None
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """`evaluation` of a file of results, whatever has become of its checkpoint.
+
+    Raises:
+        UserError: it is none, or of another version.
+    """
+    try:
+        tree = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it and evaluate again") from error
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT or not isinstance(tree.get("evaluation"), dict):
+        raise UserError(f"{path} holds no results of format {FORMAT}; remove it and evaluate again")
+    return dict(tree["evaluation"])
