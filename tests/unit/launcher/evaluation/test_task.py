@@ -13,7 +13,6 @@ from made_tasks import RECORDS, write_task
 from trainer.config import UserError
 from trainer.inference.requests import Decoding
 
-
 CHOICES = {"kind": "multiple_choice", "choices": "options", "prompt": "{question}"}
 OPTIONS = {"question": "?", "options": ["a", "b"], "label": 1}
 
