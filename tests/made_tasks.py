@@ -1,4 +1,4 @@
-"""Tasks written into files, and text that is known."""
+"""Tasks written into files, text that is known, and results."""
 
 import random
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 import orjson
 import yaml
+
+from launcher.evaluation.intervals import Measure
+from launcher.evaluation.results import ContaminationResult, EvaluationResults, TaskResult
 
 RECORDS = [{"question": f"number {n}?", "answer": str(n)} for n in range(6)]
 _NAMES = ("anna", "boris", "clara", "david", "edith", "felix", "greta", "henry", "irene", "jonas")
@@ -39,3 +42,44 @@ def write_task(
     tree = {key: value for key, value in tree.items() if value is not None}
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     return path
+
+
+def results_at(step: int) -> EvaluationResults:
+    """Of a task with everything that can be said of one; accuracy grows with the step."""
+    accuracy = 0.5 + step / 300
+    seen = ContaminationResult(
+        ngram=9,
+        num_clean=60,
+        num_dirty=20,
+        num_short=17,
+        clean={"accuracy": Measure(0.5, 0.4, 0.6), "answer_logprob": Measure(-1.6, -1.8, -1.4)},
+        dirty={"accuracy": Measure(0.9, 0.7, 1.0), "answer_logprob": None},
+    )
+    counts: dict[str, Any] = {"num_truncated": 2, "min_demonstrations": 0, "mean_demonstrations": 0.0, "chance": 0.5}
+    first = TaskResult(
+        task="larger",
+        shots=0,
+        metrics={
+            "accuracy": Measure(accuracy, accuracy - 0.1, accuracy + 0.09),
+            "answer_logprob": Measure(-1.5, -1.7, -1.3),
+        },
+        num_examples=97,
+        skipped={"answer has no tokens": 3},
+        contamination=seen,
+        **counts,
+    )
+    shown = counts | {"num_truncated": 0, "min_demonstrations": 2, "mean_demonstrations": 5.5}
+    more = round(accuracy + 0.1, 3)
+    second = TaskResult(
+        task="larger", shots=8, metrics={"accuracy": Measure(more, 0.6, 0.9)}, num_examples=100, skipped={}, **shown
+    )
+    nothing = TaskResult(task="copying", shots=0, metrics={"exact_match": None}, num_examples=0, skipped={}, **counts)
+    return EvaluationResults(
+        checkpoint=f"runs/a/step-{step}",
+        step=step,
+        tokenizer_fingerprint="t" * 32,
+        battery_fingerprint="b" * 32,
+        context_tokens=128,
+        seed=0,
+        tasks=(first, second, nothing),
+    )
