@@ -26,7 +26,7 @@ class ProgressFile:
         self._path = output.with_name(f"{output.name}.progress")
 
     def write(self, done: int, total: int) -> None:
-        temporary = self._path.with_suffix(".tmp")
+        temporary = self._path.with_suffix(f".{os.getpid()}")
         temporary.write_text(f"{done} {total}", encoding="ascii")
         os.replace(temporary, self._path)
 

@@ -1,4 +1,4 @@
-"""Verbs that look at what a run has made: find a checkpoint, export it, generate from an export.
+"""Verbs that look at what a run has made: find a checkpoint, export it.
 
 They work beside a run, never in its folder, so they may be used while it trains.
 """
@@ -20,7 +20,7 @@ from launcher.verbs import exporting, importing
 from trainer import config_file
 from trainer.checkpoint.format import compatibility, store
 from trainer.checkpoint.format.manifest import Manifest, read_manifest
-from trainer.config import RunConfig, UserError
+from trainer.config import RunConfig
 from trainer.progress import Advance, Update, counting, unheard
 from trainer.run_dir import RunDir
 
@@ -111,12 +111,3 @@ def export(
         return exporting.export_checkpoint(
             found.config, run_dir, ranks, found.checkpoint, tokenizer, out, facts, dtype, verify, update
         )
-
-
-def generate(path: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
-    from trainer.checkpoint.huggingface import generation
-
-    folder = path / "export" if (path / "export").is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{path} is no Hugging Face folder and no run that has one; run `broadgauge export` first")
-    return generation.generate(folder, prompt, max_new_tokens, seed)

@@ -27,7 +27,10 @@ SURFACE = {
     "results": ["RUN", "--plot", "--json"],
     "export": ["PATH", "--out", "--data", "--dtype", "--verify", "--set"],
     "import": ["SOURCE", "--out", "--revision"],
-    "generate": ["PATH", "--prompt", "--max-new-tokens", "--seed"],
+    "generate": [
+        *("PATH", "--prompt", "--max-new-tokens", "--seed", "--greedy", "--temperature", "--top-k", "--top-p"),
+        *("--repetition-penalty", "--no-repeat-ngram", "--beams", "--length-penalty", "--data", "--set"),
+    ],
     "data ledger": ["RUN", "--step", "--tokens", "--json"],
     "checkpoint list": ["PATH", "--json"],
     "checkpoint verify": ["PATH...", "--json"],

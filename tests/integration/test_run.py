@@ -155,6 +155,19 @@ class TestOtherVerbs:
         printed = capsys.readouterr().out
         assert printed.startswith("the model") and len(printed.strip()) > len("the model")
 
+    def test_the_likeliest_text_is_that_of_the_export(
+        self, finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of the run by its own ranks, of the export by transformers; in fp32 on either side."""
+        way = ("--prompt", "the model", "--max-new-tokens", "12", "--greedy", "--repetition-penalty", "1.1")
+        printed = []
+        for path, settings in ((finished[0], ["--set", "train.precision=fp32"]), (finished[0] / "export", [])):
+            with pytest.raises(SystemExit) as end:
+                main(["generate", str(path), *way, *settings])
+            assert end.value.code == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1]
+
     def test_prepare_then_train_elsewhere_and_resume_from_it(
         self, finished: tuple[Path, str], config_file: Path, tmp_path: Path
     ) -> None:

@@ -5,17 +5,22 @@ from trainer.config_file import from_tree
 from trainer.rules import changed
 
 
-def inference_config(config: RunConfig) -> RunConfig:
+def inference_config(config: RunConfig, replicas: int | None = None) -> RunConfig:
     """The config for as many ranks, each with the same part of the model, and nothing that only training needs.
 
     Tensor and pipeline ranks stay. What split sequences holds more replicas instead, and every stage is one chunk.
+
+    Args:
+        replicas: another number of them.
 
     Raises:
         UserError: another setting forbids it.
     """
     parallel = config.parallel
-    replicas = parallel.data * parallel.context
+    is_as_many = replicas is None
+    replicas = replicas or parallel.data * parallel.context
     settings = {
+        **({} if is_as_many else {"launch.ranks_per_node": None}),
         "parallel.data": replicas,
         "parallel.context": 1,
         "parallel.sequence": False,

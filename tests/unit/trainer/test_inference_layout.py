@@ -38,4 +38,12 @@ def test_places_of_ranks_and_a_growing_batch_are_no_obstacle() -> None:
     train = {"global_batch_size": 96, "micro_batch_size": 4, "ramp_start_batch_size": 24, "ramp_tokens": 10**6}
     parallel = {"tensor": 2, "context": 2, "data": 3, "sequence": True}
     launch = {"nodes": 3, "ranks_per_node": 4}
-    check(from_tree(SMALL | {"train": train, "parallel": parallel, "launch": launch}))
+    config = from_tree(SMALL | {"train": train, "parallel": parallel, "launch": launch})
+    check(config)
+    assert inference_config(config, replicas=3).parallel.num_ranks == 6
+
+
+def test_one_replica_is_enough_for_one_request() -> None:
+    parallel = {"tensor": 2, "pipeline": 2, "data": 2, "context": 2}
+    found = inference_config(from_tree(SMALL | {"parallel": parallel, "launch": {"ranks_per_node": 16}}), replicas=1)
+    assert (found.parallel.data, found.parallel.num_ranks, found.ranks_per_node) == (1, 4, 4)
