@@ -380,7 +380,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     """Text and tokenizer."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out evaluation."""
+    """How good the model is: on held-out text, and by tasks; may change while a run goes on."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     generate: GenerateConfig = GenerateConfig()

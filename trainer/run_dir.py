@@ -13,6 +13,7 @@ from trainer.config import RunConfig, UserError
 from trainer.events import read_events
 
 _BEFORE_CONFIG = {".lock", "config.yaml.tmp"}  # what a run that was killed at once leaves
+_MAY_CHANGE = ("monitoring.", "evaluation.")  # have no part in what is computed
 _OWN_CONFIG = "the run wrote it when it began, and its checkpoints have it too"
 
 
@@ -146,7 +147,7 @@ class RunDir:
                 raise UserError(f"{self.path} is not empty and holds no config.yaml of a run; use another --run-dir")
             return
         found = config_file.differences(self.config(), config)
-        changed = [each for each in found if not each.key.startswith("monitoring.")]  # has no part in what is computed
+        changed = [each for each in found if not each.key.startswith(_MAY_CHANGE)]
         if changed and self.has_trained():
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(map(str, changed[:4]))}"

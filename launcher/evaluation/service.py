@@ -21,13 +21,15 @@ from ray.exceptions import RayError
 from launcher.evaluation.judge import Judge
 from launcher.evaluation.waiting import Waiting
 from launcher.job.failures import explain
-from launcher.job.fleet import Fleet, Life
+from launcher.job.fleet import Fleet, Life, answer_of
+from launcher.supervise.looks import Looks
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.checkpoint.format.results import read_results, write_results
 from trainer.config import UserError
 from trainer.events import Event, EventReader
 from trainer.inference.requests import read_answers, write_requests
+from trainer.progress import Update, unheard
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
 
@@ -36,6 +38,7 @@ Record = Callable[..., None]
 
 _LOOK_SECONDS = 0.2
 _ARRIVAL_SECONDS = 300.0  # for agents of the service to come up
+_SILENCE_FACTOR = 6.0  # loading a checkpoint takes longer than a step, and says nothing meanwhile
 _MOST_FAILURES = 5  # in a row, after which it would only fail again
 
 _log = logging.getLogger(__name__)
@@ -54,6 +57,8 @@ class _Work:
     left: list[tuple[Task, Path]]
     """What ranks have still to do, and where they write what they find."""
     life: Life | None = None
+    looks: Looks | None = None
+    """At the ranks of the life."""
 
 
 class EvaluationService:
@@ -74,8 +79,7 @@ class EvaluationService:
         self._num_failures = 0
         self._is_closed, self._is_idle = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation service", daemon=True)
-        self.doing = "evaluate"
-        """For a person."""
+        self.num_judged = 0
 
     def __enter__(self) -> "EvaluationService":
         self._events.skip_to_end()
@@ -93,11 +97,14 @@ class EvaluationService:
         """Whether all that was committed so far has been judged or left out."""
         return self._is_idle.is_set() or not self._thread.is_alive()
 
-    def finish(self, on_poll: Callable[[], None]) -> None:
-        """Wait until it is idle; `on_poll` is called about ten times a second."""
+    def finish(self, update: Update = unheard) -> None:
+        """Wait until it is idle."""
         self._is_idle.clear()
         while not self.is_idle():
-            on_poll()
+            work, waiting = self._work, self._waiting.steps
+            doing = f"evaluate: step {work.step}" if work is not None else "evaluate"
+            total = self.num_judged + (work is not None) + len(waiting)
+            update(doing, self.num_judged, total, "checkpoints")
             time.sleep(_LOOK_SECONDS / 2)
 
     # ---------------------------------------------------------------------------------------------------- in its thread
@@ -176,7 +183,6 @@ class EvaluationService:
             return
         finally:
             self._let_go(step)
-        self.doing = f"evaluate: step {step}"
         work = _Work(step, checkpoint, manifest, time.monotonic(), lease, [("evaluate", self._folder / "heldout.json")])
         work.left += [("answer", self._folder / "answers.jsonl")] if self._judge.requests else []
         self._work = work
@@ -195,6 +201,7 @@ class EvaluationService:
             work.life = self._fleet.begin(
                 task, checkpoint=work.checkpoint.resolve(), output=output, requests=self._run_dir.requests_path
             )
+            work.looks = Looks(work.life.ask_for_beats, answer_of)
         except RayError as error:
             self._fail(work, f"the ranks could not be started: {' '.join(str(error).split())}")
 
@@ -203,6 +210,7 @@ class EvaluationService:
             self._start_task(work)
             return
         if (ends := work.life.poll(_LOOK_SECONDS)) is None:
+            self._watch(work)
             return
         work.life = None
         if any(end.went_wrong for end in ends.values()):
@@ -214,6 +222,14 @@ class EvaluationService:
         if not work.left:
             self._conclude(work)
 
+    def _watch(self, work: _Work) -> None:
+        """Give up ranks that have said nothing for so long that they will not."""
+        assert self._fleet is not None and work.looks is not None
+        beats = work.looks.look(time.monotonic())
+        limit = _SILENCE_FACTOR * self._fleet.job.config.supervise.hang_seconds
+        if beats and (silent := min(beat.silent_seconds for beat in beats.values())) > limit:
+            self._fail(work, f"its ranks hang: they have said nothing for {silent:.0f} s (supervise.hang_seconds)")
+
     def _conclude(self, work: _Work) -> None:
         try:
             heldout = orjson.loads((self._folder / "heldout.json").read_bytes())
@@ -224,6 +240,7 @@ class EvaluationService:
             return
         work.lease.close()
         self._work, self._num_failures = None, 0
+        self.num_judged += 1
 
     def _fail(self, work: _Work, reason: str) -> None:
         if work.life is not None:

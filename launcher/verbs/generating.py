@@ -1,4 +1,4 @@
-"""`broadgauge generate`: a text goes on, by ranks that hold a run's model, or by transformers with a folder of theirs."""
+"""`broadgauge generate`: a text goes on, by ranks that hold a run's model, or by transformers with an exported one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

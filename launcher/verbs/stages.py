@@ -229,7 +229,7 @@ def train(claimed: ClaimedRun) -> None:
             _train_to_the_end(claimed)
         if service is not None:
             with claimed.stage("evaluate") as bar:
-                service.finish(lambda: bar.update(service.doing, 0, None, "checkpoints"))
+                service.finish(bar.update)
                 bar.result = judging.summary(run_dir)
 
 

@@ -22,7 +22,7 @@ SURFACE = {
     "resume": ["RUN", "--ray"],
     "eval": [
         *("PATH", "--tasks", "--max-examples", "--contamination", "--harness", "--harness-folder"),
-        *("--heldout", "--no-heldout", "--precision", "--out", "--save", "--data", "--set"),
+        *("--heldout", "--precision", "--out", "--save", "--data", "--set"),
     ],
     "results": ["RUN", "--plot", "--json"],
     "export": ["PATH", "--out", "--data", "--dtype", "--verify", "--set"],
