@@ -18,10 +18,14 @@ from ranks import run_on_ranks
 from trainer import loop
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import read_manifest
-from trainer.config import RunConfig, UserError
+from trainer.config import ParallelConfig, RunConfig, UserError
 from trainer.config_file import from_tree
 from trainer.data.ledger.audit import audit
 from trainer.events import Event, EventLog, read_events, surviving_steps
+from trainer.inference.answering import answer
+from trainer.inference.cached import CachedModel
+from trainer.inference.layout import inference_config
+from trainer.inference.requests import Answer, Generate, Request, Score, Scored, read_answers, write_requests
 from trainer.run_dir import RunDir
 from trainer.schedule import learning_rate
 
@@ -140,6 +144,38 @@ def test_a_run_records_what_happened_in_order(layout: str, runs: Callable[..., T
         assert event["tokens"] == event["step"] * TOKENS_PER_STEP
         assert event["lr"] == learning_rate(run.config, event["tokens"])
         assert event["seconds"] > 0 and event["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2 ZeRO-2", "CP2"])
+def test_answers_between_steps_are_the_checkpoints_own_and_change_nothing(
+    layout: str, runs: Callable[..., Trained], data: Path, tmp_path: Path
+) -> None:
+    undisturbed, run_dir = runs(layout), RunDir(tmp_path / "run")
+    requests: list[Request] = [Score((1, 2, 3), (4, 5)), Generate((7, 8), 3), Score((9,), (1,))]
+    config = config_of(layout, data)
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"tasks": ("some",)})})
+    run_dir.create(config)
+    run_dir.evaluation.mkdir()
+    write_requests(run_dir.requests_path, requests)
+    events = train(config, run_dir)
+    assert [
+        (event["kind"], event["step"]) for event in events if event["kind"] in ("answered", "checkpoint_saved")
+    ] == [(kind, step) for step in (3, 6, 7) for kind in ("answered", "checkpoint_saved")]
+    answers = {event["step"]: read_answers(Path(event["answers"]), requests) for event in of_kind(events, "answered")}
+    assert facts([event for event in events if event["kind"] != "answered"]) == facts(undisturbed.events)
+
+    own = inference_config(config.model_copy(update={"parallel": ParallelConfig()}))
+    step = max(store.steps(run_dir.checkpoints))
+
+    def rank(config: RunConfig, device: torch.device) -> list[Answer]:
+        return answer(CachedModel(config, run_dir.checkpoints / store.folder_name(step), device), requests)
+
+    (by_checkpoint,) = run_on_ranks(own, rank)
+    for one, other in zip(answers[step], by_checkpoint, strict=True):
+        if isinstance(one, Scored):
+            assert isinstance(other, Scored) and one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+        else:
+            assert one == other
 
 
 @pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2 ZeRO-2"])
