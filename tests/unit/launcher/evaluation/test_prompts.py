@@ -100,6 +100,16 @@ def test_an_answer_without_tokens_or_longer_than_the_context_has_a_reason(tokeni
     assert pack_scored(splitter, task, Example("", "the", (" zxzxzxzxzx",)), [], 8) == TOO_LONG
 
 
+def test_the_last_token_is_no_input_so_that_one_more_fits(tokenizer: FolderTokenizer) -> None:
+    splitter, task, asked = TokenSplitter(tokenizer), task_of("cloze"), Example("", "the lazy", (" fox jumps",))
+    num, num_answer = len(tokenizer.encode("the lazy fox jumps")), len(tokenizer.encode(" fox jumps"))
+    for context_tokens, is_truncated in ((num - 1, False), (num - 2, True), (num_answer, True)):
+        packed = pack_scored(splitter, task, asked, [], context_tokens)
+        assert not isinstance(packed, str) and packed.is_truncated == is_truncated
+        assert len(packed.pairs[0].context) == context_tokens + 1 - num_answer
+    assert pack_scored(splitter, task, asked, [], num_answer - 1) == TOO_LONG
+
+
 def test_what_is_scored_by_parts_is_the_ending_after_each_choice(tokenizer: FolderTokenizer) -> None:
     asked = Example("", "the dog and the fox: the", (" dog", " fox"), 1, " jumps over")
     packed = pack_scored(TokenSplitter(tokenizer), task_of("multiple_choice", ending="x"), asked, [asked], 64)
