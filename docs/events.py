@@ -23,7 +23,8 @@ schema.
 - Several processes append; a line is written at once, and is on the disk within a second. After a crash the last line
   may be torn: pass over what is no JSON. The next writer begins a new line.
 - The file may be rotated under its writers (`mv events.jsonl events.jsonl.1`): they go on in a new one within a second,
-  and every reader here reads the numbered ones first. Compressed ones are not read.
+  and every reader here reads the numbered ones first; one that follows the record reads on for a minute in those put
+  aside while it follows, where writers may still add lines. Compressed ones are not read.
 - A restart or a rollback makes steps void: after `training_started` or `rolled_back` the steps behind its `step` or
   `to_step` no longer count, and come again.
 

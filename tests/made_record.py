@@ -77,7 +77,7 @@ def evaluated(step: int) -> Event:
 
 
 def judged(step: int) -> Event:
-    scores = {"arithmetic/accuracy@0": step / 10**6, "arithmetic/accuracy@8": 2 * step / 10**6}
+    scores = {"arithmetic/0-shot/accuracy": step / 10**6, "arithmetic/8-shot/accuracy": 2 * step / 10**6}
     facts = {"results": f"checkpoints/step-{step:08d}.results.json", "seconds": 3.5, "heldout_loss": loss_at(step)}
     return {"time": at(step) + 0.15, "kind": "checkpoint_evaluated", "step": step, **facts, "scores": scores}
 

@@ -35,12 +35,12 @@ def plain_beams(
             if logprob > -math.inf
         ]
         candidates.sort(key=lambda beam: -beam[0])
-        ended += [beam for beam in candidates[: 2 * decoding.beams] if beam[1][-1] in stop_ids]
+        ended += [beam for beam in candidates[: decoding.beams] if beam[1][-1] in stop_ids]
         going = [beam for beam in candidates if beam[1][-1] not in stop_ids][: decoding.beams]
         if not going:
-            break
+            return max(ended or live, key=score)[1]
         live = going
-    return max(ended or live, key=score)[1]
+    return max([*ended, *live], key=score)[1]
 
 
 def with_repetition_penalty(logits: Sequence[float], seen: Tokens, penalty: float) -> list[float]:

@@ -173,6 +173,8 @@ class EvaluationConfig(Section):
     them."""
     max_examples: int | None = Field(None, ge=1)
     """Examples of each task at most, drawn by the run's seed; empty means all of them."""
+    contamination: bool = False
+    """Tell apart which examples stand in the training text too, which is read for it once."""
     where: Literal["ranks", "service"] = "ranks"
     """Who judges: the training ranks, between steps, or ranks of their own beside training, which measure the held-out
     loss of every checkpoint too."""
@@ -216,8 +218,8 @@ class CheckpointConfig(Section):
     keep_best: int = Field(0, ge=0)
     """Best checkpoints to keep, among those that were evaluated."""
     best_by: str | None = Field(None, min_length=1)
-    """The score by which they are the best, as results name it, such as `arithmetic/accuracy@8`; empty: the held-out
-    loss."""
+    """The score by which they are the best, as results name it, such as `larger_number/8-shot/accuracy`; empty: the
+    held-out loss."""
     upload_to: str | None = None
     """Folder or URL (s3://, gs://, ...) of this run alone, to which committed checkpoints are copied, and from which it
     goes on where its own are lost."""
@@ -378,7 +380,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     """Text and tokenizer."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out evaluation."""
+    """How good the model is: on held-out text, and by tasks; may change while a run goes on."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""
     generate: GenerateConfig = GenerateConfig()

@@ -5,8 +5,9 @@ opened for appending, so several processes may write to the same file without mi
 meet torn lines only where a disk was full or a writer died: they are passed over, and cost no other line.
 
 The disk has every event within a second: what a machine loses that loses its power is the last one. The file may be
-rotated while it is written (`mv events.jsonl events.jsonl.1`, as logrotate does): writers begin a new one, and readers
-read events.jsonl.2, events.jsonl.1, events.jsonl.
+rotated while it is written (`mv events.jsonl events.jsonl.1`, as logrotate does): writers begin a new one within a
+second, and readers read events.jsonl.2, events.jsonl.1, events.jsonl. Who follows it gets what is still added to those
+put aside, too.
 
 The meaning of kinds and fields is a schema with a version, which every command writes first. Fields and kinds may be
 added within one; a reader passes over what it does not know, and refuses a record of a later version.
@@ -45,7 +46,7 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
     answered            step, seconds (for which training stood still), answers (path): the training ranks have answered
                         what tasks ask of the checkpoint of that step
     checkpoint_evaluated    step, results (path), seconds, heldout_loss (null where only tasks were asked), scores (by
-                        `TASK/MEASURE@SHOTS`, the larger the better)
+                        `TASK/SHOTS-shot/MEASURE`, the larger the better)
     evaluation_skipped  step, reason: that checkpoint is not evaluated
     evaluation_failed   step, reason: it could not be
     checkpoint_snapshot step, durable (whether it is to become a checkpoint), seconds (for which training stood still)
@@ -83,7 +84,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +113,8 @@ _MOST_WAITING_BYTES = 16 << 20  # about 50,000 steps
 _FLUSH_SECONDS = 1.0
 _WITHOUT_ATOMIC_APPENDS = ("nfs", "nfs4", "cifs", "smb3")
 """File systems, as /proc/self/mountinfo names them."""
+_LATE_SECONDS = 60.0  # in which every writer has noticed a rotation: so long may NFS believe what it knows of a folder
+_MOST_PARTS = 16  # that a reader keeps open
 
 
 class EventLog:
@@ -153,7 +156,6 @@ class EventLog:
         with self._lock:
             self._waiting.append(line + b"\n")
             try:
-                self._follow_rotation()
                 self._write_waiting()
                 self._flush_soon()
             except OSError as error:
@@ -193,6 +195,8 @@ class EventLog:
             os.close(descriptor)
 
     def _write_waiting(self, *, is_patient: bool = False) -> None:
+        if self._waiting:
+            self._follow_rotation()
         if not self._locks:
             self._write_lines()
             return
@@ -262,48 +266,88 @@ def _needs_locks(path: Path) -> bool:
     return kind in _WITHOUT_ATOMIC_APPENDS
 
 
-class EventReader:
-    """Reads a growing record: each call to `new_events` yields the whole lines added since the last one."""
+class _Part:
+    """One file of a record, open: whatever it is called by now, and if it is deleted."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._inode: int | None = None
-        """Of the file that was read last."""
-        self._offset = 0
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.inode = os.fstat(self.descriptor).st_ino
+        self.offset = 0
+        """Of what has not been read."""
+        self.left: float | None = None
+        """When a newer one was found."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def size(self) -> int:
+        """Of one that was cut short, all is new."""
+        size = os.fstat(self.descriptor).st_size
+        if size < self.offset:
+            self.offset = 0
+        return size
+
+    def lines(self, size: int) -> list[bytes]:
+        """The whole lines up to there that have not been read."""
+        with open(self.descriptor, "rb", closefd=False) as handle:
+            handle.seek(self.offset)
+            chunk = handle.read(size - self.offset)
+        whole, newline, _ = chunk.rpartition(b"\n")
+        self.offset += len(whole) + len(newline)
+        return whole.splitlines()
+
+
+class EventReader:
+    """Reads a growing record: each call to `new_events` yields the whole lines added since the last one.
+
+    Each line once, and those of one writer in order. Of files that rotation has put aside also what writers add that
+    have not noticed yet: it comes late, behind lines of others that are in the new file already.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = path, clock
+        self._parts: list[_Part] = []
+        """The file that is written, and before it those lately put aside, oldest first."""
 
     def skip_to_end(self) -> None:
-        found = _stat(self._path)
-        self._inode, self._offset = (found.st_ino, found.st_size) if found else (None, 0)
+        self._find_parts()
+        for part in reversed(self._parts):
+            part.offset = part.size()
+        self._forget_parts()
 
     def new_events(self) -> Iterator[Event]:
         """Raises:
         UserError: a later version has written it.
         """
-        for path in self._unread():
-            with open(path, "rb") as handle:
-                self._enter(os.fstat(handle.fileno()))
-                handle.seek(self._offset)
-                chunk = handle.read()
-            whole, newline, _ = chunk.rpartition(b"\n")
-            self._offset += len(whole) + len(newline)
-            for line in whole.splitlines():
+        self._find_parts()
+        # A writer never goes back to an older file, so what it wrote before what is read of a newer one is read too.
+        sizes = [part.size() for part in reversed(self._parts)]
+        for part, size in zip(self._parts, reversed(sizes), strict=True):
+            for line in part.lines(size) if size > part.offset else ():
                 event = _parse(line)
                 if event is not None:
                     yield self._checked(event)
+        self._forget_parts()
 
-    def _unread(self) -> list[Path]:
-        """Files with something new, oldest first."""
-        now = _stat(self._path)
-        if now is not None and now.st_ino == self._inode:
-            return [self._path] if now.st_size != self._offset else []
-        files = _segments(self._path)
-        inodes = [found.st_ino if (found := _stat(path)) else None for path in files]
-        return files[inodes.index(self._inode) if self._inode in inodes else 0 :]
+    def _find_parts(self) -> None:
+        """Open the files begun since the last look: newest first, so that none slips by while they are renumbered."""
+        known, begun = {part.inode for part in self._parts}, dict[int, _Part]()
+        for path in _newest_first(self._path):
+            with suppress(FileNotFoundError):
+                part = _Part(path)
+                if part.inode in known:
+                    break
+                begun.setdefault(part.inode, part)
+        self._parts += reversed(begun.values())
 
-    def _enter(self, file: os.stat_result) -> None:
-        """Go on in this file where it was left; in one that is new, or was cut short, from its beginning."""
-        if file.st_ino != self._inode or file.st_size < self._offset:
-            self._inode, self._offset = file.st_ino, 0
+    def _forget_parts(self) -> None:
+        """Those that have been put aside for long, and were read since."""
+        now = self._clock()
+        for part in self._parts[:-1]:
+            part.left = now if part.left is None else part.left
+        recent = [part for part in self._parts if part.left is None or now - part.left < _LATE_SECONDS]
+        self._parts = recent[-_MOST_PARTS:]
 
     def _checked(self, event: Event) -> Event:
         schema = event.get("schema")
@@ -315,18 +359,13 @@ class EventReader:
         return event
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        return None
-
-
-def _segments(path: Path) -> list[Path]:
-    """The files of a record, oldest first: those that rotation has put aside, the one that is written."""
-    numbers = (each.name.removeprefix(f"{path.name}.") for each in path.parent.glob(f"{path.name}.*"))
-    aside = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
-    return [*(path.with_name(f"{path.name}.{number}") for number in aside), *([path] if path.exists() else [])]
+def _newest_first(path: Path) -> Iterator[Path]:
+    """The files of a record: the one that is written, and those that rotation has put aside."""
+    yield path
+    ends = (each.name.removeprefix(f"{path.name}.") for each in path.parent.glob(f"{path.name}.*"))
+    yield from (
+        path.with_name(f"{path.name}.{number}") for number in sorted(int(end) for end in ends if end.isdecimal())
+    )
 
 
 def read_events(path: Path) -> list[Event]:

@@ -23,6 +23,9 @@ from trainer.engine.engine import Engine, StepStats
 from trainer.evaluate.heldout import HeldoutEvaluation
 from trainer.events import read_events
 from trainer.heartbeat import Heartbeat
+from trainer.inference.answering import answer
+from trainer.inference.requests import Request, read_requests, write_answers
+from trainer.inference.windows import WindowModel
 from trainer.profiling import StepProfiler
 from trainer.restore import Progress, Source, restore
 from trainer.run_dir import RunDir
@@ -63,6 +66,7 @@ def train(
                 continue
             # before saving: a run that is killed in between comes back to before both, and loses neither
             training.evaluate_if_due()
+            training.answer_if_due(decision, agreed)
             training.save_if_due(decision, agreed)
             if agreed.stop:
                 training.record_stop()
@@ -106,6 +110,7 @@ class Training:
         self._progress = Progress()
         self._saved_step = 0
         self._evaluated: tuple[int, float] | None = None  # step and held-out loss of the last evaluation
+        self._requests = _requests(config, run_dir)
 
     def begin(self) -> None:
         """Go on from wherever the run can."""
@@ -231,12 +236,31 @@ class Training:
             self._record("evaluated", step=step, **result.as_event())
             self._evaluated = step, result.loss
 
+    def answer_if_due(self, decision: Decision, agreed: Agreed) -> None:
+        """Answer what tasks ask of the weights that are about to be saved for good; there is no time for it at an end
+        that somebody waits for."""
+        is_due = self._is_last or (isinstance(decision, Accept) and agreed.save)
+        if not (self._requests and is_due) or agreed.stop:
+            return
+        self._heartbeat.phase("evaluating")
+        began, step = time.perf_counter(), self._progress.step
+        model = WindowModel(self._engine.stages, self._config, self._device)
+        answers = answer(model, self._requests, advance=lambda *_: self._heartbeat.phase("evaluating"))
+        if dist.get_rank() == 0:
+            write_answers(self._run_dir.answers_path(step), answers)
+        seconds = round(time.perf_counter() - began, 6)
+        self._record("answered", step=step, seconds=seconds, answers=str(self._run_dir.answers_path(step)))
+
     # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    @property
+    def _is_last(self) -> bool:
+        return self._progress.step == self._schedule.num_steps
 
     def save_if_due(self, decision: Decision, agreed: Agreed) -> None:
         """Save where it is due: no checkpoint is written in a streak of skipped steps, but at the end of the run."""
         step, every = self._progress.step, self._config.checkpoint.snapshot_every_steps
-        is_last, is_sound = step == self._schedule.num_steps, isinstance(decision, Accept)
+        is_last, is_sound = self._is_last, isinstance(decision, Accept)
         if is_last or (is_sound and (agreed.save or agreed.stop)):
             self._save(durable=True, must=is_last or agreed.stop)
         elif is_sound and every and step % every == 0:
@@ -291,3 +315,10 @@ class Training:
         self._evaluated = None  # of weights that are not here any more
         self._agreement.saved(self._progress.step)
         return source
+
+
+def _requests(config: RunConfig, run_dir: RunDir) -> list[Request]:
+    """What these ranks are to answer of every checkpoint."""
+    if config.evaluation.has_service or not config.evaluation.tasks or not run_dir.requests_path.exists():
+        return []
+    return read_requests(run_dir.requests_path)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from trainer.device import DeviceKind, backend
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _HALF = 1 << 32  # of 64 bits
+
+_T = TypeVar("_T")
 
 
 def initialize(parallel: ParallelConfig, device: DeviceKind, init_method: str, rank: int, world_size: int) -> None:
@@ -85,6 +87,21 @@ def sum_over_ranks(*values: int) -> list[int]:
     return [(upper * _HALF + lower) % _HALF**2 for upper, lower in upper_and_lower]
 
 
+def gather(mine: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Every rank's tensor of this shape, in order of rank."""
+    mine = mine.contiguous()
+    tensors = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(tensors, mine, group=group)
+    return tensors
+
+
+def gather_objects(mine: _T, group: dist.ProcessGroup) -> list[_T]:
+    """Every rank's, in order of rank."""
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
 def speaks_for_replica() -> bool:
     """Whether this is the one rank of its data-parallel replica that counts where all its ranks know the same."""
     return not (tensor_rank() or context_rank() or mcore.get_pipeline_model_parallel_rank())
@@ -127,6 +144,22 @@ def data_group() -> dist.ProcessGroup:
     return mcore.get_data_parallel_group(with_context_parallel=True)
 
 
+def model_group() -> dist.ProcessGroup:
+    """The ranks that hold one replica of the weights: tensor and pipeline parallel together."""
+    return mcore.get_model_parallel_group()
+
+
+def model_size() -> int:
+    return tensor_size() * pipeline_size()
+
+
+def from_last_stage(choice: torch.Tensor) -> torch.Tensor:
+    """What the last pipeline stage has in a tensor, on all tensor and pipeline ranks of the replica; in place."""
+    if model_size() > 1:
+        dist.broadcast(choice, src=last_stage_rank() - tensor_rank(), group=model_group())
+    return choice
+
+
 def embedding_group() -> dist.ProcessGroup | None:
     """The first and last pipeline stages, which hold copies of a tied embedding; None on other ranks."""
     return mcore.get_embedding_group() if mcore.is_rank_in_embedding_group() else None
@@ -143,6 +176,15 @@ def pipeline_size() -> int:
 def last_stage_rank() -> int:
     """Global rank of the last pipeline stage of this rank's pipeline."""
     return mcore.get_pipeline_model_parallel_last_rank()
+
+
+def previous_stage_rank() -> int:
+    """Global rank of the stage that gives to this one."""
+    return mcore.get_pipeline_model_parallel_prev_rank()
+
+
+def next_stage_rank() -> int:
+    return mcore.get_pipeline_model_parallel_next_rank()
 
 
 def is_first_stage(virtual_stage: int | None) -> bool:

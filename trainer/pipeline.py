@@ -19,6 +19,7 @@ from trainer import parallel
 from trainer.config import ModelConfig
 from trainer.data.batches import MicroBatch
 from trainer.model.context_parallel import local_positions
+from trainer.progress import Advance, unheard
 
 Forward = Callable[..., Tensor]
 WatchLosses = Callable[[MicroBatch, Tensor], None]
@@ -54,11 +55,15 @@ def run_schedule(
     *,
     forward_only: bool,
     watch: WatchLosses | None = None,
+    advance: Advance = unheard,
 ) -> tuple[Tensor, Tensor]:
     """Forward (and backward) over all micro-batches of this replica.
 
     Gradients are of the mean loss per token of each micro-batch, averaged over micro-batches. `watch` is told of each
     micro-batch on the last pipeline stage, and of none on the others.
+
+    Args:
+        advance: hears on the last pipeline stage of how many micro-batches the loss is known.
 
     Returns:
         The sum of token losses (nats) and the number of tokens, over this replica's micro-batches, fp64 scalars.
@@ -86,6 +91,7 @@ def run_schedule(
             sums.append(torch.stack([total.detach().double(), count.double()]))
             if watch is not None:
                 watch(batch, weighted.detach())
+            advance(len(sums), len(micro_batches))
             return total, count, None
 
         return losses, loss_function

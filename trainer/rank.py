@@ -7,7 +7,11 @@ starts no thread.
 import os
 import warnings
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.huggingface.answering import HuggingFaceModel
 
 with warnings.catch_warnings():  # megatron-core says at length which optional packages it does without
     warnings.simplefilter("ignore")
@@ -26,7 +30,11 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.evaluate.heldout import HeldoutEvaluation
     from trainer.events import EventLog
     from trainer.heartbeat import Heartbeat, answer_with_stacks, beat_path, stack_path
+    from trainer.inference.answering import answer
+    from trainer.inference.cached import CachedModel
     from trainer.inference.frozen import FrozenModel
+    from trainer.inference.requests import read_requests, write_answers
+    from trainer.progress import Advance, ProgressFile, unheard
     from trainer.rank_spec import RankSpec
     from trainer.run_dir import RunDir
     from trainer.stop import StopRequest
@@ -56,7 +64,10 @@ def main(spec: RankSpec) -> None:
         _train(spec, config, run_dir, device, stop, heartbeat)
     elif spec.task == "evaluate":
         heartbeat.phase("evaluating")
-        _evaluate(spec, config, run_dir, device)
+        _evaluate(spec, config, run_dir, device, heartbeat)
+    elif spec.task == "answer":
+        heartbeat.phase("evaluating")
+        _answer(spec, config, device, heartbeat)
     else:
         heartbeat.phase("evaluating")
         _logits(spec, config, run_dir, device)
@@ -99,16 +110,56 @@ def _train(
             log.close()
 
 
-def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
+def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device, heartbeat: Heartbeat) -> None:
     """Held-out loss of a checkpoint, as JSON in `spec.output`."""
     assert spec.checkpoint is not None and spec.output is not None
-    model = FrozenModel(config, spec.checkpoint, device)
+    model = _exported(spec, config) or FrozenModel(config, spec.checkpoint, device)
     data = PreparedFolder.open(run_dir.data_for(config))
     heldout = HeldoutReader(data, config.model.seq_length)
     evaluation = HeldoutEvaluation(TrainingData.open(data, config), heldout, config, device)
-    result = evaluation.run(model.evaluate)
+    result = evaluation.run(partial(model.evaluate, advance=_advance(spec.output, heartbeat)))
     if dist.get_rank() == 0:
         spec.output.write_bytes(orjson.dumps(result))
+
+
+def _answer(spec: RankSpec, config: RunConfig, device: torch.device, heartbeat: Heartbeat) -> None:
+    """Answers to the requests of a file in `spec.output`, by a checkpoint in a layout for inference."""
+    assert spec.checkpoint is not None and spec.output is not None and spec.requests is not None
+    requests, advance = read_requests(spec.requests), _advance(spec.output, heartbeat)
+    if (exported := _exported(spec, config)) is not None:
+        write_answers(spec.output, exported.answer(requests, advance))
+        return
+    model = CachedModel(config, spec.checkpoint, device)
+    if dist.get_rank() > 0 or spec.stream is None:
+        answers = answer(model, requests, None, advance)
+    else:
+        with open(spec.stream, "a", encoding="ascii", buffering=1) as stream:
+            answers = answer(model, requests, lambda number, token: print(number, token, file=stream), advance)
+    if dist.get_rank() == 0:
+        write_answers(spec.output, answers)
+
+
+def _exported(spec: RankSpec, config: RunConfig) -> "HuggingFaceModel | None":
+    """A folder of Hugging Face in the place of a checkpoint, by transformers alone; on one rank."""
+    assert spec.checkpoint is not None
+    if not (spec.checkpoint / "config.json").is_file():
+        return None
+    from trainer.checkpoint.huggingface.answering import HuggingFaceModel  # seconds to import, which few ranks need
+
+    assert spec.world_size == 1
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return HuggingFaceModel(spec.checkpoint, dtype, devices.resolve(config.launch.device))
+
+
+def _advance(output: Path, heartbeat: Heartbeat) -> Advance:
+    """Tells who waits for the output how far this rank is, and who watches it that it is alive."""
+    told = ProgressFile(output).write if _is_first_replica() else unheard
+
+    def advance(done: int, total: int) -> None:
+        heartbeat.phase("evaluating")
+        told(done, total)
+
+    return advance
 
 
 def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.device) -> None:
@@ -128,8 +179,13 @@ def _logits(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.de
         tokens = torch.randint(config.model.vocab_size, (2, config.model.seq_length), generator=draw).to(device)
         text = "drawn at random"
     logits = model.logits(tokens)
-    if logits is not None and not (parallel.tensor_rank() or parallel.context_rank() or parallel.data_rank()):
+    if logits is not None and _is_first_replica():
         torch.save({"tokens": tokens.cpu(), "logits": logits.cpu(), "text": text}, spec.output)
+
+
+def _is_first_replica() -> bool:
+    """Whether this rank is one of the pipeline that speaks where all would say the same."""
+    return not (parallel.tensor_rank() or parallel.context_rank() or parallel.data_rank())
 
 
 def _write_nothing(*_: Any, **__: Any) -> None:

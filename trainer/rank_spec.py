@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Task = Literal["train", "evaluate", "logits"]
+Task = Literal["train", "evaluate", "logits", "answer"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,15 @@ class RankSpec:
     task: Task = "train"
     threads: int = 1
     checkpoint: Path | None = None
-    """What the tasks `evaluate` and `logits` read."""
+    """What every task but `train` reads."""
     room: Path | None = None
     """Of this machine (`trainer.checkpoint.service.room`), where a checkpoint service is at work."""
     output: Path | None = None
     """Where they write their result."""
+    requests: Path | None = None
+    """What `answer` answers (`trainer.inference.requests`)."""
+    stream: Path | None = None
+    """Where rank 0 appends a line `REQUEST TOKEN`, a number and an id, for each token that is generated, as it is."""
     heartbeats: Path | None = None
     """A folder of this machine for signs of life (`trainer.heartbeat`), which is on a tmpfs, for its owner alone, and
     empty when the ranks start; None where nobody looks."""

@@ -13,6 +13,7 @@ from trainer.config import RunConfig, UserError
 from trainer.events import read_events
 
 _BEFORE_CONFIG = {".lock", "config.yaml.tmp"}  # what a run that was killed at once leaves
+_MAY_CHANGE = ("monitoring.", "evaluation.")  # have no part in what is computed
 _OWN_CONFIG = "the run wrote it when it began, and its checkpoints have it too"
 
 
@@ -53,6 +54,15 @@ class RunDir:
     def evaluation(self) -> Path:
         """What checkpoints are asked, and the logs of those that ask."""
         return self.path / "evaluation"
+
+    @property
+    def requests_path(self) -> Path:
+        """What tasks ask of every checkpoint; see `trainer.inference.requests`."""
+        return self.evaluation / "requests.jsonl"
+
+    def answers_path(self, step: int) -> Path:
+        """What the training ranks have answered."""
+        return self.evaluation / f"step-{step:08d}.answers.jsonl"
 
     @property
     def stop_path(self) -> Path:
@@ -137,7 +147,7 @@ class RunDir:
                 raise UserError(f"{self.path} is not empty and holds no config.yaml of a run; use another --run-dir")
             return
         found = config_file.differences(self.config(), config)
-        changed = [each for each in found if not each.key.startswith("monitoring.")]  # has no part in what is computed
+        changed = [each for each in found if not each.key.startswith(_MAY_CHANGE)]
         if changed and self.has_trained():
             raise UserError(
                 f"{self.path} holds a run with another config ({'; '.join(map(str, changed[:4]))}"

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.console import Console
 from launcher.cli import checkpoint as checkpoint_cli
 from launcher.cli import data as data_cli
 from launcher.cli import doctor as doctor_cli
+from launcher.cli import evaluation as evaluation_cli
 from launcher.cli import prepare as prepare_cli
 from launcher.cli import runs, terminal
 from launcher.cli import submit as submit_cli
@@ -38,6 +39,8 @@ app.add_typer(prepare_cli.app, name="prepare")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(checkpoint_cli.app, name="checkpoint")
 app.add_typer(config_app, name="config")
+app.command("eval")(evaluation_cli.evaluate)
+app.command()(evaluation_cli.results)
 for verb in (
     *(doctor_cli.doctor, submit_cli.submit, runs.status, runs.events, runs.logs, runs.report, runs.profile, runs.stop),
     runs.resume,
@@ -85,25 +88,6 @@ def train(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None,
         stages.train(claimed)
 
 
-@app.command("eval")
-def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
-    data: DataOption = None,
-    settings: SetOption = None,
-) -> None:
-    """Held-out loss and perplexity of a checkpoint, beside the uniform and unigram baselines, as JSON.
-
-    Bits per byte too, all of it for each data set, and the loss by position in the sequence.
-
-    Example: `broadgauge eval runs/quickstart --set parallel.tensor=1 parallel.pipeline=1`
-    """
-    from launcher.verbs import inspection
-
-    with working(stderr=True).stage("evaluate"):
-        result = inspection.evaluate(path, data, settings or ())
-    print(json.dumps(result, indent=2))
-
-
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.", show_default=False)],
@@ -122,8 +106,8 @@ def export(
     """
     from launcher.verbs import inspection
 
-    with working(stderr=True).stage("export"):
-        verified = inspection.export(path, out, data, settings or (), dtype, verify)
+    with working(stderr=True).stage("export") as bar:
+        verified = inspection.export(path, out, data, settings or (), dtype, verify, bar.update)
     print(f"{out}: {verified.summary}")
 
 
@@ -143,8 +127,8 @@ def import_model(
     """
     from launcher.verbs import importing
 
-    with working(stderr=True).stage("import"):
-        imported = importing.import_model(source, out, revision)
+    with working(stderr=True).stage("import") as bar:
+        imported = importing.import_model(source, out, revision, bar.update)
     print(f"{imported.checkpoint}: a {imported.architecture}; train on from it with {imported.config_path}")
     if imported.tokenizer_problem:
         print(f"no data can be prepared with its tokenizer: {imported.tokenizer_problem}")
@@ -152,18 +136,59 @@ def import_model(
 
 @app.command()
 def generate(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run, or a Hugging Face folder.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run, a checkpoint, or a Hugging Face folder.", show_default=False)
+    ],
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token each time; draw none.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Logits are divided by it before a token is drawn.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many of the likeliest.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Draw among the fewest that have this probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=0.01, help="Makes tokens that have come before less likely, above 1.")
+    ] = None,
+    no_repeat_ngram: Annotated[
+        int | None, typer.Option(min=0, help="No so many tokens in a row twice, prompt included.")
+    ] = None,
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Continuations followed at once, of which the best is taken.")
+    ] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="The higher, the longer the beam that is taken.")] = None,
+    data: DataOption = None,
+    settings: SetOption = None,
 ) -> None:
-    """Continue a prompt with an exported model.
+    """Continue a prompt: with the newest checkpoint of a run, on ranks in its own layout, or with an exported model.
 
-    Example: `broadgauge generate runs/quickstart --prompt "The list is" --max-new-tokens 32`
+    Example: `broadgauge generate runs/quickstart --prompt "The list is" --top-p 0.9 --max-new-tokens 32`
     """
-    from launcher.verbs import inspection
+    from launcher.verbs import generating
+    from trainer.inference.requests import Decoding
 
-    print(prompt + inspection.generate(path, prompt, max_new_tokens, seed))
+    if greedy and temperature:
+        raise UserError(f"--greedy and --temperature {temperature:g} contradict each other; leave one of them out")
+    given = {
+        "temperature": 0.0 if greedy else temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram": no_repeat_ngram,
+        "beams": beams,
+        "length_penalty": length_penalty,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    decoding = Decoding(**{"temperature": 1.0} | changes) if changes else None
+
+    def say(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    generating.generate(path, prompt, max_new_tokens, seed, decoding, say, data, settings or ())
+    print()
 
 
 @config_app.command("show")

@@ -39,6 +39,8 @@ _DECODING = {
 """The harness's name of an option -> ours."""
 _NUM_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names for the same; the harness heeds the first that is there."""
+_UNVERSIONED = "Yaml"
+"""The harness's word."""
 
 
 class TextTokenizer(Protocol):
@@ -68,8 +70,8 @@ class HarnessResult:
     num_documents: int
     num_fewshot: int | None
     """Examples in each prompt; of a group None."""
-    version: str
-    """Of the task, as its authors count."""
+    version: str | None
+    """Of the task, as its authors count; None if they do not."""
 
 
 def run_harness(
@@ -108,7 +110,10 @@ def evaluate(
         tasks: of `load_tasks`.
     """
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    found: dict[str, Any] = simple_evaluate(model, tasks=tasks, limit=limit, num_fewshot=num_fewshot, **seeds)
+    none_to_find = TaskManager(include_defaults=False)  # or it would read the thousands of files of all of its own
+    found: dict[str, Any] = simple_evaluate(
+        model, tasks=tasks, task_manager=none_to_find, limit=limit, num_fewshot=num_fewshot, **seeds
+    )
     return found
 
 
@@ -151,6 +156,7 @@ def reduced(results: dict[str, Any]) -> list[HarnessResult]:
     """What is worth keeping of `evaluate`'s answer."""
     kept = []
     for task, metrics in {**results["results"], **results.get("groups", {})}.items():
+        version = str(results["versions"].get(task, _UNVERSIONED))
         for key, value in metrics.items():
             metric, comma, chosen = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -165,7 +171,7 @@ def reduced(results: dict[str, Any]) -> list[HarnessResult]:
                     stderr=float(stderr) if isinstance(stderr, int | float) else None,
                     num_documents=metrics["sample_len"],
                     num_fewshot=results["n-shot"].get(task),
-                    version=str(results["versions"].get(task)),
+                    version=version if version != _UNVERSIONED else None,
                 )
             )
     return kept

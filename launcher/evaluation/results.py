@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -78,12 +78,17 @@ class EvaluationResults(_Record):
     battery_fingerprint: str
     context_tokens: int
     seed: int
+    heldout: dict[str, Any] | None = None
+    """Loss on held-out text, whole and in parts (`trainer.evaluate.heldout.HeldoutResult`), where it was measured."""
     tasks: tuple[TaskResult, ...]
 
     @property
     def scores(self) -> dict[str, float]:
         """Every metric by its name; the larger, the better."""
         return {name: measure.value for result in self.tasks for name, measure in result.measures()}
+
+    def as_tree(self) -> dict[str, Any]:
+        return {**self.model_dump(mode="json"), "scores": self.scores}
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""

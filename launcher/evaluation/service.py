@@ -9,24 +9,27 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 from ray.exceptions import RayError
 
+from launcher.evaluation.judge import Judge
 from launcher.evaluation.waiting import Waiting
 from launcher.job.failures import explain
-from launcher.job.fleet import Fleet, Life
+from launcher.job.fleet import Fleet, Life, answer_of
+from launcher.supervise.looks import Looks
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.checkpoint.format.results import read_results, write_results
 from trainer.config import UserError
 from trainer.events import Event, EventReader
-from trainer.inference.requests import Answer, Request, read_answers, write_requests
+from trainer.inference.requests import read_answers, write_requests
+from trainer.progress import Update, unheard
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
 
@@ -35,18 +38,10 @@ Record = Callable[..., None]
 
 _LOOK_SECONDS = 0.2
 _ARRIVAL_SECONDS = 300.0  # for agents of the service to come up
+_SILENCE_FACTOR = 6.0  # loading a checkpoint takes longer than a step, and says nothing meanwhile
 _MOST_FAILURES = 5  # in a row, after which it would only fail again
 
 _log = logging.getLogger(__name__)
-
-
-class Judge(Protocol):
-    """What is asked of a checkpoint, and what its answers are worth."""
-
-    requests: Sequence[Request]
-
-    def results(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """For the results of a checkpoint (`trainer.checkpoint.format.results`), `scores` among them."""
 
 
 @dataclass
@@ -62,6 +57,8 @@ class _Work:
     left: list[tuple[Task, Path]]
     """What ranks have still to do, and where they write what they find."""
     life: Life | None = None
+    looks: Looks | None = None
+    """At the ranks of the life."""
 
 
 class EvaluationService:
@@ -82,13 +79,12 @@ class EvaluationService:
         self._num_failures = 0
         self._is_closed, self._is_idle = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation service", daemon=True)
-        self.doing = "evaluate"
-        """For a person."""
+        self.num_judged = 0
 
     def __enter__(self) -> "EvaluationService":
         self._events.skip_to_end()
         self._folder.mkdir(exist_ok=True)
-        write_requests(requests_path(self._run_dir), self._judge.requests)
+        write_requests(self._run_dir.requests_path, self._judge.requests)
         self._look_for_unjudged()
         self._thread.start()
         return self
@@ -101,11 +97,14 @@ class EvaluationService:
         """Whether all that was committed so far has been judged or left out."""
         return self._is_idle.is_set() or not self._thread.is_alive()
 
-    def finish(self, on_poll: Callable[[], None]) -> None:
-        """Wait until it is idle; `on_poll` is called about ten times a second."""
+    def finish(self, update: Update = unheard) -> None:
+        """Wait until it is idle."""
         self._is_idle.clear()
         while not self.is_idle():
-            on_poll()
+            work, waiting = self._work, self._waiting.steps
+            doing = f"evaluate: step {work.step}" if work is not None else "evaluate"
+            total = self.num_judged + (work is not None) + len(waiting)
+            update(doing, self.num_judged, total, "checkpoints")
             time.sleep(_LOOK_SECONDS / 2)
 
     # ---------------------------------------------------------------------------------------------------- in its thread
@@ -184,34 +183,34 @@ class EvaluationService:
             return
         finally:
             self._let_go(step)
-        self.doing = f"evaluate: step {step}"
         work = _Work(step, checkpoint, manifest, time.monotonic(), lease, [("evaluate", self._folder / "heldout.json")])
         work.left += [("answer", self._folder / "answers.jsonl")] if self._judge.requests else []
         self._work = work
-        self._next_task(work)
 
-    def _next_task(self, work: _Work) -> None:
+    def _start_task(self, work: _Work) -> None:
+        """As soon as the machines of the service are there."""
         assert self._fleet is not None
+        if len(self._fleet.present()) < self._fleet.where.nodes:
+            if time.monotonic() - work.began > _ARRIVAL_SECONDS:
+                self._fail(work, f"the machines of the service did not come up within {_ARRIVAL_SECONDS:g} s")
+            self._is_closed.wait(_LOOK_SECONDS)
+            return
         task, output = work.left[0]
         output.unlink(missing_ok=True)
-        deadline = time.monotonic() + _ARRIVAL_SECONDS
-        while len(self._fleet.present()) < self._fleet.where.nodes:
-            if self._is_closed.wait(_LOOK_SECONDS):
-                return
-            if time.monotonic() > deadline:
-                self._fail(work, f"the machines of the service did not come up within {_ARRIVAL_SECONDS:g} s")
-                return
-            self._fleet.news()
         try:
             work.life = self._fleet.begin(
-                task, checkpoint=work.checkpoint.resolve(), output=output, requests=requests_path(self._run_dir)
+                task, checkpoint=work.checkpoint.resolve(), output=output, requests=self._run_dir.requests_path
             )
+            work.looks = Looks(work.life.ask_for_beats, answer_of)
         except RayError as error:
             self._fail(work, f"the ranks could not be started: {' '.join(str(error).split())}")
 
     def _go_on(self, work: _Work) -> None:
-        assert work.life is not None
+        if work.life is None:
+            self._start_task(work)
+            return
         if (ends := work.life.poll(_LOOK_SECONDS)) is None:
+            self._watch(work)
             return
         work.life = None
         if any(end.went_wrong for end in ends.values()):
@@ -220,22 +219,28 @@ class EvaluationService:
             self._fail(work, str(explain(ends, self._fleet.job.logs)))
             return
         work.left.pop(0)
-        if work.left:
-            self._next_task(work)
-        else:
+        if not work.left:
             self._conclude(work)
+
+    def _watch(self, work: _Work) -> None:
+        """Give up ranks that have said nothing for so long that they will not."""
+        assert self._fleet is not None and work.looks is not None
+        beats = work.looks.look(time.monotonic())
+        limit = _SILENCE_FACTOR * self._fleet.job.config.supervise.hang_seconds
+        if beats and (silent := min(beat.silent_seconds for beat in beats.values())) > limit:
+            self._fail(work, f"its ranks hang: they have said nothing for {silent:.0f} s (supervise.hang_seconds)")
 
     def _conclude(self, work: _Work) -> None:
         try:
             heldout = orjson.loads((self._folder / "heldout.json").read_bytes())
-            found = self._graded(self._folder / "answers.jsonl") if self._judge.requests else {}
-            self._tell(work.checkpoint, work.manifest, {"heldout": heldout, **found}, work.began)
+            self._tell(work.checkpoint, work.manifest, self._folder / "answers.jsonl", heldout, work.began)
         except Exception as error:  # of which nobody thought: it must not end all evaluations
             _log.exception("step %d could not be judged", work.step)
             self._fail(work, f"{type(error).__name__}: {error}")
             return
         work.lease.close()
         self._work, self._num_failures = None, 0
+        self.num_judged += 1
 
     def _fail(self, work: _Work, reason: str) -> None:
         if work.life is not None:
@@ -252,26 +257,28 @@ class EvaluationService:
         began, checkpoint = time.monotonic(), self._checkpoint(step)
         try:
             manifest = read_manifest(checkpoint)
-            self._tell(checkpoint, manifest, self._graded(answers_path(self._run_dir, step)), began)
+            self._tell(checkpoint, manifest, self._run_dir.answers_path(step), None, began)
         except UserError as error:
             self._record("evaluation_skipped", step=step, reason=str(error))
         except Exception as error:
             _log.exception("step %d could not be judged", step)
             self._record("evaluation_failed", step=step, reason=f"{type(error).__name__}: {error}")
 
-    def _graded(self, answers: Path) -> dict[str, Any]:
-        return self._judge.results(read_answers(answers, self._judge.requests))
-
-    def _tell(self, checkpoint: Path, manifest: Manifest, results: dict[str, Any], began: float) -> None:
-        path = write_results(checkpoint, manifest, results)
-        scores, heldout = results.get("scores", {}), results.get("heldout")
+    def _tell(
+        self, checkpoint: Path, manifest: Manifest, answers: Path, heldout: dict[str, Any] | None, began: float
+    ) -> None:
+        """Grade the answers, and let everybody know."""
+        requests = self._judge.requests
+        given = read_answers(answers, requests) if requests else []
+        results = self._judge.results(checkpoint.name, manifest.step, given, heldout)
+        path = write_results(checkpoint, manifest, results.scores, results.model_dump(mode="json"))
         self._record(
             "checkpoint_evaluated",
             step=manifest.step,
             results=str(path),
             seconds=round(time.monotonic() - began, 3),
             heldout_loss=heldout["loss"] if heldout else None,
-            scores={name: value for name, value in scores.items() if math.isfinite(value)},
+            scores={name: value for name, value in results.scores.items() if math.isfinite(value)},
         )
 
     # --------------------------------------------------------------------------------------------------------- the rest
@@ -287,7 +294,7 @@ class EvaluationService:
             if not is_judged and self._fleet is not None:
                 self._waiting, _ = self._waiting.committed(step)
                 self._lease(step)
-            elif not is_judged and answers_path(self._run_dir, step).exists():
+            elif not is_judged and self._run_dir.answers_path(step).exists():
                 self._grade_answers(step)
 
     def _checkpoint(self, step: int) -> Path:
@@ -305,13 +312,3 @@ class EvaluationService:
             self._work.lease.close()
         for step in list(self._leases):
             self._let_go(step)
-
-
-def requests_path(run_dir: RunDir) -> Path:
-    """What every checkpoint of the run is asked."""
-    return run_dir.evaluation / "requests.jsonl"
-
-
-def answers_path(run_dir: RunDir, step: int) -> Path:
-    """What the training ranks have answered."""
-    return run_dir.evaluation / f"{store.folder_name(step)}.answers.jsonl"

@@ -170,6 +170,8 @@ class Fleet:
         *,
         checkpoint: Path | None = None,
         output: Path | None = None,
+        requests: Path | None = None,
+        stream: Path | None = None,
     ) -> Life:
         """Run a task on ranks of some of the slots, numbered in their order; of all but the spares unless told.
 
@@ -198,9 +200,8 @@ class Fleet:
             replication.follow_neighbours(peers)
         rendezvous = self._pick_rendezvous(agents[0], where)
         number = self._num_rounds
-        rounds = [
-            Round(task, rendezvous, config, where, node, number, checkpoint, output) for node in range(len(slots))
-        ]
+        paths = checkpoint, output, requests, stream
+        rounds = [Round(task, rendezvous, config, where, node, number, *paths) for node in range(len(slots))]
         return Life(agents, rounds, peers)
 
     def end(self) -> None:

@@ -58,10 +58,16 @@ class Ranks:
         task: Task,
         on_poll: Callable[[], None],
         *,
+        config: RunConfig | None = None,
         checkpoint: Path | None = None,
         output: Path | None = None,
+        requests: Path | None = None,
+        stream: Path | None = None,
     ) -> None:
         """Run a task on all ranks to its end, calling `on_poll` about ten times a second and once at the end.
+
+        Args:
+            config: in place of the run's, for as many ranks.
 
         Raises:
             UserError: a rank raised one.
@@ -69,8 +75,10 @@ class Ranks:
             NodeFailed: an agent or a fork server did.
             JobFailed: too few machines are left.
         """
-        slots, config = self._gather()
-        life = self.fleet.begin(task, slots, config, checkpoint=checkpoint, output=output)
+        slots, of_run = self._gather()
+        life = self.fleet.begin(
+            task, slots, config or of_run, checkpoint=checkpoint, output=output, requests=requests, stream=stream
+        )
         while (ends := life.poll(_POLL_SECONDS)) is None:
             on_poll()
         on_poll()

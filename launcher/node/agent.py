@@ -86,6 +86,8 @@ class Round:
     """Of the round among those of the fleet: what is to be killed is named by it."""
     checkpoint: Path | None = None
     output: Path | None = None
+    requests: Path | None = None
+    stream: Path | None = None
 
     @property
     def ranks(self) -> range:
@@ -315,6 +317,8 @@ class Agent:
                 threads=placement.threads_per_rank(config, num_cores()),
                 checkpoint=this_round.checkpoint,
                 output=this_round.output,
+                requests=this_round.requests,
+                stream=this_round.stream,
                 room=self._job.room_path(this_round.node) if has_room else None,
                 heartbeats=self._beats,
             )

@@ -40,12 +40,17 @@ class StageBar:
         )
         self._task = self._bar.add_task(stage, total=None, unit="")
         self._last_line = time.monotonic()
+        self._whole: tuple[int, str] | None = None
+        """What was done wholly when it was last heard of."""
 
     def update(self, stage: str, done: int, total: int | None, unit: str) -> None:
         """`stage` says what is being done; `done` of `total` (None when not known) in `unit`s."""
         self._bar.update(self._task, description=escape(stage), completed=done, total=total, unit=unit)
-        now = time.monotonic()
-        if not self._display.draws and now - self._last_line > _LINE_SECONDS.get(self._display.mode, 0.0):
+        now, whole, before = time.monotonic(), (done, unit) if done == total else None, self._whole
+        self._whole = whole
+        is_due = now - self._last_line > _LINE_SECONDS.get(self._display.mode, 0.0)
+        # scripts see the end of everything, however little time it took
+        if not self._display.draws and (is_due or (self._display.mode == "json" and whole and whole != before)):
             self._last_line = now
             self._display.progress(self._stage, stage, done, total, unit)
 

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from launcher.evaluation.intervals import Measure
 from launcher.evaluation.results import EvaluationResults, TaskResult, check_comparable
@@ -13,25 +15,25 @@ from trainer.config import UserError
 _PANELS_A_ROW = 4
 
 
-def results_table(results: EvaluationResults) -> Table:
-    """One checkpoint: a row for each task, number of shots and metric."""
+def results_table(results: EvaluationResults) -> Group:
+    """One checkpoint: a row for each task, number of shots and metric, and below what must be known of them."""
     table = Table(title=f"tasks on {results.checkpoint}", title_justify="left")
-    table.add_column("task", no_wrap=True)
-    for heading in ("shots", "metric", "value", "95 %", "chance", "examples"):
+    table.add_column("task", overflow="fold")
+    for heading in ("shots", "metric", "value (95 %)", "of"):
         table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
-    table.add_column("notes")
+    told = []
     for result in results.tasks:
         for metric, measure in result.metrics.items():
-            value, interval = _shown(measure)
-            chance = f"{result.chance:.3f}" if metric == "accuracy" and result.chance is not None else ""
-            facts = (str(result.shots), metric, value, interval, chance, str(result.num_examples))
-            table.add_row(result.task, *facts, "; ".join(notes(result, metric)))
-    return table
+            table.add_row(result.task, str(result.shots), metric, _with_interval(measure), str(result.num_examples))
+            if found := notes(result, metric):
+                told.append(f"{result.task}, {result.shots} shots, {metric}: {'; '.join(found)}")
+    return Group(table, *(Text(line) for line in told))
 
 
 def notes(result: TaskResult, metric: str) -> list[str]:
     """What a reader must know of a value: what was left out, and what was in the training text."""
-    found = [f"{count} skipped: {reason}" for reason, count in result.skipped.items()]
+    found = [f"chance {result.chance:.3f}"] if metric == "accuracy" and result.chance is not None else []
+    found += [f"{count} skipped: {reason}" for reason, count in result.skipped.items()]
     if result.num_truncated:
         found.append(f"{result.num_truncated} prompts cut at the left")
     if result.mean_demonstrations < result.shots and result.num_examples:
@@ -40,8 +42,8 @@ def notes(result: TaskResult, metric: str) -> list[str]:
     if seen is not None:
         share = "none can be found" if seen.dirty_share is None else f"{seen.dirty_share:.0%} dirty"
         found.append(
-            f"{share} ({seen.ngram} words): {_shown(seen.clean[metric])[0]} on {seen.num_clean} clean, "
-            f"{_shown(seen.dirty[metric])[0]} on {seen.num_dirty} dirty"
+            f"{share} ({seen.ngram} words): {_shown(seen.clean[metric])} on {seen.num_clean} clean, "
+            f"{_shown(seen.dirty[metric])} on {seen.num_dirty} dirty"
         )
         if seen.num_short:
             found.append(f"{seen.num_short} too short to be found")
@@ -129,9 +131,12 @@ def _curves(results: Sequence[tuple[int, EvaluationResults]]) -> dict[tuple[str,
     return curves
 
 
-def _shown(measure: Measure | None) -> tuple[str, str]:
-    """(value, interval)"""
-    return ("-", "") if measure is None else (f"{measure.value:.3f}", f"{measure.low:.3f} to {measure.high:.3f}")
+def _shown(measure: Measure | None) -> str:
+    return "-" if measure is None else f"{measure.value:.3f}"
+
+
+def _with_interval(measure: Measure | None) -> str:
+    return "-" if measure is None else f"{measure.value:.3f} ({measure.low:.2f} to {measure.high:.2f})"
 
 
 def _compared(value: float | None, first: float | None) -> str:

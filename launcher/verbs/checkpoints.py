@@ -2,10 +2,9 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,9 @@ from trainer.checkpoint.format.retention import Fate, Present
 from trainer.config import CheckpointConfig, RunConfig, UserError
 from trainer.config_file import Difference
 from trainer.events import read_events
+from trainer.progress import Update, counting, unheard
 from trainer.run_dir import RunDir
 from trainer.training_state import MASTER
-
-Update = Callable[[str, int, int | None, str], None]
-"""Hears what is being done, how much of it is done, of how much, in which unit."""
 
 if TYPE_CHECKING:
     from trainer.checkpoint.format.comparison import TensorDifference
@@ -168,7 +165,7 @@ class Verdict:
     seconds: float = 0.0
 
 
-def verify(paths: Iterable[Path], update: Update = lambda *_: None) -> Iterator[Verdict]:
+def verify(paths: Iterable[Path], update: Update = unheard) -> Iterator[Verdict]:
     """Read every file of the given checkpoints, and of all of a given run, against its hash; see that all are whole.
 
     Args:
@@ -181,16 +178,12 @@ def verify(paths: Iterable[Path], update: Update = lambda *_: None) -> Iterator[
         started = time.monotonic()
         try:
             with store.being_read(path):
-                manifest = store.verify(path, advance=partial(_told, update, path))
+                manifest = store.verify(path, advance=counting(update, f"verify: {path.name}", "files"))
                 problem = _not_whole(path, manifest)
         except UserError as error:
             yield Verdict(path, _without(path, error))
             continue
         yield Verdict(path, problem, len(manifest.files), manifest.num_bytes, time.monotonic() - started)
-
-
-def _told(update: Update, path: Path, done: int, total: int) -> None:
-    update(f"verify: {path.name}", done, total, "files")
 
 
 def _meant(path: Path) -> list[Path]:

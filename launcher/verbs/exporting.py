@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from trainer import config_file
 from trainer.config import ModelConfig, RunConfig
 from trainer.plan import FP32, num_parameters
+from trainer.progress import Update, counting, unheard
 from trainer.rank_spec import RankSpec
 from trainer.run_dir import RunDir
 
@@ -61,6 +62,7 @@ def export_checkpoint(
     facts: Mapping[str, object],
     dtype: Dtype = "fp32",
     verify: Verify = "auto",
+    update: Update = unheard,
 ) -> Verified:
     """Export, verify and put in place.
 
@@ -74,11 +76,13 @@ def export_checkpoint(
     from trainer.checkpoint.huggingface import export, model_card  # seconds to import: not before they are needed
 
     weights = export.EXPORT_DTYPES[dtype]
-    temporary = export.export_model(checkpoint, config, tokenizer, out, facts, dtype=weights)
+    temporary = export.export_model(
+        checkpoint, config, tokenizer, out, facts, dtype=weights, advance=counting(update, "export: writing", "tensors")
+    )
     how = method(verify, config.model, available_bytes())
     try:
         with _scratch(out.with_name(f".{out.name}.verify")) as scratch:
-            verified = _verify(how, temporary, checkpoint, config, run_dir, ranks, scratch, weights)
+            verified = _verify(how, temporary, checkpoint, config, run_dir, ranks, scratch, weights, update)
     except Exception:
         shutil.rmtree(temporary)
         raise
@@ -128,6 +132,7 @@ def _verify(
     ranks: Callable[[], "Ranks"],
     scratch: Path,
     dtype: "torch.dtype",
+    update: Update,
 ) -> Verified:
     from trainer.checkpoint.huggingface import verification
     from trainer.checkpoint.huggingface.abridgement import abridge
@@ -135,7 +140,10 @@ def _verify(
     if how == "none":
         return Verified(how, None, 0, "not verified", "Not verified, as was asked for.")
     sample = verification.SAMPLED_TENSORS if how == "sample" else None
-    tensors = verification.check_tensors(folder, checkpoint, config.model, dtype, config.seed, sample)
+    tensors = verification.check_tensors(
+        folder, checkpoint, config.model, dtype, config.seed, sample, counting(update, "export: comparing", "tensors")
+    )
+    update("export: computing logits", 0, None, "tokens")
     output = (scratch / "logits.pt").resolve()
     if how == "full":
         ranks().run("logits", lambda: None, checkpoint=checkpoint.resolve(), output=output)
@@ -146,18 +154,25 @@ def _verify(
         _run_one_rank(short.config, run_dir, short.checkpoint, output, scratch)
         layers = ", ".join(str(layer + 1) for layer in short.layers)
         whose, opened = f"the trained model's, both cut down to layers {layers}", short.export
-    return _compare_logits(how, opened, output, whose, dtype, tensors)
+    return _compare_logits(how, opened, output, whose, dtype, tensors, update)
 
 
 def _compare_logits(
-    how: Verify, folder: Path, output: Path, whose: str, dtype: "torch.dtype", tensors: "TensorComparison"
+    how: Verify,
+    folder: Path,
+    output: Path,
+    whose: str,
+    dtype: "torch.dtype",
+    tensors: "TensorComparison",
+    update: Update,
 ) -> Verified:
     import torch
 
     from trainer.checkpoint.huggingface import verification
 
     trained = torch.load(output, weights_only=True)
-    found = verification.check_logits(folder, trained["logits"], trained["tokens"], dtype)
+    advance = counting(update, "export: comparing logits", "tokens")
+    found = verification.check_logits(folder, trained["logits"], trained["tokens"], dtype, advance)
     summary = (
         f"{tensors.num_tensors} of {tensors.of_tensors} tensors equal bit for bit, logits within {found.largest:.2g} "
         f"of {whose} over {found.num_tokens} tokens"

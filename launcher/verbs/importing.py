@@ -8,6 +8,7 @@ from data_pipeline.tokenization import Tokenizer, install_tokenizer
 from trainer import config_file
 from trainer.checkpoint.format import store
 from trainer.config import ModelConfig, RunConfig, UserError
+from trainer.progress import Update, unheard
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
@@ -23,7 +24,7 @@ class Imported:
     """Why no data can be prepared with its tokenizer."""
 
 
-def import_model(source: str, out: Path, revision: str | None = None) -> Imported:
+def import_model(source: str, out: Path, revision: str | None = None, update: Update = unheard) -> Imported:
     """Make a model of Hugging Face a checkpoint to train on from, with its config and its tokenizer, in `out`.
 
     Raises:
@@ -47,7 +48,7 @@ def import_model(source: str, out: Path, revision: str | None = None) -> Importe
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(config_file.dump_tree({key: value for key, value in settings.items() if value}), encoding="utf-8")
     origin = source if revision is None else f"{source}@{revision}"
-    checkpoint = importing.import_weights(folder, family, config, out, origin, data)
+    checkpoint = importing.import_weights(folder, family, config, out, origin, data, update=update)
     return Imported(checkpoint, config, family.architecture, path, problem)
 
 

@@ -29,7 +29,7 @@ from launcher.report import data as data_report
 from launcher.report import training as report
 from launcher.report.display import Display, StageBar
 from launcher.supervise.supervisor import Supervisor
-from launcher.verbs import checks, exporting
+from launcher.verbs import checks, exporting, judging
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import MANIFEST, read_manifest
 from trainer.config import RunConfig
@@ -214,12 +214,28 @@ def prepare_data(claimed: ClaimedRun, workers: Workers | int | None = None) -> N
 
 
 def train(claimed: ClaimedRun) -> None:
-    """Train to the end of the run from its newest checkpoint, with a held-out evaluation before and after."""
+    """Train to the end of the run from its newest checkpoint, with a held-out evaluation before and after.
+
+    Where the run has tasks, or a service, checkpoints are judged meanwhile, and the last one before this returns.
+    """
+    config, run_dir = claimed.config, claimed.run_dir
+    trained = is_trained(config, run_dir)
+    if trained:
+        claimed.display.line(f"train     trained already, to step {Schedule(config).num_steps}")
+    if trained and not (judging.is_wanted(config) and judging.is_behind(config, run_dir)):
+        return
+    with judging.service(config, run_dir, claimed.log.write, claimed.ranks) as service:
+        if not trained:
+            _train_to_the_end(claimed)
+        if service is not None:
+            with claimed.stage("evaluate") as bar:
+                service.finish(bar.update)
+                bar.result = judging.summary(run_dir)
+
+
+def _train_to_the_end(claimed: ClaimedRun) -> None:
     config, run_dir = claimed.config, claimed.run_dir
     schedule = Schedule(config)
-    if is_trained(config, run_dir):
-        claimed.display.line(f"train     trained already, to step {schedule.num_steps}")
-        return
     data = run_dir.data_for(config)
     claimed.begin()
     uses = checks.planned_epochs(config, manifest := Manifest.load(data))
@@ -294,7 +310,7 @@ def export(claimed: ClaimedRun) -> None:
         facts["Held-out loss, nats per token"] = history.evaluated[-1]["loss"]
         tokenizer = run_dir.data_for(config) / TOKENIZER_FOLDER
         verified = exporting.export_checkpoint(
-            config, run_dir, claimed.ranks, checkpoint, tokenizer, run_dir.export, facts
+            config, run_dir, claimed.ranks, checkpoint, tokenizer, run_dir.export, facts, update=bar.update
         )
         difference, tokens = verified.largest_difference, verified.num_tokens
         claimed.log.write("export_verified", how=verified.how, largest_difference=difference, tokens=tokens)

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean as mean
 from typing import Any
@@ -180,7 +181,10 @@ def plain_unigram_loss(train: list[int], labels: list[int], vocab_size: int) -> 
 
 
 def evaluate_all_ways(checkpoint: Path, data: Path, tokens: Tensor) -> Callable[[RunConfig, torch.device], Any]:
-    """Each rank's (result through the engine, result through the frozen model, logits through both or None)."""
+    """Each rank's (result through the engine, result through the frozen model, logits through both or None).
+
+    The frozen model tells ranks that know losses of every micro-batch, and the others of none.
+    """
 
     def rank(config: RunConfig, device: torch.device) -> Any:
         folder = PreparedFolder.open(data)
@@ -189,7 +193,11 @@ def evaluate_all_ways(checkpoint: Path, data: Path, tokens: Tensor) -> Callable[
         sharded.load(engine, checkpoint)
         frozen = FrozenModel(config, checkpoint, device)
         logits = frozen.logits(tokens), window_logits(engine.stages, config.model, tokens)
-        return evaluation.run(engine.evaluate), evaluation.run(frozen.evaluate), logits
+        told: list[tuple[int, int]] = []
+        by_frozen = evaluation.run(partial(frozen.evaluate, advance=lambda *counts: told.append(counts)))
+        total = told[0][1] if told else 0
+        assert told == [(done, total) for done in range(1, total + 1)] and bool(told) == (logits[0] is not None)
+        return evaluation.run(engine.evaluate), by_frozen, logits
 
     return rank
 

@@ -132,6 +132,8 @@ def test_verbs_refuse_paths_that_hold_nothing(tmp_path: Path, capsys: pytest.Cap
     assert "is no checkpoint" in refused(capsys, "eval", tmp_path)
     assert "is no checkpoint" in refused(capsys, "export", tmp_path, "--out", tmp_path / "hf")
     assert "no Hugging Face folder" in refused(capsys, "generate", tmp_path, "--prompt", "the")
+    both = ("--greedy", "--temperature", "0.5")
+    assert "contradict each other" in refused(capsys, "generate", tmp_path, "--prompt", "the", *both)
     assert not (tmp_path / "hf").exists()
 
 

@@ -73,7 +73,7 @@ def test_everything_is_shown_and_nobody_complains(page: Page, tmp_path: Path) ->
         open_at(page, monitor, 300)
         assert points(page, "Loss", "training") == points(page, "Gradient norm", "grad norm") == 300
         assert points(page, "Loss", "held-out") == 4
-        assert points(page, "Tasks", "arithmetic/accuracy@8") == 3
+        assert points(page, "Tasks", "arithmetic/8-shot/accuracy") == 3
         visible = page.evaluate("[...document.querySelectorAll('#plots svg')].map(s => s.getAttribute('aria-label'))")
         assert set(PLOTS) < set(visible)
         for plot in visible:  # the failure and the start after it

@@ -51,6 +51,12 @@ def weights_digest(export: Path) -> str:
     return hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
 
 
+def ends_said(stderr: str) -> dict[str, tuple[int, str]]:
+    """By `--progress json`: of what was done wholly how much it was, in what unit."""
+    said = [line for line in map(orjson.loads, stderr.splitlines()) if line["kind"] == "progress"]
+    return {line["doing"]: (line["done"], line["unit"]) for line in said if line["done"] == line["total"]}
+
+
 class TestUndisturbed:
     def test_leaves_what_it_promises(self, finished: tuple[Path, str]) -> None:
         run_dir, _ = finished
@@ -116,8 +122,9 @@ class TestOtherVerbs:
     def test_eval_gives_the_run_s_own_figure_in_another_layout(self, finished: tuple[Path, str]) -> None:
         run_dir, _ = finished
         one_rank = ("--set", "parallel.tensor=1", "parallel.pipeline=1")
-        outcome = broadgauge("eval", run_dir, *one_rank)
+        outcome = broadgauge("--progress", "json", "eval", run_dir, *one_rank)
         assert outcome.returncode == 0, outcome.stderr
+        assert ends_said(outcome.stderr)["evaluate"] == (3, "micro-batches")  # of 4 sequences
         result = orjson.loads(outcome.stdout)
         recorded = final_evaluation(run_dir)
         assert result["step"] == NUM_STEPS and result["tokens"] == recorded["tokens"]
@@ -132,8 +139,12 @@ class TestOtherVerbs:
     @pytest.mark.slow
     def test_export_of_an_earlier_checkpoint(self, finished: tuple[Path, str], tmp_path: Path) -> None:
         run_dir, _ = finished
-        outcome = broadgauge("export", run_dir / "checkpoints" / "step-00000016", "--out", tmp_path / "hf")
+        checkpoint = run_dir / "checkpoints" / "step-00000016"
+        outcome = broadgauge("--progress", "json", "export", checkpoint, "--out", tmp_path / "hf")
         assert outcome.returncode == 0, outcome.stderr
+        ends = ends_said(outcome.stderr)
+        assert list(ends) == [f"export: {what}" for what in ("verifying", "writing", "comparing", "comparing logits")]
+        assert ends["export: writing"] == ends["export: comparing"] == (28, "tensors")
         assert (tmp_path / "hf" / "model.safetensors").exists()
         assert weights_digest(tmp_path / "hf") != weights_digest(run_dir / "export")
 
@@ -143,6 +154,19 @@ class TestOtherVerbs:
         assert end.value.code == 0
         printed = capsys.readouterr().out
         assert printed.startswith("the model") and len(printed.strip()) > len("the model")
+
+    def test_the_likeliest_text_is_that_of_the_export(
+        self, finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of the run by its own ranks, of the export by transformers; in fp32 on either side."""
+        way = ("--prompt", "the model", "--max-new-tokens", "12", "--greedy", "--repetition-penalty", "1.1")
+        printed = []
+        for path, settings in ((finished[0], ["--set", "train.precision=fp32"]), (finished[0] / "export", [])):
+            with pytest.raises(SystemExit) as end:
+                main(["generate", str(path), *way, *settings])
+            assert end.value.code == 0
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1]
 
     def test_prepare_then_train_elsewhere_and_resume_from_it(
         self, finished: tuple[Path, str], config_file: Path, tmp_path: Path

@@ -2,24 +2,34 @@
 
     search = BeamSearch(decoding, stop_ids, max_new_tokens)
     while not search.is_done:
-        search.advance(next_logprobs(search.live))  # one row a live beam; search.parents says whose cache goes where
-    search.best
+        logprobs = ...  # of each next token, one row a live beam
+        parents = search.advance(search.likeliest(logprobs))  # whose keys and values belong to the live beams now
 
-The search is that of Tensor2Tensor, with which T5 was measured, and with its parameters GPT-3 (Brown et al. 2020, 2.4):
-of each step's 2 x beams likeliest candidates, those that end are set aside, and the likeliest of the others live on;
-it is over when no live beam can come to a better score than the best that has ended. Beams that are cut off by the
-limit are an answer only where none has ended.
+The rules are those of transformers, but for the length penalty: of each step's likeliest candidates, as many as there
+are beams, those that end are set aside, and the likeliest of all others live on. The search is over when no live beam
+can come to a better score than the best that has ended (transformers' early_stopping="never"). Beams that the limit
+cuts off are answers too.
 
 Shapes: n live beams, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trainer.inference.requests import Decoding, Tokens
+
+
+class Candidate(NamedTuple):
+    """A live beam and a token that may follow it."""
+
+    row: int
+    token: int
+    logprob: float
+    """Of the beam with the token."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,6 @@ class BeamSearch:
         self._is_stuck = False
         self.live = [Beam((), 0.0)]
         """The likeliest first, all of one length."""
-        self.parents = [0]
-        """For each live beam, the row of the last step that it goes on from."""
 
     @property
     def is_done(self) -> bool:
@@ -56,33 +64,49 @@ class BeamSearch:
 
     @property
     def best(self) -> Beam:
-        """Of all so far; of the whole search once it is done."""
-        return self._best_ended or max(self.live, key=self._score)
+        """Of all once the search is done."""
+        if self._best_ended is None:
+            return max(self.live, key=self._score)
+        cut_off = self.live if len(self.live[0].tokens) == self._max_new_tokens else []
+        return max([self._best_ended, *cut_off], key=self._score)
 
-    def advance(self, logprobs: Tensor) -> None:
-        """One token more.
+    @property
+    def num_candidates(self) -> int:
+        """How many of the likeliest must be known: each token that ends may come before every beam that goes on."""
+        return self._beams * (1 + len(self._stop_ids))
+
+    def likeliest(self, logprobs: Tensor) -> list[Candidate]:
+        """The candidates for `advance`.
 
         Args:
             logprobs: [n, V], nats of each next token after each live beam; -inf: never.
         """
-        before = torch.tensor([beam.logprob for beam in self.live], dtype=torch.float64)
-        totals = (before[:, None].to(logprobs.device) + logprobs.double()).flatten()
-        ends = torch.tensor(sorted(self._stop_ids), dtype=torch.long, device=logprobs.device)
-        rows = torch.arange(len(logprobs), device=logprobs.device) * logprobs.shape[1]
-        goes_on = totals.index_fill(0, (rows[:, None] + ends).flatten(), -torch.inf)
-        ended = [beam for _, beam in self._top(totals, logprobs.shape[1], 2 * self._beams) if self._has_ended(beam)]
-        going = self._top(goes_on, logprobs.shape[1], self._beams)
-        candidates = ended if self._best_ended is None else [self._best_ended, *ended]
-        self._best_ended = max(candidates, key=self._score, default=None)
-        if going:
-            self.parents, self.live = [row for row, _ in going], [beam for _, beam in going]
-        self._is_stuck = not going  # every token ends, or is never to come
+        before = torch.tensor([beam.logprob for beam in self.live], dtype=torch.float64, device=logprobs.device)
+        totals = (before[:, None] + logprobs).flatten()
+        best = totals.topk(min(self.num_candidates, totals.numel()))
+        rows, tokens = best.indices // logprobs.shape[1], best.indices % logprobs.shape[1]
+        found = zip(rows.tolist(), tokens.tolist(), best.values.tolist(), strict=True)
+        return [Candidate(row, token, total) for row, token, total in found if total > -torch.inf]
 
-    def _top(self, totals: Tensor, vocab_size: int, count: int) -> list[tuple[int, Beam]]:
-        best = totals.topk(min(count, totals.numel()))
-        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        places = ((*divmod(place, vocab_size), value) for place, value in found if value > -torch.inf)
-        return [(row, Beam((*self.live[row].tokens, token), value)) for row, token, value in places]
+    def advance(self, candidates: Sequence[Candidate]) -> list[int]:
+        """One token more.
+
+        Args:
+            candidates: `num_candidates` of the likeliest, or all there are; the likeliest first.
+
+        Returns:
+            For each live beam the row of the last step that it goes on from.
+        """
+        beams = [Beam((*self.live[each.row].tokens, each.token), each.logprob) for each in candidates]
+        ended = [beam for beam in beams[: self._beams] if self._has_ended(beam)]
+        if self._best_ended is not None:
+            ended.append(self._best_ended)
+        self._best_ended = max(ended, key=self._score, default=None)
+        going = [place for place, beam in enumerate(beams) if not self._has_ended(beam)][: self._beams]
+        self._is_stuck = not going  # every token ends, or is never to come
+        if going:
+            self.live = [beams[place] for place in going]
+        return [candidates[place].row for place in going]
 
     def _has_ended(self, beam: Beam) -> bool:
         return beam.tokens[-1] in self._stop_ids

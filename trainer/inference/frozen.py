@@ -17,6 +17,7 @@ from trainer.data.batches import MicroBatch
 from trainer.inference.windows import window_logits
 from trainer.model.gpt import build_chunks
 from trainer.pipeline import StageView, WatchLosses, run_schedule, sum_over_replicas
+from trainer.progress import Advance, unheard
 
 
 class FrozenModel:
@@ -35,10 +36,17 @@ class FrozenModel:
         self.stages = [StageView(chunk, chunk) for chunk in self.chunks]
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch], watch: WatchLosses | None = None) -> tuple[float, int]:
-        """Sum of token losses (nats) and number of tokens over all replicas; the same on every rank."""
+    def evaluate(
+        self, micro_batches: Sequence[MicroBatch], watch: WatchLosses | None = None, advance: Advance = unheard
+    ) -> tuple[float, int]:
+        """Sum of token losses (nats) and number of tokens over all replicas; the same on every rank.
+
+        `advance` hears on the ranks of the last pipeline stage how many of their micro-batches are done.
+        """
         model = self.config.model
-        return sum_over_replicas(*run_schedule(self.stages, model, micro_batches, forward_only=True, watch=watch))
+        return sum_over_replicas(
+            *run_schedule(self.stages, model, micro_batches, forward_only=True, watch=watch, advance=advance)
+        )
 
     def logits(self, tokens: Tensor) -> Tensor | None:
         """See `window_logits`."""

@@ -94,7 +94,7 @@ class GPT(GPTModel):
         return self.output_layer(hidden_states, labels, tied)
 
 
-def build_chunks(config: RunConfig) -> list[GPTModel]:
+def build_chunks(config: RunConfig) -> list[GPT]:
     """This rank's virtual pipeline chunks, uninitialised (weights are whatever memory held)."""
     mcore_config = transformer_config(config)
     virtual = config.parallel.virtual_pipeline
@@ -102,7 +102,7 @@ def build_chunks(config: RunConfig) -> list[GPTModel]:
     return [_build_chunk(config, mcore_config, stage) for stage in stages]
 
 
-def _build_chunk(config: RunConfig, mcore_config: TransformerConfig, virtual_stage: int | None) -> GPTModel:
+def _build_chunk(config: RunConfig, mcore_config: TransformerConfig, virtual_stage: int | None) -> GPT:
     model = config.model
     chunk = GPT(
         mcore_config,

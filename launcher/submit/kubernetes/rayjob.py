@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from launcher.sizing import service_config
 from launcher.submit.kubernetes import names, rules, sizes
 from launcher.submit.kubernetes.sizes import PodSize
 from trainer import config_file
@@ -59,7 +60,7 @@ def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict
     head, worker = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
     spec["entrypoint"] = f"broadgauge run {CONFIG_PATH} --run-dir {_checked(run_dir)} --ray auto"
     cluster["rayVersion"] = version("ray")
-    worker["replicas"] = worker["minReplicas"] = worker["maxReplicas"] = config.launch.nodes + config.launch.spares
+    worker["replicas"] = worker["minReplicas"] = worker["maxReplicas"] = _num_machines(config)
     with_gpus = wants_gpus(worker["template"], config)
     _fill(head, names.labels(name), sizes.head(config), config, run_dir)
     _fill(worker, names.labels(name), sizes.machine(config, with_gpus), config, run_dir)
@@ -75,6 +76,24 @@ def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict
     rules.check(job)
     rules.check_run_dir(job, run_dir)
     return job
+
+
+def _num_machines(config: RunConfig) -> int:
+    """All alike: of training, its spares, and the evaluation service.
+
+    Raises:
+        UserError: the service wants larger ones.
+    """
+    machines = config.launch.nodes + config.launch.spares
+    if not config.evaluation.has_service:
+        return machines
+    service = service_config(config)
+    if service.ranks_per_node > config.ranks_per_node:
+        raise UserError(
+            f"the evaluation service has {service.ranks_per_node} ranks on a machine, and machines are those of "
+            f"training, with {config.ranks_per_node}; raise evaluation.nodes, or lower evaluation.data"
+        )
+    return machines + service.launch.nodes
 
 
 def _reachable(config: RunConfig) -> RunConfig:

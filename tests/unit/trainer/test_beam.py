@@ -31,9 +31,9 @@ def searched(
     search = BeamSearch(decoding, stop_ids, max_new_tokens)
     while not search.is_done:
         before = search.live
-        search.advance(torch.tensor([next_logprobs(beam.tokens) for beam in before]))
-        for parent, beam in zip(search.parents, search.live, strict=True):
-            assert search.is_done or beam.tokens[:-1] == before[parent].tokens
+        parents = search.advance(search.likeliest(torch.tensor([next_logprobs(beam.tokens) for beam in before])))
+        if parents:
+            assert [before[parent].tokens for parent in parents] == [beam.tokens[:-1] for beam in search.live]
     return search
 
 
@@ -65,7 +65,7 @@ def test_with_a_beam_for_each_it_finds_the_best_of_all(length_penalty: float) ->
             if stop not in tokens:
                 totals |= {(*tokens, token): totals[tokens] + x for token, x in enumerate(model(tokens))}
     best = max(
-        (tokens for tokens in totals if tokens and tokens[-1] == stop),
+        (tokens for tokens in totals if len(tokens) == max_new_tokens or tokens[-1:] == (stop,)),
         key=lambda tokens: totals[tokens] / ((5 + len(tokens)) / 6) ** length_penalty,
     )
     decoding = Decoding(beams=vocab_size**max_new_tokens, length_penalty=length_penalty)
@@ -73,20 +73,29 @@ def test_with_a_beam_for_each_it_finds_the_best_of_all(length_penalty: float) ->
     assert (found.tokens, found.logprob) == (best, pytest.approx(totals[best], rel=1e-6))
 
 
-def test_the_penalty_decides_between_short_and_long() -> None:
-    """Ends at once at 0.5, or goes on at 0.5 and ends, after sure steps, with all of that."""
-    sure = {0: math.log(0.999), 1: math.log(0.001)}
+@pytest.mark.parametrize(
+    ("length_penalty", "goes_on", "is_long"),
+    [
+        (0.0, 0.49, False),
+        (0.6, 0.49, True),
+        # by ((5 + 5) / 6)^0.6, which is 1.359: what takes five tokens may be that much less likely, in nats
+        (0.6, math.exp(1.33 * math.log(0.5)), True),
+        (0.6, math.exp(1.39 * math.log(0.5)), False),
+        # further behind at two tokens than five will make good
+        (2.0, math.exp(2.7 * math.log(0.5)), True),
+    ],
+)
+def test_the_penalty_decides_between_short_and_long(length_penalty: float, goes_on: float, is_long: bool) -> None:
+    """Ends at once at 0.5, or goes on to end for sure at the fifth token."""
 
     def model(tokens: Tokens) -> list[float]:
         if tokens == ():
-            return [math.log(0.5), math.log(0.5)]
-        return [sure[1], sure[0]] if len(tokens) == 4 else [sure[0], sure[1]]
+            return [math.log(goes_on), math.log(0.5), math.log(0.5 - goes_on)]
+        ends = tokens[0] == 0 and len(tokens) == 4
+        return log_softmax([0.0, 20.0, 0.0] if ends else [20.0, 0.0, 0.0] if tokens[0] == 0 else [0.0, 0.0, 0.0])
 
-    def answer(length_penalty: float) -> Tokens:
-        return searched(model, Decoding(beams=2, length_penalty=length_penalty), (1,), 6).best.tokens
-
-    assert answer(0.0) == (1,)
-    assert answer(0.6) == (0, 0, 0, 0, 1)
+    found = searched(model, Decoding(beams=2, length_penalty=length_penalty), (1,), 6).best.tokens
+    assert found == ((0, 0, 0, 0, 1) if is_long else (1,))
 
 
 def test_it_is_over_when_nothing_better_can_come() -> None:
@@ -101,11 +110,21 @@ def test_it_is_over_when_nothing_better_can_come() -> None:
     assert steps < 10
 
 
-def test_what_is_cut_off_is_an_answer_where_nothing_ended() -> None:
-    model = language(3, 6)
-    assert len(searched(model, Decoding(beams=3), (), 5).best.tokens) == 5
-    ending = searched(model, Decoding(beams=3), (0,), 5).best
-    assert ending.tokens[-1] == 0
+def test_what_is_cut_off_is_an_answer_too() -> None:
+    def model(tokens: Tokens) -> list[float]:
+        return [math.log(0.7), math.log(0.3)] if tokens == () else [math.log(0.99), math.log(0.01)]
+
+    assert searched(model, Decoding(beams=2), (1,), 5).best.tokens == (0,) * 5
+    assert len(searched(language(3, 6), Decoding(beams=3), (), 5).best.tokens) == 5
+
+
+def test_what_was_not_cut_off_is_none() -> None:
+    """A text that ends as likely as not at its second token, whose beginning is likelier than all of it."""
+
+    def model(tokens: Tokens) -> list[float]:
+        return [math.log(0.98), -math.inf, math.log(0.02)] if len(tokens) == 0 else [-9.0, math.log(0.5), -9.0]
+
+    assert searched(model, Decoding(beams=2), (1,), 50).best.tokens == (0, 1)
 
 
 def test_a_beam_that_can_go_nowhere_is_the_answer_so_far() -> None:

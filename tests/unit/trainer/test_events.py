@@ -302,6 +302,103 @@ def test_who_looks_at_the_end_alone_does_not_see_what_was_put_aside(path: Path) 
     assert [event["step"] for event in reader.new_events()] == [3]
 
 
+class Writer:
+    """One that looks for a rotation only when told to."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name, self.written = path, name, 0
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self) -> None:
+        self.file.write(orjson.dumps({"kind": "step", "by": self.name, "number": self.written}) + b"\n")
+        self.written += 1
+
+    def look(self) -> None:
+        self.file.close()
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+
+
+def seen_of(reader: EventReader) -> list[tuple[str, int]]:
+    return [(event["by"], event["number"]) for event in reader.new_events()]
+
+
+def test_lines_added_late_to_files_put_aside_come_once(path: Path) -> None:
+    """Two rotations in a row, one writer behind each; readers from before, made anew, and of what is new alone."""
+    slow, late, prompt = (Writer(path, name) for name in ("slow", "late", "prompt"))
+    reader = EventReader(path)
+    slow.write()
+    assert seen_of(reader) == [("slow", 0)]
+    for writers in ([late, prompt], [prompt]):
+        rotate(path)
+        for writer in writers:
+            writer.look()
+        prompt.write()
+    assert seen_of(reader) == [("prompt", 0), ("prompt", 1)]
+    anew, at_end = EventReader(path), EventReader(path)
+    assert seen_of(anew) == [("slow", 0), ("prompt", 0), ("prompt", 1)]
+    at_end.skip_to_end()
+    prompt.write(), late.write(), slow.write()
+    rotate(path)
+    path.with_name("events.jsonl.3").unlink()
+    for each in (reader, anew, at_end):
+        assert seen_of(each) == [("slow", 1), ("late", 0), ("prompt", 2)], "also of what is deleted by now"
+        assert seen_of(each) == []
+
+
+def test_files_put_aside_are_not_kept_open_for_ever(path: Path) -> None:
+    now = 0.0
+    writer, reader = Writer(path, "writer"), EventReader(path, clock=lambda: now)
+
+    def num_open() -> int:
+        files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        return sum(file.startswith(str(path)) for file in files) - 1  # the writer's
+
+    for _ in range(3):
+        writer.write()
+        assert len(seen_of(reader)) == 1
+        rotate(path)
+        writer.look()
+        now += 20
+    assert seen_of(reader) == [] and num_open() == 4
+    now += 30
+    assert seen_of(reader) == [] and num_open() == 3, "the first was left 70 seconds ago, the second 50"
+    now += 90
+    assert seen_of(reader) == [] and num_open() == 1
+    for _ in range(30):
+        rotate(path)
+        writer.look()
+        assert seen_of(reader) == [] and num_open() <= 16
+    del reader
+    assert num_open() == 0
+
+
+@given(deeds=st.lists(st.sampled_from(["a", "b", "a looks", "b looks", "rotate", "delete", "read"]), max_size=30))
+def test_whatever_is_done_to_the_files_a_reader_gets_every_line_once(
+    tmp_path_factory: pytest.TempPathFactory, deeds: list[str]
+) -> None:
+    path = tmp_path_factory.mktemp("rotated") / "events.jsonl"
+    writers = {name: Writer(path, name) for name in "ab"}
+    reader, seen = EventReader(path), list[tuple[str, int]]()
+    for deed in [*deeds, "read"]:
+        match deed.split():
+            case [name]:
+                if name in writers:
+                    writers[name].write()
+                elif name == "rotate" and path.exists():
+                    rotate(path)
+                elif name == "read":
+                    seen += seen_of(reader)
+                elif name == "delete" and (aside := list(path.parent.glob("*.jsonl.*"))):
+                    seen += seen_of(reader)
+                    max(aside, key=lambda each: int(each.suffix[1:])).unlink()
+            case [name, _]:
+                writers[name].look()
+    for name, writer in writers.items():
+        writer.file.close()
+        assert [number for by, number in seen if by == name] == list(range(writer.written)), "each once, in order"
+    assert seen_of(reader) == []
+
+
 def test_other_files_beside_it_are_no_part_of_the_record(path: Path) -> None:
     EventLog(path).write("step", step=1)
     for name in ("events.jsonl.bak", "events.jsonl.1.gz", "events.jsonl.tmp"):

@@ -1,5 +1,6 @@
 """What an export answers, against the same class run plainly: one sequence at a time, and decoding in plain Python."""
 
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -44,11 +45,14 @@ class Plain:
     """The class of transformers, in double precision: what is left is the rounding of the one that is tested."""
 
     def __init__(self, folder: Path) -> None:
+        self._seen: dict[Tokens, list[list[float]]] = {}
         self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> list[list[float]]:
-        return self._model(torch.tensor([tokens])).logits[0].tolist()
+        if tokens not in self._seen:
+            self._seen[tokens] = self._model(torch.tensor([tokens])).logits[0].tolist()
+        return self._seen[tokens]
 
     def logprobs(self, request: Score) -> list[float]:
         rows = self.logits((request.context + request.continuation)[:-1])[len(request.context) - 1 :]
@@ -60,12 +64,19 @@ class Plain:
         def after(continuation: Tokens) -> list[float]:
             seen, decoding = request.prompt + continuation, request.decoding
             logits = self.logits(seen)[-1]
-            logits = with_repetition_penalty(logits, seen, decoding.repetition_penalty)
-            if decoding.no_repeat_ngram:
-                logits = without_repeated_ngrams(logits, seen, decoding.no_repeat_ngram)
-            return log_softmax(logits)
+            logprobs = log_softmax(with_repetition_penalty(logits, seen, decoding.repetition_penalty))
+            return (
+                without_repeated_ngrams(logprobs, seen, decoding.no_repeat_ngram)
+                if decoding.no_repeat_ngram
+                else logprobs
+            )
 
         return after
+
+
+@functools.cache
+def plain_model(folder: Path) -> Plain:
+    return Plain(folder)
 
 
 def answers(folder: Path, requests: list[Any], **options: Any) -> list[Any]:
@@ -77,7 +88,7 @@ def answers(folder: Path, requests: list[Any], **options: Any) -> list[Any]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scores_are_those_of_a_plain_forward(variant: str, folders: dict[str, Path]) -> None:
-    plain = Plain(folders[variant])
+    plain = plain_model(folders[variant])
     for request, answer in zip(SCORES, answers(folders[variant], SCORES), strict=True):
         assert answer.logprobs == pytest.approx(plain.logprobs(request), rel=1e-6, abs=1e-6)
     for request, answer in zip(SCORES, answers(folders[variant], SCORES, dtype=torch.float64), strict=True):
@@ -125,7 +136,7 @@ PROMPTS = [some_tokens(length) for length in (4, 9, 4, 1, 9, 12)]
     ids=["likeliest", "penalty", "no token twice", "no pair twice"],
 )
 def test_greedy_is_what_plain_decoding_says(variant: str, decoding: Decoding, folders: dict[str, Path]) -> None:
-    plain = Plain(folders[variant])
+    plain = plain_model(folders[variant])
     requests = [Generate(prompt, 8, stop_ids, decoding) for prompt in PROMPTS for stop_ids in ((), tuple(range(150)))]
     found = answers(folders[variant], requests)
     assert found == [
@@ -138,16 +149,46 @@ def test_greedy_is_what_plain_decoding_says(variant: str, decoding: Decoding, fo
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("max_batch_tokens", [1, 10**6])
 def test_beams_are_those_of_the_plain_search(variant: str, max_batch_tokens: int, folders: dict[str, Path]) -> None:
-    plain = Plain(folders[variant])
+    plain = plain_model(folders[variant])
     requests = [
         Generate(PROMPTS[0], 4, (), Decoding(beams=3)),
         Generate(PROMPTS[1], 5, tuple(range(60)), Decoding(beams=4)),
-        Generate(PROMPTS[2], 4, tuple(range(60)), Decoding(beams=2, length_penalty=2.0, no_repeat_ngram=1)),
+        Generate(
+            PROMPTS[2],
+            4,
+            tuple(range(60)),
+            Decoding(beams=2, length_penalty=2.0, no_repeat_ngram=1, repetition_penalty=1.3),
+        ),
     ]
     assert answers(folders[variant], requests, max_batch_tokens=max_batch_tokens) == [
         Generated(plain_beams(plain.next_logprobs(each), each.decoding, each.stop_ids, each.max_new_tokens))
         for each in requests
     ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_a_length_penalty_beams_are_those_of_transformers(variant: str, folders: dict[str, Path]) -> None:
+    """Which divides by another; with none, nothing else differs."""
+    model = HuggingFaceModel(folders[variant], target="cpu")
+    stop_ids = tuple(range(0, VOCAB, 9))
+    ways = [Decoding(beams=beams, length_penalty=0.0) for beams in (2, 4)]
+    requests = [Generate(prompt, 9, stop_ids, way) for prompt in PROMPTS for way in ways]
+    found = model.answer(requests)
+    for request, answer in zip(requests, found, strict=True):
+        tokens = torch.tensor([request.prompt])
+        whole = model._model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            max_new_tokens=9,
+            num_beams=request.decoding.beams,
+            length_penalty=0.0,
+            early_stopping="never",
+            eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+        )
+        assert answer.tokens == tuple(whole[0, len(request.prompt) :].tolist())
+    assert len({len(answer.tokens) for answer in found}) > 1
 
 
 def test_the_end_of_text_ends_only_what_asks_for_it(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -180,16 +221,16 @@ def test_each_request_draws_from_a_stream_of_its_own(folders: dict[str, Path]) -
 def test_only_so_many_of_the_likeliest_are_drawn(folders: dict[str, Path]) -> None:
     model = HuggingFaceModel(folders["GPT-2"], target="cpu")
     prompt = PROMPTS[1]
-    logprobs = Plain(folders["GPT-2"]).next_logprobs(Generate(prompt, 1))(())
+    logprobs = plain_model(folders["GPT-2"]).next_logprobs(Generate(prompt, 1))(())
     ranked = sorted(range(VOCAB), key=lambda token: -logprobs[token])
 
-    def drawn(**options: Any) -> set[int]:
-        decoding = Decoding(temperature=3.0, **options)
-        return {each.tokens[0] for each in model.answer([Generate(prompt, 1, (), decoding)] * 60)}
+    def drawn(count: int, **options: Any) -> set[int]:
+        decoding = Decoding(temperature=10.0, **options)
+        return {each.tokens[0] for each in model.answer([Generate(prompt, 1, (), decoding)] * count)}
 
-    assert drawn(top_k=3) == set(ranked[:3])
-    assert drawn(top_p=1e-6) == {ranked[0]}
-    assert len(drawn()) > 25, "without a limit, and transformers' own is 50"
+    assert drawn(60, top_k=3) == set(ranked[:3])
+    assert drawn(20, top_p=1e-6) == {ranked[0]}
+    assert len(drawn(120)) > 60, "without a limit, and transformers' own is 50"
 
 
 def test_an_answer_to_each_in_their_order(folders: dict[str, Path]) -> None:

@@ -106,8 +106,8 @@ def test_prune_keeps_the_best_by_a_score_of_the_very_checkpoint(tmp_path: Path) 
         if step == 10:  # of an earlier life, whose weights were others
             manifest = replace(manifest, written_at=1.0)
         if accuracy is not None:
-            write_results(folder, manifest, {"scores": {"arithmetic/accuracy@8": accuracy}})
-    policy = CheckpointConfig(keep_last=1, keep_best=1, best_by="arithmetic/accuracy@8")
+            write_results(folder, manifest, {"arithmetic/8-shot/accuracy": accuracy})
+    policy = CheckpointConfig(keep_last=1, keep_best=1, best_by="arithmetic/8-shot/accuracy")
     assert outcomes(prune(tmp_path, 40, policy)) == {10: "removed", 20: "removed", 30: "kept", 40: "kept"}
     assert results_path(tmp_path / store.folder_name(10)).exists()  # what was found outlives what it was found of
 

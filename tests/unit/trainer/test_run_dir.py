@@ -53,11 +53,14 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path: Path, place: str) -> None:
         pass
 
 
-def test_monitoring_may_change_while_a_run_goes_on_and_nothing_else(run_dir: RunDir) -> None:
+def test_who_watches_and_judges_may_change_while_a_run_goes_on_and_nothing_else(run_dir: RunDir) -> None:
     EventLog(run_dir.events_path).write("training_started", step=0)
     watched = from_tree({"name": "lion", "monitoring": {"listen": "network"}})
     run_dir.create(watched)
     assert run_dir.config() == watched
+    judged = from_tree({"name": "lion", "evaluation": {"tasks": ["copying"]}})
+    run_dir.create(judged)
+    assert run_dir.config() == judged
     with pytest.raises(UserError, match="seed: 1234 -> 7"):
         run_dir.create(from_tree({"name": "lion", "seed": 7}))
 

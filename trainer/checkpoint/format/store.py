@@ -29,6 +29,7 @@ from trainer.checkpoint.format.manifest import (
     write_manifest,
 )
 from trainer.config import UserError
+from trainer.progress import Advance, unheard
 
 _NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})")  # of each step exactly the name that `folder_name` gives it
 _log = logging.getLogger(__name__)
@@ -116,9 +117,7 @@ def read(checkpoint: Path, *, part: bool = False) -> Manifest:
     return manifest
 
 
-def verify(
-    checkpoint: Path, only: Iterable[str] | None = None, advance: Callable[[int, int], None] = lambda done, total: None
-) -> Manifest:
+def verify(checkpoint: Path, only: Iterable[str] | None = None, advance: Advance = unheard) -> Manifest:
     """Check every file, or of a part of a checkpoint `only` those, against the manifest.
 
     Args:

@@ -10,6 +10,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +24,11 @@ from trainer.checkpoint.huggingface.configs import CONFIG
 from trainer.checkpoint.huggingface.generation import quiet
 from trainer.checkpoint.huggingface.verification import ExportMismatch, opened
 from trainer.config import UserError
+from trainer.data.batches import MicroBatch
 from trainer.inference.beam import BeamSearch
 from trainer.inference.requests import Answer, Generate, Generated, Request, Score, Scored, Tokens
+from trainer.pipeline import WatchLosses
+from trainer.progress import Advance, unheard
 
 R = TypeVar("R", Score, Generate)
 Numbered = tuple[int, R]
@@ -65,8 +69,8 @@ class HuggingFaceModel:
         self.vocab_size: int = model.config.vocab_size
 
     @torch.inference_mode()
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """In the order of the requests, which need no order.
+    def answer(self, requests: Sequence[Request], advance: Advance = unheard) -> list[Answer]:
+        """In the order of the requests, which need no order; `advance` hears how many are done.
 
         Raises:
             ValueError: a request does not fit the context.
@@ -74,9 +78,31 @@ class HuggingFaceModel:
         for number, request in enumerate(requests):
             self._check(number, request)
         answers: dict[int, Answer] = {}
-        answers |= self._score([(n, each) for n, each in enumerate(requests) if isinstance(each, Score)])
-        answers |= self._generate([(n, each) for n, each in enumerate(requests) if isinstance(each, Generate)])
+        scores = [(number, each) for number, each in enumerate(requests) if isinstance(each, Score)]
+        others = [(number, each) for number, each in enumerate(requests) if isinstance(each, Generate)]
+        for number, answer in chain(self._score(scores), self._generate(others)):
+            answers[number] = answer
+            advance(len(answers), len(requests))
         return [answers[number] for number in range(len(requests))]
+
+    @torch.inference_mode()
+    def evaluate(
+        self, micro_batches: Sequence[MicroBatch], watch: WatchLosses | None = None, advance: Advance = unheard
+    ) -> tuple[float, int]:
+        """Sum of token losses (nats) and number of tokens, as `trainer.inference.frozen.FrozenModel` has them."""
+        total, num_tokens = 0.0, 0
+        for number, batch in enumerate(micro_batches, 1):
+            tokens = batch.tokens.to(self._device)
+            logits = self._model(tokens[:, :-1], use_cache=False).logits.float()
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+            weight = torch.ones(len(tokens), device=losses.device) if batch.weight is None else batch.weight
+            losses *= weight.to(losses.device)[:, None]
+            total += losses.double().sum().item()
+            num_tokens += int(weight.sum().item()) * losses.shape[1]
+            if watch is not None:
+                watch(batch, losses)
+            advance(number, len(micro_batches))
+        return total, num_tokens
 
     def _check(self, number: int, request: Request) -> None:
         given, added = (
@@ -148,7 +174,7 @@ class HuggingFaceModel:
             rows = [[(*batch[place][1].prompt, *beam.tokens) for beam in searches[place].live] for place in running]
             following = self._following([row for group in rows for row in group])
             for place, group, logits in zip(running, rows, following.split([*map(len, rows)]), strict=True):
-                searches[place].advance(_adjusted(group, logits, batch[place][1]).log_softmax(-1))
+                searches[place].advance(searches[place].likeliest(_logprobs(group, logits, batch[place][1])))
         for (number, _), search in zip(batch, searches, strict=True):
             yield number, Generated(search.best.tokens)
 
@@ -166,14 +192,15 @@ def _scored(logits: Tensor, continuation: Tokens) -> Scored:
     return Scored(tuple(logprobs.tolist()), bool((logits.argmax(-1) == tokens).all()))
 
 
-def _adjusted(sequences: Sequence[Tokens], logits: Tensor, request: Generate) -> Tensor:
-    """Logits of the tokens after sequences of one length, as the request's decoding wants them; fp64."""
-    tokens, logits = torch.tensor(sequences, device=logits.device), logits.double()
+def _logprobs(sequences: Sequence[Tokens], logits: Tensor, request: Generate) -> Tensor:
+    """Of the tokens after sequences of one length, fp64; -inf for those that may not follow."""
+    tokens = torch.tensor(sequences, device=logits.device)
     if request.decoding.repetition_penalty != 1:
         logits = RepetitionPenaltyLogitsProcessor(request.decoding.repetition_penalty)(tokens, logits)
+    logprobs = logits.double().log_softmax(-1)
     if request.decoding.no_repeat_ngram > 0:
-        logits = NoRepeatNGramLogitsProcessor(request.decoding.no_repeat_ngram)(tokens, logits)
-    return logits
+        logprobs = NoRepeatNGramLogitsProcessor(request.decoding.no_repeat_ngram)(tokens, logprobs)
+    return logprobs
 
 
 def _generation_config(request: Generate) -> transformers.GenerationConfig:

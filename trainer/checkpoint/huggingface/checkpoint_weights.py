@@ -18,6 +18,7 @@ from trainer.checkpoint.huggingface.families.family import Slab
 from trainer.checkpoint.huggingface.rounding import MISSES
 from trainer.checkpoint.huggingface.safetensors_files import MAX_SHARD_BYTES
 from trainer.config import ModelConfig
+from trainer.progress import Advance, unheard
 from trainer.training_state import MASTER
 
 
@@ -69,13 +70,17 @@ class CheckpointWriter:
                 handle.seek(start)
                 handle.write(tensor.float().contiguous().view(-1).numpy().data)
 
-    def commit(self, facts: Manifest) -> Path:
+    def commit(self, facts: Manifest, advance: Advance = unheard) -> Path:
         """Make the checkpoint exist.
 
         Args:
             facts: all that the manifest says but the files and the kinds of state.
+            advance: hears how many of its files are on the disk, and hashed.
         """
-        files = {path.name: fingerprint(path, durable=True) for path in sorted(self._folder.iterdir())}
+        paths, files = sorted(self._folder.iterdir()), {}
+        for path in paths:
+            files[path.name] = fingerprint(path, durable=True)
+            advance(len(files), len(paths))
         lacking = incomplete([read_layout(self._folder / name) for name in files])
         assert lacking is None, lacking
         kinds = list(dict.fromkeys(chunk.name.partition("/")[0] for chunk in self._places))

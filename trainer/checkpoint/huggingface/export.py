@@ -26,6 +26,7 @@ from trainer.checkpoint.huggingface.families.family import Slab
 from trainer.checkpoint.huggingface.model_card import CARD, is_ours, model_card, trained_with
 from trainer.checkpoint.huggingface.safetensors_files import MAX_SHARD_BYTES, Entry, FileWriter, WeightsWriter
 from trainer.config import ModelConfig, RunConfig, UserError
+from trainer.progress import Advance, unheard
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROUNDING_FILE = "rounding.safetensors"
@@ -63,6 +64,7 @@ def export_model(
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Advance = unheard,
 ) -> Path:
     """Write the model and its tokenizer into a temporary folder beside `out`, and return that folder.
 
@@ -70,6 +72,7 @@ def export_model(
         checkpoint: of any layout; rows past the vocabulary are left out.
         facts: what the model card tells of the training, in this order.
         dtype: of the weights, one of `EXPORT_DTYPES`.
+        advance: hears how many of the tensors are written.
 
     Raises:
         UserError: the model cannot be exported, the tokenizer does not fit it, or `out` holds something else.
@@ -83,7 +86,7 @@ def export_model(
             shutil.copyfile(tokenizer_folder / name, temporary / name)
     family = family_of(config.model)
     slabs = family.slabs(config.model, write_configs(temporary, family, config.model, end_of_text, dtype))
-    write_weights(temporary, CheckpointWeights(checkpoint), config.model, slabs, dtype, max_shard_bytes)
+    write_weights(temporary, CheckpointWeights(checkpoint), config.model, slabs, dtype, max_shard_bytes, advance)
     card = model_card(config, family.architecture, dtype, facts, trained_with(read_manifest(checkpoint)))
     (temporary / CARD).write_text(card, encoding="utf-8")
     return temporary
@@ -96,6 +99,7 @@ def write_weights(
     slabs: list[Slab],
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Advance = unheard,
 ) -> None:
     """Stream the slabs into model.safetensors or its shards, and what rounding loses into a file of its own."""
     parts = [part for slab in slabs for part in slab.parts]
@@ -107,6 +111,7 @@ def write_weights(
         if rounded:
             entries = [Entry(part.name, part.shape, torch.int8) for part in rounded]
             misses = files.enter_context(FileWriter(folder / ROUNDING_FILE, entries))
+        num_written = 0
         for slab in slabs:
             held = weights.read(slab)
             for part in slab.parts:
@@ -115,6 +120,7 @@ def write_weights(
                 writer.write(part.name, theirs.to(dtype))
                 if misses is not None and scaling and not scaling.is_exact:
                     misses.write(part.name, scaling.missed_ours(ours, theirs))
+            advance(num_written := num_written + len(slab.parts), len(parts))
 
 
 def commit(temporary: Path, out: Path) -> None:

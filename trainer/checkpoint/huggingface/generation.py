@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -12,11 +13,12 @@ from trainer.checkpoint.huggingface.configs import CONFIG
 from trainer.config import UserError
 
 
-def generate(folder: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
+def generate(folder: Path, prompt: str, max_new_tokens: int, seed: int, **options: Any) -> str:
     """Sample a continuation of the prompt, with transformers and the exported folder alone; the prompt is not repeated.
 
     Args:
         max_new_tokens: fewer are generated where the context ends, or where the model ends the text.
+        options: of `transformers.GenerationConfig`, instead of those of the folder; to sample is one of them.
 
     Raises:
         UserError: the folder holds no model, or the prompt is empty or leaves no room for a new token.
@@ -31,7 +33,7 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, seed: int) -> str:
         context = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings
         room = context - _prompt_length(tokenizer(prompt)["input_ids"], context)
         pipeline = transformers.pipeline("text-generation", model=str(folder), tokenizer=tokenizer, device="cpu")
-        (result,) = pipeline(prompt, max_new_tokens=min(max_new_tokens, room), return_full_text=False)
+        (result,) = pipeline(prompt, max_new_tokens=min(max_new_tokens, room), return_full_text=False, **options)
     return str(result["generated_text"])
 
 

@@ -23,6 +23,7 @@ from trainer.checkpoint.huggingface.export import ROUNDING_FILE
 from trainer.checkpoint.huggingface.families.family import Family, Part, Slab
 from trainer.checkpoint.huggingface.safetensors_files import MAX_SHARD_BYTES, StoredTensors, file_tensors
 from trainer.config import ModelConfig, RunConfig, UserError
+from trainer.progress import Update, counting, unheard
 
 _BUFFERS = re.compile(r"(.*\.)?(attn\.bias|attn\.masked_bias|attention\.(masked_)?bias|rotary_emb\.inv_freq)")
 """Masks and wavelengths that older versions stored with the weights."""
@@ -38,6 +39,7 @@ def import_weights(
     data: Mapping[str, str],
     *,
     max_file_bytes: int = MAX_SHARD_BYTES,
+    update: Update = unheard,
 ) -> Path:
     """Write the checkpoint `out`/step-00000000 of a folder's weights, and return it.
 
@@ -53,9 +55,12 @@ def import_weights(
     slabs = family.slabs(model, shapes_of(family, model))
     source = _Source(folder, family, slabs)
     writer = CheckpointWriter(store.begin(out, 0), model, slabs, max_file_bytes)
+    done, total = 0, sum(len(slab.parts) for slab in slabs)
     for slab in slabs:
         writer.write(slab, *_slab_of(slab, model, source))
-    return writer.commit(Manifest(0, 0, config.model_dump(mode="json"), data=dict(data), origin=origin))
+        update("import: reading", done := done + len(slab.parts), total, "tensors")
+    facts = Manifest(0, 0, config.model_dump(mode="json"), data=dict(data), origin=origin)
+    return writer.commit(facts, counting(update, "import: committing", "files"))
 
 
 def _slab_of(slab: Slab, model: ModelConfig, source: "_Source") -> tuple[Tensor, Tensor | None]:

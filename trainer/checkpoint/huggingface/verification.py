@@ -27,6 +27,7 @@ from trainer.checkpoint.huggingface.generation import quiet
 from trainer.checkpoint.huggingface.rounding import MISSES
 from trainer.checkpoint.huggingface.safetensors_files import INDEX, LONE_FILE
 from trainer.config import ModelConfig
+from trainer.progress import Advance, unheard
 from trainer.training_state import MASTER
 
 TOLERANCE = 1e-4
@@ -61,7 +62,11 @@ class LogitDifference:
 
 
 def check_logits(
-    folder: Path, reference_logits: Tensor, tokens: Tensor, dtype: torch.dtype = torch.float32
+    folder: Path,
+    reference_logits: Tensor,
+    tokens: Tensor,
+    dtype: torch.dtype = torch.float32,
+    advance: Advance = unheard,
 ) -> LogitDifference:
     """Open the folder with transformers and compare its logits, computed in fp32, with the trained model's.
 
@@ -69,18 +74,21 @@ def check_logits(
         reference_logits: [batch, seq, V] fp32, of the trained model.
         tokens: [batch, seq].
         dtype: of the folder's weights; rounded ones are held to BF16_TOLERANCE.
+        advance: hears over how many of the tokens they have been compared.
 
     Raises:
         ExportMismatch: they differ by more than is allowed, or the folder cannot be opened.
     """
     model = opened(folder)
     largest, largest_logit, squares, reference_squares = 0.0, 0.0, 0.0, 0.0
+    num_compared = 0
     for found, reference in _pieces(model, tokens, reference_logits):
         difference = found - reference
         largest = max(largest, difference.abs().nan_to_num(torch.inf, torch.inf).max().item())
         largest_logit = max(largest_logit, reference.abs().nan_to_num(0, 0).max().item())
         squares += difference.double().square().sum().item()
         reference_squares += (reference - reference.mean(-1, keepdim=True)).double().square().sum().item()
+        advance(num_compared := num_compared + len(found), tokens.numel())
     relative = (squares / max(reference_squares, torch.finfo(torch.float64).tiny)) ** 0.5
     is_rounded = dtype != torch.float32
     allowed = BF16_TOLERANCE if is_rounded else TOLERANCE * max(1.0, largest_logit / _LARGE_LOGIT)
@@ -135,7 +143,13 @@ class TensorComparison:
 
 
 def check_tensors(
-    folder: Path, checkpoint: Path, model: ModelConfig, dtype: torch.dtype, seed: int, sample: int | None
+    folder: Path,
+    checkpoint: Path,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    seed: int,
+    sample: int | None,
+    advance: Advance = unheard,
 ) -> TensorComparison:
     """Read exported tensors back and compare them bit for bit with the checkpoint's.
 
@@ -145,6 +159,7 @@ def check_tensors(
         dtype: of the export.
         seed: of the sample.
         sample: how many tensors of layers to compare beside all others; None: all of them.
+        advance: hears how many of these have been compared.
 
     Raises:
         ExportMismatch: names the first tensor that differs.
@@ -158,11 +173,12 @@ def check_tensors(
     draw = random.Random(seed)
     chosen += layered if sample is None else draw.sample(layered, min(sample, len(layered)))
     num_elements = 0
-    for slab, part in chosen:
+    for number, (slab, part) in enumerate(chosen, 1):
         theirs, expected = _exported_tensor(folder, part.name), _expected(stored, slab, part, model).to(dtype)
         if theirs.dtype != dtype or theirs.shape != part.shape or not _same_bits(theirs, expected):
             raise ExportMismatch(f"{part.name} of the export in {folder} is not what the checkpoint holds")
         num_elements += theirs.numel()
+        advance(number, len(chosen))
     return TensorComparison(len(chosen), num_elements, len(pairs))
 
 

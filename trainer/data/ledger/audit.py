@@ -1,6 +1,6 @@
 """The ledger of a run, from its folder: events, prepared data and checkpoints are read, and nothing is written."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,14 @@ from trainer.data.ledger.report import Ledger, span
 from trainer.data.ledger.tokens import compare_tokens
 from trainer.data.prepared import PreparedFolder, fingerprints
 from trainer.events import EventReader
+from trainer.progress import Update, unheard
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
 
 _SAMPLES_AT_ONCE = 1 << 16
 
-Progress = Callable[[str, int, int | None, str], None]
-"""What is being done, how much of it, of how much, in which unit."""
 
-
-def audit(run_dir: RunDir, *, check_tokens: bool = True, progress: Progress = lambda *_: None) -> Ledger:
+def audit(run_dir: RunDir, *, check_tokens: bool = True, progress: Update = unheard) -> Ledger:
     """Check the surviving history of a run, which may be going on.
 
     `check_tokens` reads every sample again, which takes about as long as reading the data for training did; without

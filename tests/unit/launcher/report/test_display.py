@@ -57,6 +57,18 @@ def test_scripts_read_an_object_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(isinstance(line["time"], float) for line in lines)
 
 
+def test_scripts_see_the_end_of_what_takes_no_time() -> None:
+    stream = io.StringIO()
+    with Display(Console(file=stream), "json").stage("export") as bar:
+        for doing in ("writing", "comparing"):
+            for done in range(1, 4):
+                bar.update(doing, done, 3, "tensors")
+            bar.update(f"{doing}, still", 3, 3, "tensors")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    progress = [(line["doing"], line["done"]) for line in lines if line["kind"] == "progress"]
+    assert progress == [("writing", 3), ("comparing", 3)]
+
+
 def test_who_is_quiet_says_only_what_may_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said("quiet", monkeypatch=monkeypatch) == "warning: step 7 skipped\n"
 

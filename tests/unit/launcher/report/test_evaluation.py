@@ -20,7 +20,8 @@ def printed(table: object) -> list[str]:
 
 def test_a_row_has_the_value_and_what_must_be_known_of_it() -> None:
     lines = "\n".join(printed(results_table(results_at(30))))
-    assert "larger │ 0 │ accuracy │ 0.600 │ 0.500 to 0.690 │ 0.500 │ 97 │" in lines
+    assert "larger │ 0 │ accuracy │ 0.600 (0.50 to 0.69) │ 97 │" in lines
+    assert "larger, 0 shots, accuracy: chance 0.500; " in lines
     assert "3 skipped: answer has no tokens; 2 prompts cut at the left" in lines
     assert "25% dirty (9 words): 0.500 on 60 clean, 0.900 on 20 dirty; 17 too short to be found" in lines
     assert "5.5 demonstrations fit, 2 at least" in lines

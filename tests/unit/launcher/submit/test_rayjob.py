@@ -67,6 +67,15 @@ runs = st.builds(
 )
 
 
+def test_the_evaluation_service_has_machines_like_the_others() -> None:
+    layout = {"parallel": {"tensor": 4, "data": 2}, "launch": {"nodes": 2, "spares": 1, "device": "cuda"}}
+    with_service = config(**layout, evaluation={"where": "service", "nodes": 2, "data": 2})
+    _, worker = groups(rendered(with_service))
+    assert worker["replicas"] == worker["minReplicas"] == worker["maxReplicas"] == 5
+    with pytest.raises(UserError, match=r"the evaluation service has 8 ranks on a machine, .* with 4; raise"):
+        rendered(config(**layout, evaluation={"where": "service", "data": 2}))
+
+
 @settings(max_examples=40)
 @given(runs)
 def test_every_derived_field_follows_the_config(run: RunConfig) -> None:

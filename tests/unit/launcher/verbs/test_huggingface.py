@@ -29,6 +29,7 @@ from trainer.run_dir import RunDir
 
 ROOT = Path(__file__).parents[4]
 VOCAB = 280
+NUM_TENSORS = 108
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,28 @@ def theirs(weights: Path, tmp_path: Path) -> Path:
     return folder
 
 
+class Told:
+    """Hears of progress, which must rise to its total."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, tuple[int | None, str]] = {}
+        """Of each thing done how much it was, in what unit."""
+        self._done: dict[str, int] = {}
+
+    def __call__(self, doing: str, done: int, total: int | None, unit: str) -> None:
+        assert self.totals.setdefault(doing, (total, unit)) == (total, unit)
+        assert self._done.get(doing, -1) < done and (total is None or done <= total)
+        self._done[doing] = done
+
+    def all_is_done(self) -> bool:
+        return all(self._done[doing] == (total or 0) for doing, (total, _) in self.totals.items())
+
+
 def test_an_import_is_all_that_training_needs(theirs: Path, tmp_path: Path) -> None:
-    out = tmp_path / "import"
-    imported = importing.import_model(str(theirs), out)
+    out, told = tmp_path / "import", Told()
+    imported = importing.import_model(str(theirs), out, update=told)
+    assert told.totals == {"import: reading": (NUM_TENSORS, "tensors"), "import: committing": (1, "files")}
+    assert told.all_is_done()
     assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "step-00000000", "tokenizer"]
     assert imported.tokenizer_problem is None and imported.architecture == "GPTNeoForCausalLM"
     config = config_file.load(imported.config_path)
@@ -139,8 +159,14 @@ def test_a_model_of_the_hub_is_found_in_its_cache(theirs: Path, tmp_path: Path) 
     (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text(commit)
     shutil.copytree(theirs, model / "snapshots" / commit)
-    done = import_offline(cache, "somebody/some-gpt", "--out", tmp_path / "import")
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    done = import_offline(cache, "--progress", "json", "somebody/some-gpt", "--out", tmp_path / "import")
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["kind"] for line in (said[0], said[-1])] == ["stage_started", "stage_finished"]
+    ends = {
+        line["doing"]: line["done"] for line in said if line["kind"] == "progress" and line["done"] == line["total"]
+    }
+    assert ends == {"import: reading": NUM_TENSORS, "import: committing": 1}
     assert done.stdout.startswith(f"{tmp_path}/import/step-00000000: a GPTNeoForCausalLM; train on from it with")
     assert config_file.load(tmp_path / "import" / "config.yaml").name == "somebody-some-gpt"
     assert read_manifest(tmp_path / "import" / "step-00000000").origin == "somebody/some-gpt"
@@ -184,9 +210,16 @@ def test_a_sample_is_verified_without_the_runs_ranks(dtype: Any, theirs: Path, t
     imported = importing.import_model(str(theirs), tmp_path / "import")
     out, run_dir = tmp_path / "export", RunDir(tmp_path / "scratch")
     tokenizer = tmp_path / "import" / "tokenizer"
+    told = Told()
     verified = exporting.export_checkpoint(
-        imported.config, run_dir, no_ranks, imported.checkpoint, tokenizer, out, {}, dtype, "sample"
+        imported.config, run_dir, no_ranks, imported.checkpoint, tokenizer, out, {}, dtype, "sample", told
     )
+    assert told.all_is_done() and told.totals == {
+        "export: writing": (NUM_TENSORS, "tensors"),
+        "export: comparing": (52, "tensors"),
+        "export: computing logits": (None, "tokens"),
+        "export: comparing logits": (48, "tokens"),
+    }
     card = (out / "README.md").read_text().partition("## Verification")[2]
     assert verified.how == "sample" and verified.num_tokens == 48 and verified.largest_difference is not None
     assert (verified.largest_difference < 1e-4) == (dtype == "fp32")
