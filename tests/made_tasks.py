@@ -10,6 +10,11 @@ import yaml
 from launcher.evaluation.intervals import Measure
 from launcher.evaluation.results import ContaminationResult, EvaluationResults, TaskResult
 
+TEXTS = (
+    "Q: What is the answer to the question?\nA: The answer is a word, and the word is in the context.\n\n",
+    "the quick brown fox jumps over the lazy dog while the other foxes were watching the dog sleep",
+    "사과는 맛있습니다. 학교에 갑니다. 답: 열두 번째 단어를 말하세요.",
+) * 8
 RECORDS = [{"question": f"number {n}?", "answer": str(n)} for n in range(6)]
 _NAMES = ("anna", "boris", "clara", "david", "edith", "felix", "greta", "henry", "irene", "jonas")
 _VERBS = ("met", "saw", "called", "helped", "followed", "praised", "taught", "warned")

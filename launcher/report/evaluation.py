@@ -1,6 +1,7 @@
 """What tasks have found of checkpoints: tables, and curves over steps."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Group
@@ -10,6 +11,8 @@ from rich.text import Text
 from launcher.evaluation.intervals import Measure
 from launcher.evaluation.results import EvaluationResults, TaskResult, check_comparable
 from trainer.config import UserError
+
+_PANELS_A_ROW = 4
 
 
 def results_table(results: EvaluationResults) -> Group:
@@ -67,7 +70,7 @@ def comparison_table(results: Sequence[EvaluationResults]) -> Table:
 
 
 def plot_results(results: Sequence[EvaluationResults], path: Path) -> None:
-    """Every metric over training steps, a panel for each metric, with its interval.
+    """Every metric over training steps: a panel for each task and metric, a line for each number of shots.
 
     Raises:
         UserError: they were asked different things, or nothing of them has a step.
@@ -82,32 +85,49 @@ def plot_results(results: Sequence[EvaluationResults], path: Path) -> None:
     from matplotlib import pyplot
 
     curves = _curves(sorted(by_step, key=lambda pair: pair[0]))
+    num_columns = min(len(curves), _PANELS_A_ROW)
+    num_rows = -(-len(curves) // num_columns)
     figure, panels = pyplot.subplots(
-        len(curves), figsize=(9, 3.5 * len(curves)), dpi=120, squeeze=False, sharex=True, layout="constrained"
+        num_rows, num_columns, figsize=(4 * num_columns, 3 * num_rows), dpi=100, squeeze=False, layout="constrained"
     )
-    for (metric, lines), axes in zip(curves.items(), panels[:, 0], strict=True):
-        for label, points in lines.items():
-            steps = [step for step, _ in points]
-            (line,) = axes.plot(steps, [measure.value for _, measure in points], "o-", ms=3, lw=1, label=label)
+    for axes in panels.flat[len(curves) :]:
+        axes.axis("off")
+    for ((task, metric), curve), axes in zip(curves.items(), panels.flat, strict=False):
+        for shots, points in curve.lines.items():
+            steps, values = [step for step, _ in points], [measure.value for _, measure in points]
+            (line,) = axes.plot(steps, values, "o-", ms=3, lw=1, label=f"{shots}-shot")
             low, high = [measure.low for _, measure in points], [measure.high for _, measure in points]
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, lw=0)
-        axes.set_ylabel(metric.replace("_", " "))
+        if curve.chance is not None:
+            axes.axhline(curve.chance, ls=":", color="gray", lw=1, label="chance")
+        axes.set_title(f"{task}: {metric.replace('_', ' ')}", fontsize="small")
+        axes.set_xlabel("steps", fontsize="small")
+        axes.tick_params(labelsize="small")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    panels[-1, 0].set_xlabel("steps")
+        axes.legend(fontsize="x-small")
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def _curves(results: Sequence[tuple[int, EvaluationResults]]) -> dict[str, dict[str, list[tuple[int, Measure]]]]:
-    """Metric -> task and shots -> (step, measure), in order of steps."""
-    curves: dict[str, dict[str, list[tuple[int, Measure]]]] = {}
+@dataclass
+class _Curve:
+    """One metric of one task."""
+
+    chance: float | None
+    lines: dict[int, list[tuple[int, Measure]]] = field(default_factory=dict)
+    """Shots -> (step, measure), in order of steps."""
+
+
+def _curves(results: Sequence[tuple[int, EvaluationResults]]) -> dict[tuple[str, str], _Curve]:
+    """By task and metric."""
+    curves: dict[tuple[str, str], _Curve] = {}
     for step, one in results:
         for result in one.tasks:
             for metric, measure in result.metrics.items():
                 if measure is not None:
-                    lines = curves.setdefault(metric, {})
-                    lines.setdefault(f"{result.task}, {result.shots}-shot", []).append((step, measure))
+                    chance = result.chance if metric == "accuracy" else None
+                    curve = curves.setdefault((result.task, metric), _Curve(chance))
+                    curve.lines.setdefault(result.shots, []).append((step, measure))
     return curves
 
 

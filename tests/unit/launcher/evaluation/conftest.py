@@ -9,14 +9,8 @@ from data_pipeline.pipeline import prepare
 from data_pipeline.tokenization import Tokenizer, train_bpe
 from inline_workers import InlineWorkers
 from launcher.evaluation.tokens import FolderTokenizer
-from made_tasks import story
+from made_tasks import TEXTS, story
 from trainer.config import DataConfig
-
-TEXTS = (
-    "Q: What is the answer to the question?\nA: The answer is a word, and the word is in the context.\n\n",
-    "the quick brown fox jumps over the lazy dog while the other foxes were watching the dog sleep",
-    "사과는 맛있습니다. 학교에 갑니다. 답: 열두 번째 단어를 말하세요.",
-) * 8
 
 
 @pytest.fixture(scope="session")

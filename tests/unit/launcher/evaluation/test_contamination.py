@@ -39,7 +39,8 @@ def made_records(training: list[str]) -> list[str]:
     """Some with a piece of the training text, cut so that it has n - 1 to n + 1 words in a row of it."""
     records = [story(seed, 3) for seed in range(1000, 1020)]
     for number, text in enumerate(training[:20]):
-        piece = " ".join(text.split()[5 : 5 + 11 + number % 4]).upper().replace(".", " --")
+        first = 0 if number % 3 else len(text.split()) - 11 - number % 4  # at the beginning, or up to the end
+        piece = " ".join(text.split()[first : first + 11 + number % 4]).upper().replace(".", " --")
         records.append(f"new words here, {piece} and others after them")
     return [*records, "too short"]
 

@@ -26,13 +26,15 @@ def test_records_are_passages_of_heldout_documents(prepared: Path, tmp_path: Pat
     (loaded,) = load_tasks([heldout_task(tmp_path)], prepared)
     texts = [text for _, text in documents(prepared, None, "heldout", 0, 100)]
     assert len(loaded.test) + len(loaded.train) == len(texts) > 10 and len(loaded.train) == len(texts) // 4
+    from_texts = set()
     for example in (*loaded.test, *loaded.train):
         (text,) = [text for text in texts if f"{example.shown}." in text]
         word = example.answers[0].strip()
         assert word in example.prompt.replace(".", " ").split()
+        from_texts.add(text)
         assert 5 <= len(example.prompt.split()) <= 30
         assert text.startswith(example.prompt) or text[: text.index(example.prompt)].endswith(". ")
-    assert len({each.place for each in (*loaded.test, *loaded.train)}) == len(texts)
+    assert len({each.place for each in (*loaded.test, *loaded.train)}) == len(from_texts) == len(texts)
     assert Battery.of([loaded], tokenizer, 256).requests
 
 

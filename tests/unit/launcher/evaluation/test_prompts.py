@@ -1,12 +1,18 @@
 """Prompts are packed: never longer than the context, answers whole, demonstrations left out only as far as needed."""
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.tokenization import train_tokenizer
 from launcher.evaluation.examples import Example
 from launcher.evaluation.prompts import NO_TOKENS, TOO_LONG, draw_demonstrations, pack_prompt, pack_scored, prompt_text
 from launcher.evaluation.task import Task
 from launcher.evaluation.tokens import FolderTokenizer, TokenSplitter, stop_ids
+from made_tasks import TEXTS
+from trainer.data_config import TokenizerConfig
 
 WORDS = st.lists(
     st.sampled_from(["the", "dog", "jumps", "answer", "사과", "é", "\n", "  ", "12", "?", "foxes"]), max_size=8
@@ -81,6 +87,23 @@ def test_spaces_go_with_the_word_that_follows(tokenizer: FolderTokenizer) -> Non
     assert len(splitter.split("the lazy", " dog")[1]) == 1
 
 
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"])
+def test_every_kind_of_tokenizer_is_met_with_whole_texts(kind: str, tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, TokenizerConfig(kind=kind), 350, tmp_path, 64)
+    tokenizer = FolderTokenizer.load(tmp_path)
+    for context, answer in (
+        ("the lazy", " dog"),
+        ("the lazy ", "dog"),
+        ("Q: what\nA:", " 12"),
+        ("학교", "에"),
+        ("a\n\n", "b"),
+    ):
+        before, after = TokenSplitter(tokenizer).split(context, answer)
+        assert [*before, *after] == tokenizer.encode(context + answer)
+        assert tokenizer.decode((*before, *after)) == context + answer
+        assert len(after) <= len(tokenizer.encode(answer)) + 2 and context.startswith(tokenizer.decode(before))
+
+
 def test_a_token_across_the_place_belongs_to_the_answer(tokenizer: FolderTokenizer) -> None:
     whole = tokenizer.encode("the quick brown")
     context, continuation = TokenSplitter(tokenizer).split("the qui", "ck brown")
@@ -98,6 +121,16 @@ def test_an_answer_without_tokens_or_longer_than_the_context_has_a_reason(tokeni
     splitter, task = TokenSplitter(tokenizer), task_of("cloze")
     assert pack_scored(splitter, task, Example("", "the", ("",)), [], 8) == NO_TOKENS
     assert pack_scored(splitter, task, Example("", "the", (" zxzxzxzxzx",)), [], 8) == TOO_LONG
+
+
+def test_the_last_token_is_no_input_so_that_one_more_fits(tokenizer: FolderTokenizer) -> None:
+    splitter, task, asked = TokenSplitter(tokenizer), task_of("cloze"), Example("", "the lazy", (" fox jumps",))
+    num, num_answer = len(tokenizer.encode("the lazy fox jumps")), len(tokenizer.encode(" fox jumps"))
+    for context_tokens, is_truncated in ((num - 1, False), (num - 2, True), (num_answer, True)):
+        packed = pack_scored(splitter, task, asked, [], context_tokens)
+        assert not isinstance(packed, str) and packed.is_truncated == is_truncated
+        assert len(packed.pairs[0].context) == context_tokens + 1 - num_answer
+    assert pack_scored(splitter, task, asked, [], num_answer - 1) == TOO_LONG
 
 
 def test_what_is_scored_by_parts_is_the_ending_after_each_choice(tokenizer: FolderTokenizer) -> None:
