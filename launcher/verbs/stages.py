@@ -5,7 +5,7 @@ whatever moment, goes on from there.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import MANIFEST, read_manifest
 from trainer.config import RunConfig
 from trainer.data.blend import DatasetUse
-from trainer.events import SCHEMA, EventLog, EventReader, read_events
+from trainer.events import SCHEMA, Event, EventLog, EventReader, read_events
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
 from trainer.stop import Preempted
@@ -224,26 +224,39 @@ def train(claimed: ClaimedRun) -> None:
         claimed.display.line(f"train     trained already, to step {Schedule(config).num_steps}")
     if trained and not (judging.is_wanted(config) and judging.is_behind(config, run_dir)):
         return
+    claimed.begin()
+    events = EventReader(run_dir.events_path)
+    events.skip_to_end()
     with judging.service(config, run_dir, claimed.log.write, claimed.ranks) as service:
         if not trained:
-            _train_to_the_end(claimed)
+            _train_to_the_end(claimed, events)
         if service is not None:
             with claimed.stage("evaluate") as bar:
-                service.finish(bar.update)
+
+                def update(doing: str, done: int, total: int | None, unit: str) -> None:
+                    bar.update(doing, done, total, unit)
+                    _warn(claimed, events.new_events())
+
+                service.finish(update)
+                _warn(claimed, events.new_events())
                 bar.result = judging.summary(run_dir)
 
 
-def _train_to_the_end(claimed: ClaimedRun) -> None:
+def _warn(claimed: ClaimedRun, events: Iterable[Event]) -> None:
+    """Of what a person should see at once."""
+    for event in events:
+        if event["kind"] in WARNINGS and event.get("durable", True):
+            claimed.display.warn(WARNINGS[event["kind"]].format_map(event))
+
+
+def _train_to_the_end(claimed: ClaimedRun, events: EventReader) -> None:
     config, run_dir = claimed.config, claimed.run_dir
     schedule = Schedule(config)
     data = run_dir.data_for(config)
-    claimed.begin()
     uses = checks.planned_epochs(config, manifest := Manifest.load(data))
     data_report.show_epochs(uses, claimed.display)
     claimed.log.write("blend", datasets={use.name: _facts_of(use, manifest, data) for use in uses})
     with claimed.stage("train") as bar:
-        events = EventReader(run_dir.events_path)
-        events.skip_to_end()
 
         def show_progress() -> None:
             for event in events.new_events():
@@ -253,8 +266,8 @@ def _train_to_the_end(claimed: ClaimedRun) -> None:
                     bar.update(doing, event["step"], schedule.num_steps, "steps")
                 elif event["kind"] == "evaluated":
                     bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], schedule.num_steps, "steps")
-                elif event["kind"] in WARNINGS and event.get("durable", True):
-                    claimed.display.warn(WARNINGS[event["kind"]].format_map(event))
+                else:
+                    _warn(claimed, [event])
 
         bar.update("train: starting ranks", 0, schedule.num_steps, "steps")
         _train_ranks(claimed, show_progress)

@@ -1,4 +1,4 @@
-"""What the drills share: one small job, one Ray a module, and runs that nobody disturbed, each trained once."""
+"""What the drills share: one small job, one Ray, and runs that nobody disturbed, each trained once."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,12 @@ def small_job(tmp_path_factory: pytest.TempPathFactory) -> SmallJob:
     return SmallJob(tmp_path_factory.mktemp("job"))
 
 
-@pytest.fixture(scope="module")
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Drills come last: their Ray is started once, and other tests have processes without one."""
+    items.sort(key=lambda item: "one_ray" in item.fixturenames)
+
+
+@pytest.fixture(scope="session")
 def one_ray() -> Iterator[None]:
     with drill.one_ray():
         yield

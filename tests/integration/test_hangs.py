@@ -1,4 +1,4 @@
-"""Ranks that hang or are slow: they are named, and the run goes on as if nothing had happened."""
+"""Ranks that crash, hang or are slow: they are named, and the run goes on as if nothing had happened."""
 
 import signal
 import threading
@@ -10,22 +10,39 @@ import pytest
 
 import drill
 from deeds import Deed, find, kill
-from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed
+from drilled_run import NUM_STEPS, DrilledRun, SmallJob, expect_as_if_undisturbed
 
 
-def test_a_rank_that_is_stopped_is_named_and_the_run_goes_on_without_it(
+def test_ranks_that_crash_or_hang_are_named_and_the_run_goes_on_from_its_newest_snapshot(
     small_job: SmallJob, one_ray: None, undisturbed: Callable[..., DrilledRun], tmp_path: Path
 ) -> None:
+    """After a crash from memory, and nothing is written.
+
+    Both are within a step: elsewhere silence is borne for six times as long.
+    """
     expected = undisturbed()
-    run = small_job.new_run(tmp_path, supervise={"hang_seconds": 2.0, "hang_factor": 2.0})
-    drill.train_to_the_end(run, [kill("rank", "event step", 3, rank=2, number=signal.SIGSTOP)])
+    policy, saving = {"hang_seconds": 2.0, "hang_factor": 2.0}, {"every_steps": 100, "snapshot_every_steps": 4}
+    run = small_job.new_run(tmp_path, supervise=policy, **saving)
+    crash, stop = (
+        kill("rank", "event step", count, rank=2, number=number)
+        for count, number in ((5, signal.SIGKILL), (2, signal.SIGSTOP))
+    )
+    drill.train_to_the_end(run, [crash, stop])
+    crashed, hanging = run.events("life_failed")
+    assert crashed["what"] == "rank" and "rank 2 was killed by SIGKILL" in crashed["error"]
     (hung,) = run.events("hung")
     assert hung["suspects"] == [2] and hung["verdict"].startswith("rank 2 on node 0 is stopped (SIGSTOP); the other 3 ")
     stacks = Path(hung["stacks"]).read_text()
     assert stacks.startswith(hung["verdict"]) and "rank 2: after step" in stacks and "trainer/loop.py" in stacks
-    (failed,) = run.events("life_failed")
-    assert failed["what"] == "hang" and hung["verdict"] in failed["error"]
-    assert failed["step"] >= 3
+    assert hanging["what"] == "hang" and hung["verdict"] in hanging["error"] and hanging["step"] >= 5
+    first, *others = run.events("training_started")
+    assert (first["step"], first["tier"]) == (0, "disk")
+    for failed, started in zip((crashed, hanging), others, strict=True):
+        copied = [event["step"] for event in run.events("checkpoint_snapshot") if event["time"] < failed["time"]]
+        assert started["step"] >= copied[-1] >= 4
+    assert others[0]["tier"] == "memory"
+    *saved, last = run.events("checkpoint_saved")
+    assert last["step"] == NUM_STEPS and all(event["time"] > hung["time"] for event in saved)
     expect_as_if_undisturbed(run, expected)
 
 

@@ -29,21 +29,6 @@ def expect_whole(run: DrilledRun) -> None:
     expect_nothing_left(run)
 
 
-def test_a_rank_that_crashes_goes_on_from_memory_and_nothing_is_written(
-    small_job: SmallJob, one_ray: None, tmp_path: Path
-) -> None:
-    run = small_job.new_run(tmp_path, NUM_STEPS, **SNAPSHOTS_ALONE)
-    drill.train_to_the_end(run, [kill("rank", "event checkpoint_snapshot", 3, rank=2)])
-    (failed,) = run.events("life_failed")
-    assert failed["what"] == "rank" and "rank 2 was killed by SIGKILL" in failed["error"]
-    copied = [event["step"] for event in run.events("checkpoint_snapshot") if event["time"] < failed["time"]]
-    first, second = run.events("training_started")
-    assert (first["step"], first["tier"]) == (0, "disk")
-    assert second["tier"] == "memory" and second["step"] >= copied[-1] >= 3
-    assert [event["step"] for event in run.events("checkpoint_saved")] == [NUM_STEPS]
-    expect_whole(run)
-
-
 @pytest.mark.slow
 def test_a_run_that_fails_for_good_leaves_its_newest_snapshot_as_a_checkpoint(
     small_job: SmallJob, one_ray: None, tmp_path: Path

@@ -57,6 +57,15 @@ def ends_said(stderr: str) -> dict[str, tuple[int, str]]:
     return {line["doing"]: (line["done"], line["unit"]) for line in said if line["done"] == line["total"]}
 
 
+def said_by_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """By the command, in this process, which has imported all that it needs."""
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    assert end.value.code == 0, printed.err
+    return printed.out
+
+
 class TestUndisturbed:
     def test_leaves_what_it_promises(self, finished: tuple[Path, str]) -> None:
         run_dir, _ = finished
@@ -88,11 +97,12 @@ class TestUndisturbed:
         assert [event["step"] for event in steps] == list(range(1, NUM_STEPS + 1))
         assert all(event["grad_norm"] > 0 and event["seconds"] > 0 for event in steps)
 
-    def test_does_nothing_when_run_again(self, finished: tuple[Path, str], config_file: Path) -> None:
+    def test_does_nothing_when_run_again(
+        self, finished: tuple[Path, str], config_file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         run_dir, _ = finished
         before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
-        again = broadgauge("run", config_file, "--run-dir", run_dir)
-        assert again.returncode == 0 and "has finished already" in again.stdout
+        assert "has finished already" in said_by_main(capsys, "run", config_file, "--run-dir", run_dir)
         after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
         assert {path.name for path in after if after[path] != before.get(path)} <= {".lock"}
 
@@ -149,10 +159,7 @@ class TestOtherVerbs:
         assert weights_digest(tmp_path / "hf") != weights_digest(run_dir / "export")
 
     def test_generate(self, finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as end:
-            main(["generate", str(finished[0]), "--prompt", "the model", "--max-new-tokens", "4"])
-        assert end.value.code == 0
-        printed = capsys.readouterr().out
+        printed = said_by_main(capsys, "generate", finished[0], "--prompt", "the model", "--max-new-tokens", 4)
         assert printed.startswith("the model") and len(printed.strip()) > len("the model")
 
     def test_the_likeliest_text_is_that_of_the_export(
@@ -169,11 +176,10 @@ class TestOtherVerbs:
         assert printed[0] == printed[1]
 
     def test_prepare_then_train_elsewhere_and_resume_from_it(
-        self, finished: tuple[Path, str], config_file: Path, tmp_path: Path
+        self, finished: tuple[Path, str], config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """`prepare --out`, then `train` on it on one rank from the other run's checkpoint: nothing is left to do."""
-        prepared = broadgauge("prepare", config_file, "--out", tmp_path / "data")
-        assert prepared.returncode == 0, prepared.stderr
+        said_by_main(capsys, "prepare", config_file, "--out", tmp_path / "data")
         for name in ("text/train.bin", "text/train.idx", "text/heldout.bin", "tokenizer/tokenizer.json"):
             assert (tmp_path / "data" / name).read_bytes() == (finished[0] / "data" / name).read_bytes()
         settings = (f"data.prepared={tmp_path / 'data'}", "parallel.tensor=1", "parallel.pipeline=1")
