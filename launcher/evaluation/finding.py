@@ -48,6 +48,17 @@ def load_tasks(names: Sequence[str], prepared: Path | None = None, seed: int = 0
     return [loaded for _, loaded in tasks.values()]
 
 
+def check_tasks(names: Sequence[str]) -> None:
+    """What can be seen to be wrong before there is data.
+
+    Raises:
+        UserError: a task is unknown or wrong, or its records cannot be read.
+    """
+    for path in dict.fromkeys(path.resolve() for name in names for path in _files(name)):
+        if read_task(path).heldout is None:
+            _load(path, None, 0)
+
+
 def _files(name: str) -> Iterable[Path]:
     known = shipped_names()
     if name == ALL:

@@ -6,6 +6,7 @@ from data_pipeline.manifest import MANIFEST_FILE, Manifest, check_enough
 from data_pipeline.pipeline import TOKENIZER_FOLDER, check_same_tokenizer, find_prepared, preflight
 from data_pipeline.settings import Settings
 from data_pipeline.tokenization import Tokenizer
+from launcher.evaluation.finding import check_tasks
 from launcher.job.ranks import check_embedded, this_machine
 from launcher.placement import check_memory
 from trainer.checkpoint.format import compatibility, store
@@ -49,13 +50,14 @@ def check_train(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False)
 
 def check_start(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -> None:
     """Raises:
-    UserError: this machine cannot hold the layout, the folder belongs to another run, or checkpoints cannot be
-        uploaded to where they should be.
+    UserError: this machine cannot hold the layout, the folder belongs to another run, a task is wrong, or checkpoints
+        cannot be uploaded to where they should be.
     """
     if not on_cluster:  # `launcher.verbs.stages.claim` asks the cluster
         check_embedded(config)
         check_memory(config, [this_machine(config)])
     run_dir.check(config)
+    check_tasks(config.evaluation.tasks)
     if config.checkpoint.upload_to:
         Remote.open(config.checkpoint.upload_to).check()
 

@@ -24,10 +24,11 @@ from launcher.job.ray_workers import WORKER_ENV, RayWorkers
 from launcher.job.recovery import fetch_newer
 from launcher.monitor.monitor import Monitor
 from launcher.monitor.sinks import sink
-from launcher.placement import check_memory
+from launcher.placement import check_beside, check_memory
 from launcher.report import data as data_report
 from launcher.report import training as report
 from launcher.report.display import Display, StageBar
+from launcher.sizing import service_config
 from launcher.supervise.supervisor import Supervisor
 from launcher.verbs import checks, exporting, judging
 from trainer.checkpoint.format import store
@@ -116,6 +117,8 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
         if ray is not None:
             resources.enter_context(cluster.connected(ray, WORKER_ENV))
             check_memory(config, cluster.machines())
+            if config.evaluation.has_service:
+                check_beside(config, service_config(config), cluster.machines())
         run_dir.create(config)
         preemption.begin()
         log = EventLog(run_dir.events_path)

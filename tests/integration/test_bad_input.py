@@ -46,6 +46,12 @@ SETTINGS = {
     "resume_from": (["checkpoint.resume_from=nowhere"], ["nowhere is no checkpoint"]),
     "prepared": (["data.prepared=nowhere"], ["nowhere holds no prepared data"]),
     "nodes": (["launch.nodes=2"], ["launch.nodes"]),
+    "task": (["evaluation.tasks=copyin"], ["there is no task 'copyin'", "did you mean copying?"]),
+    "task file": (["evaluation.tasks=nowhere.yaml"], ["cannot read the task", "nowhere.yaml"]),
+    "service": (
+        ["evaluation.where=service", "evaluation.tensor=3"],
+        ["the evaluation service cannot hold the model", "see evaluation.tensor"],
+    ),
 }
 BEFORE_ANYTHING_IS_WRITTEN = set(SETTINGS) - {"small corpus", "prompt"}  # these need the text to be tokenized first
 
@@ -130,6 +136,10 @@ def test_checkpoint_that_the_run_cannot_go_on_from(
 
 def test_verbs_refuse_paths_that_hold_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no checkpoint" in refused(capsys, "eval", tmp_path)
+    assert "has no results of evaluations" in refused(capsys, "results", tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert "does not say how many tokens the model knows" in refused(capsys, "eval", tmp_path)
+    (tmp_path / "config.json").unlink()
     assert "is no checkpoint" in refused(capsys, "export", tmp_path, "--out", tmp_path / "hf")
     assert "no Hugging Face folder" in refused(capsys, "generate", tmp_path, "--prompt", "the")
     both = ("--greedy", "--temperature", "0.5")
