@@ -76,5 +76,5 @@ def test_a_request_has_as_many_tokens_as_there_is_room_for() -> None:
     assert request_of("abc", 2, how, TOKENIZER, model).max_new_tokens == 2
     with pytest.raises(UserError, match="is empty"):
         request_of("", 4, how, TOKENIZER, model)
-    with pytest.raises(UserError, match="8 tokens, and the model reads at most 8.*shorten it to 7"):
+    with pytest.raises(UserError, match=r"8 tokens, and the model reads at most 8.*shorten it to 7"):
         request_of("abcdefgh", 4, how, TOKENIZER, model)
