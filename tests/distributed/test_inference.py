@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -107,6 +108,20 @@ def test_every_layout_scores_as_the_plain_model_does(layout: str, checkpoints: d
             for scored, plain in zip(result[family], expected, strict=True):
                 assert scored.logprobs == pytest.approx(plain.logprobs, rel=0, abs=1e-5)
                 assert scored.is_greedy == plain.is_greedy
+
+
+def test_bf16_scores_close_to_fp32(checkpoints: dict[str, Path]) -> None:
+    requests = score_requests()
+
+    def rank(config: RunConfig, device: torch.device) -> Any:
+        return {
+            precision: answer(CachedModel(config_of("Llama", None, precision), checkpoints["Llama"], device), requests)
+            for precision in ("fp32", "bf16")
+        }
+
+    (found,) = run_on_ranks(layout_of("one rank"), rank)
+    means = {precision: fmean(itertools.chain(*(each.logprobs for each in found[precision]))) for precision in found}
+    assert means["bf16"] == pytest.approx(means["fp32"], rel=0.02) and means["bf16"] != means["fp32"]
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -232,3 +247,20 @@ def test_the_likeliest_tokens_are_those_of_transformers(
         expected = by_transformers(folder, asked)
         for result in results:
             assert result[family] == expected
+
+
+def test_whoever_listens_hears_every_token_of_one_beam(checkpoints: dict[str, Path]) -> None:
+    """Of two replicas and two stages: in order within a request, and those of scores and beams not at all."""
+    beams = Generate((1, 2), 4, (), Decoding(beams=2))
+    asked: list[Request] = [*generate_requests()[:7], Score((1,), (2, 3)), beams]
+
+    def rank(config: RunConfig, device: torch.device) -> Any:
+        heard = dict[int, list[int]]()
+        model = CachedModel(config, checkpoints["GPT-2"], device)
+        answers = answer(model, asked, lambda number, token: heard.setdefault(number, []).append(token))
+        return answers, heard
+
+    for answers, heard in run_on_ranks(inference_config(config_of("GPT-2", {"data": 2, "pipeline": 2})), rank):
+        generated = {number: list(each.tokens) for number, each in enumerate(answers) if isinstance(each, Generated)}
+        assert len(generated.pop(8)) == 4
+        assert heard == generated and len(heard) == 7
