@@ -41,6 +41,7 @@ def config_of(family: str, layout: dict[str, Any] | None = None, precision: str 
             "model": MODELS[family],
             "train": {"global_batch_size": 8, "micro_batch_size": 1, "precision": precision},
             "parallel": layout or {},
+            "launch": {"device": "cpu"},
         }
     )
 
