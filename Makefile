@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all drill lint format docs tasks parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery bench-watching clean
+.PHONY: help install quickstart test test-all drill lint format docs tasks parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery bench-watching bench-generation clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -63,6 +63,9 @@ bench-recovery: $(INSTALLED)  ## kill ranks and agents: time to the next step
 
 bench-watching: $(INSTALLED)  ## what it costs a run to be watched
 	PYTHONPATH=tests:. $(BIN)/python -W ignore -m benchmarks.watching
+
+bench-generation: $(INSTALLED)  ## generation beside transformers
+	$(BIN)/python -W ignore -m benchmarks.generation
 
 bench-attention: $(INSTALLED)  ## banded against dense attention; memory of long sequences
 	$(BIN)/python -W ignore -m benchmarks.attention

@@ -17,6 +17,7 @@ _LLAMA = {"positions": "rotary", "norm": "rms", "activation": "swiglu", "biases"
 MODELS: dict[str, dict[str, Any]] = {
     "GPT-2": _SIZES,
     "Llama": _SIZES | _LLAMA | {"num_kv_heads": 2, "ffn_hidden_size": 96},
+    "GPT-1": _SIZES | {"norm_placement": "post"},
     "GPT-Neo": _SIZES | {"attention_window": 5, "biases": "all_but_qkv"},
 }
 
@@ -40,6 +41,7 @@ def config_of(family: str, layout: dict[str, Any] | None = None, precision: str 
             "model": MODELS[family],
             "train": {"global_batch_size": 8, "micro_batch_size": 1, "precision": precision},
             "parallel": layout or {},
+            "launch": {"device": "cpu"},
         }
     )
 

@@ -33,6 +33,7 @@ with warnings.catch_warnings():  # megatron-core says at length which optional p
     from trainer.inference.answering import answer
     from trainer.inference.cached import CachedModel
     from trainer.inference.frozen import FrozenModel
+    from trainer.inference.layout import inference_config
     from trainer.inference.requests import read_requests, write_answers
     from trainer.progress import Advance, ProgressFile, unheard
     from trainer.rank_spec import RankSpec
@@ -52,6 +53,8 @@ def main(spec: RankSpec) -> None:
     torch.set_num_threads(spec.threads)
     warnings.simplefilter("ignore", FutureWarning)
     config = from_tree(parse_yaml(spec.config_yaml))
+    if spec.task == "answer":
+        config = inference_config(config)  # of as many ranks
     kind = devices.resolve(config.launch.device)
     device = devices.activate(kind, spec.local_rank)
     heartbeat.measure = partial(devices.memory, device)
@@ -123,7 +126,7 @@ def _evaluate(spec: RankSpec, config: RunConfig, run_dir: RunDir, device: torch.
 
 
 def _answer(spec: RankSpec, config: RunConfig, device: torch.device, heartbeat: Heartbeat) -> None:
-    """Answers to the requests of a file in `spec.output`, by a checkpoint in a layout for inference."""
+    """Answers to the requests of a file in `spec.output`, whatever layout trains: that for inference follows."""
     assert spec.checkpoint is not None and spec.output is not None and spec.requests is not None
     requests, advance = read_requests(spec.requests), _advance(spec.output, heartbeat)
     if (exported := _exported(spec, config)) is not None:

@@ -58,7 +58,6 @@ class Ranks:
         task: Task,
         on_poll: Callable[[], None],
         *,
-        config: RunConfig | None = None,
         checkpoint: Path | None = None,
         output: Path | None = None,
         requests: Path | None = None,
@@ -66,18 +65,15 @@ class Ranks:
     ) -> None:
         """Run a task on all ranks to its end, calling `on_poll` about ten times a second and once at the end.
 
-        Args:
-            config: in place of the run's, for as many ranks.
-
         Raises:
             UserError: a rank raised one.
             RankFailed: a rank failed.
             NodeFailed: an agent or a fork server did.
             JobFailed: too few machines are left.
         """
-        slots, of_run = self._gather()
+        slots, config = self._gather()
         life = self.fleet.begin(
-            task, slots, config or of_run, checkpoint=checkpoint, output=output, requests=requests, stream=stream
+            task, slots, config, checkpoint=checkpoint, output=output, requests=requests, stream=stream
         )
         while (ends := life.poll(_POLL_SECONDS)) is None:
             on_poll()

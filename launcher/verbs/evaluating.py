@@ -27,7 +27,6 @@ from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.format.results import RESULTS_PATTERN, read_evaluation, write_results
 from trainer.config import RunConfig, UserError
-from trainer.inference.layout import inference_config
 from trainer.inference.requests import Answer, Request, read_answers, write_requests
 from trainer.progress import ProgressFile, Update, counting, unheard
 from trainer.run_dir import RunDir
@@ -233,7 +232,6 @@ class _Asked:
         self._ranks.run(
             "answer",
             lambda: told.tell(advance),
-            config=inference_config(self._subject.config),
             checkpoint=self._subject.path,
             output=output,
             requests=asked,

@@ -1,4 +1,4 @@
-"""`broadgauge generate`: a text goes on, by ranks that hold a run's model, or by transformers with an exported one."""
+"""`broadgauge generate`: a text goes on, by ranks with a run's own model or by transformers with a folder of theirs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -50,14 +50,9 @@ def generate(
     from trainer.checkpoint.huggingface import generation
 
     if data is not None or settings:
-        raise UserError(
-            f"{folder} is a Hugging Face folder, which has its own tokenizer and no config of ours; leave "
-            "out --data and --set"
-        )
-    say(
-        prompt
-        + generation.generate(folder, prompt, max_new_tokens, seed, **(_for_transformers(decoding) if decoding else {}))
-    )
+        raise UserError(f"{folder} has its own tokenizer and no config of ours; leave out --data and --set")
+    options = _for_transformers(decoding) if decoding is not None else {}
+    say(prompt + generation.generate(folder, prompt, max_new_tokens, seed, **options))
 
 
 def _exported(path: Path) -> Path | None:

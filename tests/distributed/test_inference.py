@@ -3,9 +3,12 @@
 import itertools
 import json
 import math
+import multiprocessing
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -18,11 +21,25 @@ from ranks import run_on_ranks
 from reference_gpt import ReferenceGPT
 from trainer.checkpoint.huggingface import export
 from trainer.config import RunConfig
+from trainer.config_file import dump
 from trainer.inference.answering import answer
 from trainer.inference.cached import CachedModel
 from trainer.inference.decoding import stream
 from trainer.inference.layout import inference_config
-from trainer.inference.requests import Answer, Decoding, Generate, Generated, Request, Score, Scored, Tokens
+from trainer.inference.requests import (
+    Answer,
+    Decoding,
+    Generate,
+    Generated,
+    Request,
+    Score,
+    Scored,
+    Tokens,
+    read_answers,
+    write_requests,
+)
+from trainer.rank import main
+from trainer.rank_spec import RankSpec
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
@@ -107,6 +124,20 @@ def test_every_layout_scores_as_the_plain_model_does(layout: str, checkpoints: d
             for scored, plain in zip(result[family], expected, strict=True):
                 assert scored.logprobs == pytest.approx(plain.logprobs, rel=0, abs=1e-5)
                 assert scored.is_greedy == plain.is_greedy
+
+
+def test_bf16_scores_close_to_fp32(checkpoints: dict[str, Path]) -> None:
+    requests = score_requests()
+
+    def rank(config: RunConfig, device: torch.device) -> Any:
+        return {
+            precision: answer(CachedModel(config_of("Llama", None, precision), checkpoints["Llama"], device), requests)
+            for precision in ("fp32", "bf16")
+        }
+
+    (found,) = run_on_ranks(layout_of("one rank"), rank)
+    means = {precision: fmean(itertools.chain(*(each.logprobs for each in found[precision]))) for precision in found}
+    assert means["bf16"] == pytest.approx(means["fp32"], rel=0.02) and means["bf16"] != means["fp32"]
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -232,3 +263,58 @@ def test_the_likeliest_tokens_are_those_of_transformers(
         expected = by_transformers(folder, asked)
         for result in results:
             assert result[family] == expected
+
+
+def test_whoever_listens_hears_every_token_of_one_beam(checkpoints: dict[str, Path]) -> None:
+    """Of two replicas and two stages: in order within a request, and those of scores and beams not at all."""
+    beams = Generate((1, 2), 4, (), Decoding(beams=2))
+    asked: list[Request] = [*generate_requests()[:7], Score((1,), (2, 3)), beams]
+
+    def rank(config: RunConfig, device: torch.device) -> Any:
+        heard = dict[int, list[int]]()
+        model = CachedModel(config, checkpoints["GPT-2"], device)
+        answers = answer(model, asked, lambda number, token: heard.setdefault(number, []).append(token))
+        return answers, heard
+
+    for answers, heard in run_on_ranks(inference_config(config_of("GPT-2", {"data": 2, "pipeline": 2})), rank):
+        generated = {number: list(each.tokens) for number, each in enumerate(answers) if isinstance(each, Generated)}
+        assert len(generated.pop(8)) == 4
+        assert heard == generated and len(heard) == 7
+
+
+def test_the_task_of_ranks_answers_from_file_to_file(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """In whatever layout they would train, and with every token in the stream."""
+    config = config_of("GPT-Neo", {"tensor": 2, "sequence": True, "context": 2})
+    requests = [*generate_requests()[:6], *score_requests()[:5]]
+    write_requests(tmp_path / "requests", requests)
+    spec = RankSpec(
+        rank=0,
+        world_size=4,
+        local_rank=0,
+        local_world_size=4,
+        rendezvous=f"file://{tmp_path}/rendezvous",
+        config_yaml=dump(config),
+        run_dir=tmp_path,
+        task="answer",
+        checkpoint=checkpoints["GPT-Neo"],
+        output=tmp_path / "answers",
+        requests=tmp_path / "requests",
+        stream=tmp_path / "stream",
+    )
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=main, args=(replace(spec, rank=rank, local_rank=rank),)) for rank in range(4)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+    assert [process.exitcode for process in ranks] == [0] * 4
+    answers = read_answers(tmp_path / "answers", requests)
+    (expected,) = run_on_ranks(layout_of("one rank"), answers_of(checkpoints, {"GPT-Neo": requests}))
+    streamed = dict[int, list[int]]()
+    for line in (tmp_path / "stream").read_text().splitlines():
+        number, token = map(int, line.split())
+        streamed.setdefault(number, []).append(token)
+    assert answers[:6] == expected["GPT-Neo"][:6]
+    assert streamed == {number: list(answer.tokens) for number, answer in enumerate(expected["GPT-Neo"][:6])}
+    for scored, same in zip(answers[6:], expected["GPT-Neo"][6:], strict=True):
+        assert isinstance(scored, Scored) and scored.logprobs == pytest.approx(same.logprobs, abs=1e-5)

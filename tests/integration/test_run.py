@@ -158,11 +158,7 @@ class TestOtherVerbs:
         assert (tmp_path / "hf" / "model.safetensors").exists()
         assert weights_digest(tmp_path / "hf") != weights_digest(run_dir / "export")
 
-    def test_generate(self, finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
-        printed = said_by_main(capsys, "generate", finished[0], "--prompt", "the model", "--max-new-tokens", 4)
-        assert printed.startswith("the model") and len(printed.strip()) > len("the model")
-
-    def test_the_likeliest_text_is_that_of_the_export(
+    def test_generate_says_the_likeliest_text_as_the_export_does(
         self, finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Of the run by its own ranks, of the export by transformers; in fp32 on either side."""
@@ -174,6 +170,7 @@ class TestOtherVerbs:
             assert end.value.code == 0
             printed.append(capsys.readouterr().out)
         assert printed[0] == printed[1]
+        assert printed[0].startswith("the model") and len(printed[0].strip()) > len("the model")
 
     def test_prepare_then_train_elsewhere_and_resume_from_it(
         self, finished: tuple[Path, str], config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

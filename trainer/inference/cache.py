@@ -25,12 +25,19 @@ def attend_from_start(
         mask: what they attend to [b, 1, s, s], instead of all before them in the window.
     """
     b, s, m, r, d = query.shape
+    if mask is None and window is not None and query.is_cuda:
+        mask = band(s, window, query.device)  # the banded kernel there is compiled for every length
     query, key, value = query.reshape(b, s, m * r, d).transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if mask is None:
         context = attend(query, key, value, window)
     else:
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=r > 1)
     return context.transpose(1, 2).reshape(b, s, -1)
+
+
+def band(length: int, window: int, device: torch.device) -> Tensor:
+    """What causal attention in a window sees, [length, length]."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 class KeyValueCache:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +39,9 @@ class ForwardOnly:
     """A chunk's weights, and the way through them."""
 
     def __init__(self, chunk: GPT) -> None:
+        """Takes the chunk over: it may be laid out anew in memory."""
         self._chunk = chunk
+        self._output = _output_weight(chunk) if chunk.post_process else None
         self.is_first, self.is_last = chunk.pre_process, chunk.post_process
         self._layers = [_layer(number, layer) for number, layer in enumerate(chunk.decoder.layers)]
         final = chunk.decoder.final_layernorm
@@ -66,10 +69,9 @@ class ForwardOnly:
         return self._final_norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[t, h] -> logits [t, v] of this rank, in the last stage; those of padding are -inf."""
-        chunk = self._chunk
-        tied = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
-        return chunk.output_layer(hidden[:, None], None, tied).squeeze(0)
+        """[t, h] -> logits [t, v] of this rank, in the last stage, those of rows that only pad the vocabulary too."""
+        assert self._output is not None
+        return F.linear(hidden, self._output)
 
     def _rotation(self, positions: Tensor, num_positions: int) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines, each [b, s, 1, 1, d / 2]."""
@@ -133,15 +135,31 @@ def _layer(number: int, layer: Any) -> _Layer:
     )
 
 
+def _output_weight(chunk: GPT) -> Tensor:
+    is_tied = chunk.share_embeddings_and_output_weights
+    return _laid_out(chunk.shared_embedding_or_output_weight() if is_tied else chunk.output_layer.weight)
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    """The same matrix, with its columns contiguous where that is faster.
+
+    On a processor in fp32 a single row times the matrix takes 25 to 40 % less, and many rows take as long as before; in
+    bf16 it would take half as long again.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
+        weight.data = weight.data.t().contiguous().t()
+    return weight
+
+
 def _columns(linear: Any) -> Map:
     """A matrix whose output is split over tensor-parallel ranks, and whose input all have."""
-    weight, bias = linear.weight, linear.bias
+    weight, bias = _laid_out(linear.weight), linear.bias
     return lambda x: F.linear(x, weight, bias)
 
 
 def _rows(linear: Any) -> Map:
     """A matrix whose input is split, and whose output is the sum over the ranks."""
-    weight, bias = linear.weight, linear.bias
+    weight, bias = _laid_out(linear.weight), linear.bias
     if parallel.tensor_size() == 1:
         return lambda x: F.linear(x, weight, bias)
 
