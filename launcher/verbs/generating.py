@@ -51,7 +51,7 @@ def generate(
 
     if data is not None or settings:
         raise UserError(f"{folder} has its own tokenizer and no config of ours; leave out --data and --set")
-    options = _for_transformers(decoding) if decoding is not None else {}
+    options = options_for_transformers(decoding) if decoding is not None else {}
     say(prompt + generation.generate(folder, prompt, max_new_tokens, seed, **options))
 
 
@@ -70,14 +70,15 @@ def _exported(path: Path) -> Path | None:
     raise UserError(f"{path} is no Hugging Face folder, no checkpoint and no run that has one; train or import a model")
 
 
-def _for_transformers(decoding: Decoding) -> dict[str, Any]:
-    """As `transformers.GenerationConfig` has it. Their length penalty is the exponent of the length itself."""
+def options_for_transformers(decoding: Decoding) -> dict[str, Any]:
+    """As `transformers.GenerationConfig` has it, whatever a folder's own says. Their length penalty is the exponent of
+    the length itself."""
     draws = decoding.temperature > 0 and decoding.beams == 1
     return {
         "do_sample": draws,
         "temperature": decoding.temperature if draws else None,
         "top_k": (decoding.top_k or 0) if draws else None,
-        "top_p": decoding.top_p if draws else None,
+        "top_p": (1.0 if decoding.top_p is None else decoding.top_p) if draws else None,
         "repetition_penalty": decoding.repetition_penalty,
         "no_repeat_ngram_size": decoding.no_repeat_ngram,
         "num_beams": decoding.beams,

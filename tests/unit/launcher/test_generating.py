@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from data_pipeline.tokenization import Tokenizer
-from launcher.verbs.generating import GrowingText, StreamFollower, request_of
+from launcher.verbs.generating import GrowingText, StreamFollower, options_for_transformers, request_of
 from trainer.config import ModelConfig, UserError
 from trainer.inference.requests import Decoding, Generate
 
@@ -78,3 +80,32 @@ def test_a_request_has_as_many_tokens_as_there_is_room_for() -> None:
         request_of("", 4, how, TOKENIZER, model)
     with pytest.raises(UserError, match=r"8 tokens, and the model reads at most 8.*shorten it to 7"):
         request_of("abcdefgh", 4, how, TOKENIZER, model)
+
+
+@pytest.mark.parametrize("own", [{}, {"do_sample": True, "top_k": 2, "top_p": 0.3, "repetition_penalty": 3.0}])
+def test_transformers_does_what_is_asked_whatever_the_folder_says(own: dict[str, float]) -> None:
+    torch.manual_seed(3)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=20, n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5)
+    ).eval()
+    model.generation_config = transformers.GenerationConfig(**own, pad_token_id=0)
+    prompt = torch.tensor([[1, 2, 3]])
+
+    def texts(decoding: Decoding, times: int = 1) -> set[tuple[int, ...]]:
+        options = options_for_transformers(decoding)
+        found = [model.generate(prompt, max_new_tokens=6, **options)[0].tolist() for _ in range(times)]
+        return {tuple(text) for text in found}
+
+    text = [1, 2, 3]
+    for _ in range(6):
+        text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+    assert texts(Decoding()) == texts(Decoding(temperature=5.0, top_k=1)) == {tuple(text)}
+    assert len(texts(Decoding(temperature=50.0), 40)) == 40  # all but even
+    assert len({each[3] for each in texts(Decoding(temperature=50.0, top_k=3), 40)}) == 3
+
+    def logprob(text: tuple[int, ...]) -> float:
+        logits = model(torch.tensor([text[:-1]])).logits[0, 2:].log_softmax(-1)
+        return logits[range(6), text[3:]].sum().item()
+
+    (best,) = texts(Decoding(beams=60, length_penalty=0.0))
+    assert len(best) == 9 and logprob(best) > logprob(tuple(text)) + 1e-3
