@@ -71,6 +71,8 @@ def test_ranks_answer_every_document_as_the_harness_own_model_does(
 WAYS = [
     Decoding(),
     Decoding(repetition_penalty=1.3, no_repeat_ngram=2),
+    Decoding(temperature=1.2, seed=7),
+    Decoding(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.3, seed=8),
     Decoding(beams=4),  # as GPT-3's free-form tasks are answered
     Decoding(beams=3, length_penalty=2.0, repetition_penalty=1.3, no_repeat_ngram=2),
 ]

@@ -1,12 +1,12 @@
 """Answers of an exported model, by transformers alone: what our ranks answer can be held against it.
 
 No code of ours computes here; of ours are the search for the best of several beams, which transformers divides by
-another length penalty, and the order of the work. Sequences are padded on the right, where no causal model sees it.
+another length penalty, the streams that tokens are drawn from, and the order of the work. Sequences are padded on the
+right, where no causal model sees it.
 
 Shapes: b sequences, s sequence, k positions, V vocabulary.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +17,15 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import Tensor
-from transformers.generation import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from trainer import device
 from trainer.checkpoint.huggingface.configs import CONFIG
@@ -26,7 +34,8 @@ from trainer.checkpoint.huggingface.verification import ExportMismatch, opened
 from trainer.config import UserError
 from trainer.data.batches import MicroBatch
 from trainer.inference.beam import BeamSearch
-from trainer.inference.requests import Answer, Generate, Generated, Request, Score, Scored, Tokens
+from trainer.inference.decoding import drawn, stream
+from trainer.inference.requests import Answer, Decoding, Generate, Generated, Request, Score, Scored, Tokens
 from trainer.pipeline import WatchLosses
 from trainer.progress import Advance, unheard
 
@@ -144,8 +153,6 @@ class HuggingFaceModel:
                 yield number, Generated(())
             elif each.decoding.beams > 1:
                 alike["beams"].append((number, each))
-            elif each.decoding.temperature > 0:  # a generator serves all rows of a call: one of each request's own
-                yield from self._continued([(number, each)])
             else:  # prompts of one length, as not every class can leave out padding before them
                 alike[len(each.prompt), replace(each, prompt=())].append((number, each))
         for batch in _batches(alike.pop("beams", []), _beam_tokens, self._max_batch_tokens):
@@ -156,13 +163,15 @@ class HuggingFaceModel:
 
     def _continued(self, batch: list[Numbered[Generate]]) -> Iterator[tuple[int, Answer]]:
         """By transformers' own decoding; they differ in their prompts alone."""
-        number, first = batch[0]
+        _, first = batch[0]
         prompts = torch.tensor([each.prompt for _, each in batch], device=self._device)
-        generators = [self._device] if self._device.type == "cuda" else []
-        with quiet(), torch.random.fork_rng(devices=generators):
-            torch.manual_seed(_stream(first.decoding.seed, number))
+        draws = _Draws(first.decoding, [number for number, _ in batch]) if first.decoding.temperature > 0 else None
+        with quiet():
             rows = self._model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), generation_config=_generation_config(first)
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                generation_config=_generation_config(first),
+                logits_processor=LogitsProcessorList([draws] if draws is not None else []),
             )
         for row, (number, each) in zip(rows[:, prompts.shape[1] :].tolist(), batch, strict=True):
             yield number, Generated(_until(row, each.stop_ids))
@@ -185,6 +194,23 @@ class HuggingFaceModel:
         return self._logits(sequences, positions)[torch.arange(len(sequences)), places]
 
 
+class _Draws(LogitsProcessor):
+    """Leaves of each row the one token that is drawn, from the very stream that a rank would draw from."""
+
+    def __init__(self, decoding: Decoding, numbers: Sequence[int]) -> None:
+        """numbers: of the requests, one for each row."""
+        self._streams = [stream(decoding.seed, number) for number in numbers]
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(decoding.temperature))])
+        if decoding.top_k is not None:
+            self._warpers.append(TopKLogitsWarper(decoding.top_k))
+        if decoding.top_p is not None and decoding.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(decoding.top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens = drawn(self._warpers(input_ids, scores), [each.random() for each in self._streams])
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
 def _scored(logits: Tensor, continuation: Tokens) -> Scored:
     """Of logits [k, V] before each token."""
     tokens = torch.tensor(continuation, device=logits.device)
@@ -205,16 +231,13 @@ def _logprobs(sequences: Sequence[Tokens], logits: Tensor, request: Generate) ->
 
 def _generation_config(request: Generate) -> transformers.GenerationConfig:
     decoding = request.decoding
-    drawing: dict[str, Any] = {"do_sample": decoding.temperature > 0}
-    if drawing["do_sample"]:
-        drawing |= {"temperature": decoding.temperature, "top_k": decoding.top_k or 0, "top_p": decoding.top_p or 1.0}
     return transformers.GenerationConfig(
         max_new_tokens=request.max_new_tokens,
         eos_token_id=list(request.stop_ids) or None,
         pad_token_id=request.stop_ids[0] if request.stop_ids else 0,
         repetition_penalty=decoding.repetition_penalty,
         no_repeat_ngram_size=decoding.no_repeat_ngram,
-        **drawing,
+        do_sample=False,  # what is drawn is the only one left
     )
 
 
@@ -222,11 +245,6 @@ def _until(tokens: Sequence[int], stop_ids: Tokens) -> Tokens:
     """To the first that ends, and with it; padding comes after."""
     ends = (place for place, token in enumerate(tokens, 1) if token in stop_ids)
     return tuple(tokens[: next(ends, len(tokens))])
-
-
-def _stream(seed: int, number: int) -> int:
-    """A seed of its own for each request."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=7).digest())
 
 
 def _score_tokens(request: Score) -> int:
