@@ -1,13 +1,11 @@
 """What a battery of tasks has found of a checkpoint, and its file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from data_pipeline.durable import write_atomically
 from launcher.evaluation.intervals import Measure
 from trainer.config import UserError
 
@@ -90,21 +88,17 @@ class EvaluationResults(_Record):
     def as_tree(self) -> dict[str, Any]:
         return {**self.model_dump(mode="json"), "scores": self.scores}
 
-    def write(self, path: Path) -> None:
-        """Whole or not at all."""
-        write_atomically(path, orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_INDENT_2) + b"\n")
-
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Raises:
-        UserError: there are none, or of another version.
+    def of(cls, tree: Mapping[str, Any], path: Path) -> Self:
+        """From `as_tree`, or a part of a file that has it.
+
+        Raises:
+            UserError: it is of another version; names the path.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"cannot read the results {path}: {error.strerror}") from error
+            return cls.model_validate({name: value for name, value in tree.items() if name != "scores"})
         except ValidationError as error:
-            raise UserError(f"{path} holds no results of this version; evaluate again") from error
+            raise UserError(f"{path} holds no results of this version; remove it and evaluate again") from error
 
 
 def check_comparable(results: Sequence[EvaluationResults]) -> None:

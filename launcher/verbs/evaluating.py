@@ -141,7 +141,7 @@ def results_of(path: Path) -> tuple[list[EvaluationResults], list[str]]:
         raise UserError(
             f"{path} has no results of evaluations; set evaluation.tasks for its run, or `broadgauge eval --save`"
         )
-    read = [EvaluationResults.model_validate(tree) for _, tree in found]
+    read = [EvaluationResults.of(tree, file) for file, tree in found]
     newest = max(read, key=lambda each: each.step or 0)
     alike = [each for each in read if each.battery_fingerprint == newest.battery_fingerprint]
     others = [each for each in read if each.battery_fingerprint != newest.battery_fingerprint]

@@ -1,7 +1,9 @@
-"""Results as a file."""
+"""Results as plain data."""
 
 from pathlib import Path
+from typing import Any
 
+import orjson
 import pytest
 
 from launcher.evaluation.results import EvaluationResults, check_comparable
@@ -9,11 +11,9 @@ from made_tasks import results_at
 from trainer.config import UserError
 
 
-def test_the_file_is_what_was_written(tmp_path: Path) -> None:
+def test_the_tree_is_all_there_is() -> None:
     results = results_at(30)
-    results.write(tmp_path / "r.json")
-    assert EvaluationResults.read(tmp_path / "r.json") == results
-    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    assert EvaluationResults.of(orjson.loads(orjson.dumps(results.as_tree())), Path("r.json")) == results
     assert results.scores == {
         "larger/0-shot/accuracy": 0.6,
         "larger/0-shot/answer_logprob": -1.5,
@@ -21,13 +21,10 @@ def test_the_file_is_what_was_written(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"format_version": 2}', b'{"format_version": 1, "other": 3}'])
-def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "r.json").write_bytes(content)
-    with pytest.raises(UserError, match="holds no results of this version"):
-        EvaluationResults.read(tmp_path / "r.json")
-    with pytest.raises(UserError, match="cannot read the results"):
-        EvaluationResults.read(tmp_path / "none.json")
+@pytest.mark.parametrize("tree", [{}, {"format_version": 2}, {"format_version": 1, "other": 3}])
+def test_other_trees_are_refused(tree: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"r\.json holds no results of this version"):
+        EvaluationResults.of(tree, Path("r.json"))
 
 
 def test_what_was_asked_otherwise_cannot_be_compared() -> None:
