@@ -4,8 +4,7 @@
 beside its shards, with its sources and the count of every drop.
 """
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_pipeline.durable import write_atomically, write_synced
 from data_pipeline.settings import Settings
 from data_pipeline.tally import Count
+from trainer.progress import Advance, unheard
 from trainer.section import UserError
 
 MANIFEST_FILE = "manifest.json"
@@ -35,11 +35,13 @@ class FileRecord(Record):
     xxh3_128: str
 
     @classmethod
-    def of(cls, path: Path) -> Self:
+    def of(cls, path: Path, heard: Callable[[int], None] = lambda num_bytes: None) -> Self:
+        """`heard` is told of bytes as they are read."""
         digest = xxhash.xxh3_128()
         with open(path, "rb") as handle:
             while chunk := handle.read(_CHUNK_BYTES):
                 digest.update(chunk)
+                heard(len(chunk))
             return cls(size_bytes=handle.tell(), xxh3_128=digest.hexdigest())
 
     def matches(self, path: Path) -> bool:
@@ -149,26 +151,35 @@ class Manifest(Record):
             for portion in PORTIONS
         }
 
-    def damage(self, folder: Path) -> list[str]:
-        """Files of the manifest that are missing or changed, one line each; empty when all is well."""
-        problems = []
+    def damage(self, folder: Path, advance: Advance = unheard) -> list[str]:
+        """Files of the manifest that are missing or changed, one line each; empty when all is well.
+
+        `advance` hears how many bytes have been read, of how many.
+        """
+        problems, done, total = [], 0, sum(file.size_bytes for file in self.files.values())
+
+        def heard(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            advance(done, total)
+
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
                 problems.append(f"{name} is missing")
             elif path.stat().st_size != expected.size_bytes:
                 problems.append(f"{name} has {path.stat().st_size} bytes, not {expected.size_bytes}")
-            elif _content_of(path) != expected:
+            elif _content_of(path, heard) != expected:
                 problems.append(f"{name} has other content (xxh3-128)")
         return problems
 
-    def verify(self, folder: Path) -> None:
-        """Check size and hash of every file.
+    def verify(self, folder: Path, advance: Advance = unheard) -> None:
+        """Check size and hash of every file; `advance` as in `damage`.
 
         Raises:
             UserError: the folder is not what the manifest says.
         """
-        problems = self.damage(folder)
+        problems = self.damage(folder, advance)
         if problems:
             raise UserError(f"{folder} is damaged: {'; '.join(problems)}; remove it and prepare it again")
 
@@ -194,15 +205,18 @@ def check_enough(portions: Mapping[Portion, PortionRecord], seq_length: int, min
         )
 
 
-def _content_of(path: Path) -> FileRecord:
-    found = path.stat()
-    return _content(path.resolve(), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+_seen: dict[tuple[object, ...], FileRecord] = {}
 
 
-@cache
-def _content(path: Path, *_: int) -> FileRecord:
+def _content_of(path: Path, heard: Callable[[int], None]) -> FileRecord:
     """Terabytes take a while: a command that needs to know twice, of a file that has not changed, reads it once."""
-    return FileRecord.of(path)
+    found = path.stat()
+    key = path.resolve(), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    if key in _seen:
+        heard(found.st_size)
+    else:
+        _seen[key] = FileRecord.of(path, heard)
+    return _seen[key]
 
 
 def _to_json(manifest: Record) -> bytes:

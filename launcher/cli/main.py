@@ -22,6 +22,7 @@ from launcher.cli.terminal import working
 from launcher.report.display import Mode
 from trainer import config_file
 from trainer.config import UserError
+from trainer.progress import counting
 from trainer.stop import Interrupted, Preempted
 
 _INTERRUPTED = 130
@@ -83,8 +84,11 @@ def train(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None,
 
     config = config_file.load(path, settings or ())
     where = run_dir_of(config, run_dir)
-    checks.check_train(config, where, on_cluster=ray is not None)
-    with stages.claim(config, where, working(), ray) as claimed:
+    display = working()
+    with display.stage("check") as bar:
+        heard = counting(bar.update, "check: prepared data", "bytes")
+        checks.check_train(config, where, on_cluster=ray is not None, advance=heard)
+    with stages.claim(config, where, display, ray) as claimed:
         stages.train(claimed)
 
 

@@ -15,11 +15,12 @@ from trainer.checkpoint.remote.copies import Remote
 from trainer.config import RunConfig, UserError
 from trainer.data.blend import DatasetUse, epochs
 from trainer.data.prepared import fingerprints
+from trainer.progress import Advance, unheard
 from trainer.run_dir import RunDir
 
 
-def check_run(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -> None:
-    """Everything that a whole run needs.
+def check_run(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False, advance: Advance = unheard) -> None:
+    """Everything that a whole run needs; `advance` hears of prepared data that is read, in bytes.
 
     Raises:
         UserError: says what and how to mend it.
@@ -29,7 +30,7 @@ def check_run(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -
     export.check_exportable(config)
     check_start(config, run_dir, on_cluster=on_cluster)
     if config.data.prepared:
-        check_prepared(config, run_dir)
+        check_prepared(config, run_dir, advance)
     else:
         check_sources(config, run_dir)
     check_start_from(config, run_dir)
@@ -37,14 +38,14 @@ def check_run(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -
         check_prompt(config, run_dir)
 
 
-def check_train(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -> None:
-    """What training alone needs.
+def check_train(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False, advance: Advance = unheard) -> None:
+    """What training alone needs; `advance` as in `check_run`.
 
     Raises:
         UserError: says what and how to mend it.
     """
     check_start(config, run_dir, on_cluster=on_cluster)
-    check_prepared(config, run_dir)
+    check_prepared(config, run_dir, advance)
     check_start_from(config, run_dir)
 
 
@@ -74,7 +75,7 @@ def check_sources(config: RunConfig, run_dir: RunDir) -> None:
         preflight(settings_of(config), run_dir.data)
 
 
-def check_prepared(config: RunConfig, run_dir: RunDir) -> Manifest:
+def check_prepared(config: RunConfig, run_dir: RunDir, advance: Advance = unheard) -> Manifest:
     """The manifest of the data that the run trains on.
 
     Raises:
@@ -82,7 +83,7 @@ def check_prepared(config: RunConfig, run_dir: RunDir) -> Manifest:
     """
     folder = run_dir.data_for(config)
     manifest = Manifest.load(folder)
-    manifest.verify(folder)
+    manifest.verify(folder, advance)
     if manifest.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{folder} was tokenized with {manifest.vocab_size} tokens and model.vocab_size is "

@@ -96,7 +96,7 @@ def evaluate(
     UserError: there is nothing to evaluate, or nothing to measure it by, or one does not fit the other.
     """
     if (path / HF_CONFIG).is_file():
-        subject = _export(path, data, settings, wanted)
+        subject = _export(path, data, settings, wanted, update)
     else:
         subject = _checkpoint(path, data, settings, wanted, update)
     judge = _judge(subject, wanted)
@@ -154,12 +154,12 @@ def results_of(path: Path) -> tuple[list[EvaluationResults], list[str]]:
 
 def _checkpoint(path: Path, data: Path | None, settings: Sequence[str], wanted: Wanted, update: Update) -> Subject:
     precision = [] if wanted.precision == "run" else [f"train.precision={wanted.precision}"]
-    found = inspection.find(path, data, [*precision, *settings], counting(update, "evaluate: verifying", "files"))
+    found = inspection.find(path, data, [*precision, *settings], "evaluate", update)
     assert found.config.data.prepared is not None
     return Subject(found.checkpoint, found.config, Path(found.config.data.prepared) / TOKENIZER_FOLDER, found.manifest)
 
 
-def _export(folder: Path, data: Path | None, settings: Sequence[str], wanted: Wanted) -> Subject:
+def _export(folder: Path, data: Path | None, settings: Sequence[str], wanted: Wanted, update: Update) -> Subject:
     """A folder of Hugging Face, with the settings and the data of the run whose export it is, if it is one."""
     run_dir = RunDir(folder.resolve().parent)
     tree: dict[str, Any] = {}
@@ -174,7 +174,7 @@ def _export(folder: Path, data: Path | None, settings: Sequence[str], wanted: Wa
     config = config_file.override({**of_run, "model": model, "train": train, "data": prepared}, settings)
     if data is not None:
         manifest = DataManifest.load(data)
-        manifest.verify(data)
+        manifest.verify(data, counting(update, "evaluate: verifying data", "bytes"))
         check_tokenizer(FolderTokenizer.load(folder), manifest.tokenizer_fingerprint, config.model.vocab_size, folder)
     return Subject(folder.resolve(), config, folder)
 

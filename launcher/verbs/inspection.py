@@ -21,7 +21,7 @@ from trainer import config_file
 from trainer.checkpoint.format import compatibility, store
 from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.config import RunConfig
-from trainer.progress import Advance, Update, counting, unheard
+from trainer.progress import Update, counting, unheard
 from trainer.run_dir import RunDir
 
 
@@ -34,14 +34,17 @@ class Found:
     config: RunConfig
 
 
-def find(path: Path, data: Path | None, settings: Sequence[str], advance: Advance = unheard) -> Found:
+def find(path: Path, data: Path | None, settings: Sequence[str], doing: str = "", update: Update = unheard) -> Found:
     """The checkpoint that `path` means, verified, with its run's config and data, changed by `settings`.
+
+    Args:
+        doing: for whom, as `update` is told.
 
     Raises:
         UserError: there is no checkpoint, or no data is known for it.
     """
     checkpoint = store.find(path)
-    manifest = store.verify(checkpoint, advance=advance)
+    manifest = store.verify(checkpoint, advance=counting(update, f"{doing}: verifying", "files"))
     tree = manifest.config | {"preset": None}
     run_dir = RunDir(checkpoint.resolve().parent.parent)
     recorded = tree["data"].get("prepared")
@@ -50,7 +53,7 @@ def find(path: Path, data: Path | None, settings: Sequence[str], advance: Advanc
     compatibility.check_architecture(manifest, config, checkpoint)
     check_embedded(config)
     data_manifest = DataManifest.load(prepared)
-    data_manifest.verify(prepared)
+    data_manifest.verify(prepared, counting(update, f"{doing}: verifying data", "bytes"))
     if manifest.data:  # not of imported weights whose tokenizer is none of ours
         found = {"tokenizer": data_manifest.tokenizer_fingerprint}
         compatibility.check_tokenizer(manifest, found, checkpoint)
@@ -58,16 +61,16 @@ def find(path: Path, data: Path | None, settings: Sequence[str], advance: Advanc
 
 
 def find_to_export(
-    path: Path, data: Path | None, settings: Sequence[str], advance: Advance = unheard
+    path: Path, data: Path | None, settings: Sequence[str], doing: str = "", update: Update = unheard
 ) -> tuple[Found, Path]:
     """As `find`, and the tokenizer's folder; weights just imported have it beside them, and need no data."""
     checkpoint = store.find(path)
     imported = checkpoint.parent / importing.TOKENIZER_FOLDER
     was_trained_here = read_manifest(checkpoint).step > 0
     if data or was_trained_here or not imported.is_dir():
-        found = find(path, data, settings, advance)
+        found = find(path, data, settings, doing, update)
         return found, Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
-    manifest = store.verify(checkpoint, advance=advance)
+    manifest = store.verify(checkpoint, advance=counting(update, f"{doing}: verifying", "files"))
     config = config_file.override(manifest.config | {"preset": None}, settings)
     compatibility.check_architecture(manifest, config, checkpoint)
     check_embedded(config)
@@ -100,7 +103,7 @@ def export(
 ) -> exporting.Verified:
     from trainer.checkpoint.huggingface import export, model_card
 
-    found, tokenizer = find_to_export(path, data, settings, counting(update, "export: verifying", "files"))
+    found, tokenizer = find_to_export(path, data, settings, "export", update)
     export.check_export(found.config, tokenizer, out)
     facts = model_card.training_facts(found.manifest)
     with scratch_run() as run_dir, ExitStack() as resources, store.being_read(found.checkpoint):

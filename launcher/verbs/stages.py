@@ -36,6 +36,7 @@ from trainer.checkpoint.format.manifest import MANIFEST, read_manifest
 from trainer.config import RunConfig
 from trainer.data.blend import DatasetUse
 from trainer.events import SCHEMA, Event, EventLog, EventReader, read_events
+from trainer.progress import counting
 from trainer.run_dir import RunDir
 from trainer.schedule import Schedule
 from trainer.stop import Preempted
@@ -152,7 +153,9 @@ def _log_of(error: Exception) -> str | None:
 
 def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = None) -> None:
     """Raw text to a trained, evaluated, exported, sampled model; `ray` as for `claim`."""
-    checks.check_run(config, run_dir, on_cluster=ray is not None)
+    with display.stage("check") as bar:
+        heard = counting(bar.update, "check: prepared data", "bytes")
+        checks.check_run(config, run_dir, on_cluster=ray is not None, advance=heard)
     with claim(config, run_dir, display, ray) as claimed:
         if is_finished(run_dir):
             display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")

@@ -134,7 +134,7 @@ class TestOtherVerbs:
         one_rank = ("--set", "parallel.tensor=1", "parallel.pipeline=1")
         outcome = broadgauge("--progress", "json", "eval", run_dir, *one_rank)
         assert outcome.returncode == 0, outcome.stderr
-        assert ends_said(outcome.stderr)["evaluate"] == (3, "micro-batches")  # of 4 sequences
+        assert ends_said(outcome.stderr)["evaluate: held-out text"] == (3, "micro-batches")  # of 4 sequences
         result = orjson.loads(outcome.stdout)
         recorded = final_evaluation(run_dir)
         assert result["step"] == NUM_STEPS and result["tokens"] == recorded["tokens"]
@@ -153,7 +153,8 @@ class TestOtherVerbs:
         outcome = broadgauge("--progress", "json", "export", checkpoint, "--out", tmp_path / "hf")
         assert outcome.returncode == 0, outcome.stderr
         ends = ends_said(outcome.stderr)
-        assert list(ends) == [f"export: {what}" for what in ("verifying", "writing", "comparing", "comparing logits")]
+        said = ("verifying", "verifying data", "writing", "comparing", "comparing logits")
+        assert list(ends) == [f"export: {what}" for what in said]
         assert ends["export: writing"] == ends["export: comparing"] == (28, "tensors")
         assert (tmp_path / "hf" / "model.safetensors").exists()
         assert weights_digest(tmp_path / "hf") != weights_digest(run_dir / "export")

@@ -377,7 +377,7 @@ def test_damage_is_named_and_mended(
 def test_a_file_that_has_not_changed_is_read_once_a_command(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, read = Manifest.load(prepared), []
     of = FileRecord.of
-    monkeypatch.setattr(FileRecord, "of", lambda path: read.append(path.name) or of(path))
+    monkeypatch.setattr(FileRecord, "of", lambda path, heard: read.append(path.name) or of(path, heard))
     for name in manifest.files:  # as copied just now: nobody has read them
         path = prepared / name
         path.with_suffix(".copy").write_bytes(path.read_bytes())
