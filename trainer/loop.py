@@ -24,7 +24,7 @@ from trainer.evaluate.heldout import HeldoutEvaluation
 from trainer.events import read_events
 from trainer.heartbeat import Heartbeat
 from trainer.inference.answering import answer
-from trainer.inference.requests import Request, read_requests, write_answers
+from trainer.inference.requests import Request, fingerprint, read_requests, write_answers
 from trainer.inference.windows import WindowModel
 from trainer.profiling import StepProfiler
 from trainer.restore import Progress, Source, restore
@@ -110,7 +110,7 @@ class Training:
         self._progress = Progress()
         self._saved_step = 0
         self._evaluated: tuple[int, float] | None = None  # step and held-out loss of the last evaluation
-        self._requests = _requests(config, run_dir)
+        self._requests, self._asked = _requests(config, run_dir)
 
     def begin(self) -> None:
         """Go on from wherever the run can."""
@@ -246,10 +246,10 @@ class Training:
         began, step = time.perf_counter(), self._progress.step
         model = WindowModel(self._engine.stages, self._config, self._device)
         answers = answer(model, self._requests, advance=lambda *_: self._heartbeat.phase("evaluating"))
+        path = self._run_dir.answers_path(step, self._asked)
         if dist.get_rank() == 0:
-            write_answers(self._run_dir.answers_path(step), answers)
-        seconds = round(time.perf_counter() - began, 6)
-        self._record("answered", step=step, seconds=seconds, answers=str(self._run_dir.answers_path(step)))
+            write_answers(path, answers)
+        self._record("answered", step=step, seconds=round(time.perf_counter() - began, 6), answers=str(path))
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
@@ -317,8 +317,8 @@ class Training:
         return source
 
 
-def _requests(config: RunConfig, run_dir: RunDir) -> list[Request]:
-    """What these ranks are to answer of every checkpoint."""
+def _requests(config: RunConfig, run_dir: RunDir) -> tuple[list[Request], str]:
+    """What these ranks are to answer of every checkpoint, and its fingerprint."""
     if config.evaluation.has_service or not config.evaluation.tasks or not run_dir.requests_path.exists():
-        return []
-    return read_requests(run_dir.requests_path)
+        return [], ""
+    return read_requests(run_dir.requests_path), fingerprint(run_dir.requests_path)

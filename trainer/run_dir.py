@@ -60,9 +60,9 @@ class RunDir:
         """What tasks ask of every checkpoint; see `trainer.inference.requests`."""
         return self.evaluation / "requests.jsonl"
 
-    def answers_path(self, step: int) -> Path:
-        """What the training ranks have answered."""
-        return self.evaluation / f"step-{step:08d}.answers.jsonl"
+    def answers_path(self, step: int, asked: str) -> Path:
+        """What the training ranks have answered to requests of this fingerprint."""
+        return self.evaluation / f"step-{step:08d}.{asked}.answers.jsonl"
 
     @property
     def stop_path(self) -> Path:

@@ -28,7 +28,7 @@ from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.checkpoint.format.results import read_results, write_results
 from trainer.config import UserError
 from trainer.events import Event, EventReader
-from trainer.inference.requests import read_answers, write_requests
+from trainer.inference.requests import fingerprint, read_answers, write_requests
 from trainer.progress import Update, unheard
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
@@ -80,11 +80,14 @@ class EvaluationService:
         self._is_closed, self._is_idle = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation service", daemon=True)
         self.num_judged = 0
+        self._asked = ""
+        """Fingerprint of the requests."""
 
     def __enter__(self) -> "EvaluationService":
         self._events.skip_to_end()
         self._folder.mkdir(exist_ok=True)
         write_requests(self._run_dir.requests_path, self._judge.requests)
+        self._asked = fingerprint(self._run_dir.requests_path)
         self._look_for_unjudged()
         self._thread.start()
         return self
@@ -257,7 +260,7 @@ class EvaluationService:
         began, checkpoint = time.monotonic(), self._checkpoint(step)
         try:
             manifest = read_manifest(checkpoint)
-            self._tell(checkpoint, manifest, self._run_dir.answers_path(step), None, began)
+            self._tell(checkpoint, manifest, self._run_dir.answers_path(step, self._asked), None, began)
         except UserError as error:
             self._record("evaluation_skipped", step=step, reason=str(error))
         except Exception as error:
@@ -288,14 +291,21 @@ class EvaluationService:
         for step in store.steps(self._run_dir.checkpoints):
             checkpoint = self._checkpoint(step)
             try:
-                is_judged = read_results(checkpoint, read_manifest(checkpoint)) is not None
+                is_judged = self._is_judged(read_results(checkpoint, read_manifest(checkpoint)))
             except UserError:
                 continue
             if not is_judged and self._fleet is not None:
                 self._waiting, _ = self._waiting.committed(step)
                 self._lease(step)
-            elif not is_judged and self._run_dir.answers_path(step).exists():
+            elif not is_judged and self._run_dir.answers_path(step, self._asked).exists():
                 self._grade_answers(step)
+
+    def _is_judged(self, results: dict[str, Any] | None) -> bool:
+        """By what is asked now."""
+        evaluation = (results or {}).get("evaluation")
+        return isinstance(evaluation, dict) and (
+            evaluation.get("battery_fingerprint") == self._judge.battery.fingerprint
+        )
 
     def _checkpoint(self, step: int) -> Path:
         return self._run_dir.checkpoints / store.folder_name(step)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import xxhash
 
 Tokens = tuple[int, ...]
 
@@ -93,6 +94,11 @@ def write_requests(path: Path, requests: Iterable[Request]) -> None:
 
 def read_requests(path: Path) -> list[Request]:
     return [_request(line) for line in path.read_bytes().splitlines()]
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file of requests: answers to others are no answers to them."""
+    return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
