@@ -42,7 +42,7 @@ def server(tmp_path: Path) -> Iterator[Prometheus]:
     discovery = [{"files": files, "refresh_interval": "1s"}]
     (folder := tmp_path / "prometheus").mkdir()
     config = {
-        "global": {"scrape_interval": "500ms"},
+        "global": {"scrape_interval": "1s"},
         "scrape_configs": [{"job_name": "broadgauge", "file_sd_configs": discovery}],
     }
     with prometheus(folder, config) as server:
