@@ -40,6 +40,7 @@ _LOOK_SECONDS = 0.2
 _ARRIVAL_SECONDS = 300.0  # for agents of the service to come up
 _SILENCE_FACTOR = 6.0  # loading a checkpoint takes longer than a step, and says nothing meanwhile
 _MOST_FAILURES = 5  # in a row, after which it would only fail again
+_NOTHING_MORE = f"after {_MOST_FAILURES} failures in a row nothing more is judged"
 
 _log = logging.getLogger(__name__)
 
@@ -112,11 +113,22 @@ class EvaluationService:
     def _run(self) -> None:
         try:
             while not self._is_closed.is_set() and self._num_failures < _MOST_FAILURES:
-                self._turn()
+                try:
+                    self._turn()
+                except Exception as error:  # of which nobody thought: it must not end all evaluations
+                    self._went_wrong(error)
             if self._num_failures >= _MOST_FAILURES:
-                _log.warning("no checkpoint is judged any more, after %d failures in a row", self._num_failures)
+                for step in self._waiting.steps:
+                    self._record("evaluation_skipped", step=step, reason=_NOTHING_MORE)
         finally:
             self._leave()
+
+    def _went_wrong(self, error: Exception) -> None:
+        _log.exception("the evaluation service met what it cannot handle")
+        if self._work is not None:
+            self._fail(self._work, f"{type(error).__name__}: {error}")
+        else:
+            self._num_failures += 1
 
     def _turn(self) -> None:
         is_asked = not self._is_idle.is_set()
@@ -177,7 +189,7 @@ class EvaluationService:
         try:
             lease.enter_context(store.being_read(checkpoint))
             manifest = read_manifest(checkpoint)
-        except UserError as error:
+        except (UserError, OSError) as error:  # the second of a file system without locks
             lease.close()
             self._record("evaluation_skipped", step=step, reason=str(error))
             return
@@ -243,12 +255,17 @@ class EvaluationService:
         self.num_judged += 1
 
     def _fail(self, work: _Work, reason: str) -> None:
-        if work.life is not None:
-            work.life.kill()
-        work.lease.close()
-        self._work = None
         self._num_failures += 1
-        self._record("evaluation_failed", step=work.step, reason=reason)
+        self._give_up(work)
+        is_last = self._num_failures == _MOST_FAILURES
+        self._record("evaluation_failed", step=work.step, reason=f"{reason}; {_NOTHING_MORE}" if is_last else reason)
+
+    def _give_up(self, work: _Work) -> None:
+        self._work = None
+        work.lease.close()
+        if work.life is not None:
+            with suppress(RayError):
+                work.life.kill()
 
     # ------------------------------------------------------------------------------------------------------- and grades
 
@@ -306,9 +323,6 @@ class EvaluationService:
 
     def _leave(self) -> None:
         if self._work is not None:
-            if self._work.life is not None:
-                with suppress(RayError):
-                    self._work.life.kill()
-            self._work.lease.close()
+            self._give_up(self._work)
         for step in list(self._leases):
             self._let_go(step)
