@@ -161,6 +161,9 @@ class EvaluationService:
     def _void_after(self, step: int) -> None:
         """What was saved after it is of no history that counts."""
         self._waiting, left_out = self._waiting.void_after(step)
+        if self._work is not None and self._work.step > step:
+            left_out = self._work.step, *left_out
+            self._give_up(self._work)
         for each in left_out:
             self._let_go(each)
             self._record("evaluation_skipped", step=each, reason=f"the run goes on from step {step}")
@@ -169,7 +172,8 @@ class EvaluationService:
 
     def _committed(self, step: int) -> None:
         if self._work is not None and self._work.step == step:  # written over by another life
-            self._fail(self._work, "the run went back, and has written it anew")
+            self._give_up(self._work)
+            self._record("evaluation_skipped", step=step, reason="the run went back, and has written it anew")
         self._waiting, left_out = self._waiting.committed(step)
         for each in left_out:
             self._let_go(each)

@@ -105,3 +105,15 @@ def test_checkpoints_are_not_lost_in_silence_where_all_fails(run_dir: RunDir, lo
     assert "the disk is away" in failed[0]["reason"]
     assert "nothing more is judged" in failed[-1]["reason"]
     assert [event["step"] for event in of_kind(run_dir, "evaluation_skipped")] == [6, 7, 8]
+
+
+def test_what_is_under_way_is_given_up_where_the_run_goes_back(run_dir: RunDir, log: EventLog, judge: Judge) -> None:
+    fleet = cast(Fleet, ArrivingFleet())
+    with EvaluationService(run_dir, judge, "queue", log.write, fleet) as service:
+        commit(run_dir, 20)
+        log.write("checkpoint_saved", step=20)
+        until(lambda: service._work is not None)
+        log.write("rolled_back", from_step=25, to_step=10, reason="loss spike")
+        service.finish()
+    (skipped,) = of_kind(run_dir, "evaluation_skipped", "evaluation_failed")
+    assert (skipped["kind"], skipped["step"]) == ("evaluation_skipped", 20) and "step 10" in skipped["reason"]
