@@ -66,9 +66,20 @@ class EvaluationService:
     """From its start until it is closed; a context manager, which does not wait for what is still to be judged."""
 
     def __init__(
-        self, run_dir: RunDir, judge: Judge, when_behind: str, record: Record, fleet: Fleet | None = None
+        self,
+        run_dir: RunDir,
+        judge: Judge,
+        when_behind: str,
+        record: Record,
+        fleet: Fleet | None = None,
+        end_seconds: float = 10.0,
     ) -> None:
-        """`fleet`: ranks of its own; without them it grades what the training ranks have answered."""
+        """
+        Args:
+            fleet: ranks of its own; without them it grades what the training ranks have answered.
+            end_seconds: to give up what it works on when it is closed. A search through all training text takes longer,
+                and is left alone.
+        """
         self._run_dir, self._judge, self._record, self._fleet = run_dir, judge, record, fleet
         self._folder = run_dir.evaluation
         self._waiting = Waiting("queue" if when_behind == "queue" else "skip")
@@ -77,7 +88,9 @@ class EvaluationService:
         self._work: _Work | None = None
         self._heard: dict[str, set[int]] = {"checkpoint_saved": set(), "answered": set()}
         """Steps; answers come before or after the checkpoint that they are of is committed."""
-        self._num_failures = 0
+        self._left: list[int] = []
+        """Steps of answers that earlier commands have left."""
+        self._num_failures, self._end_seconds = 0, end_seconds
         self._is_closed, self._is_idle = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation service", daemon=True)
         self.num_judged = 0
@@ -92,7 +105,7 @@ class EvaluationService:
 
     def __exit__(self, *_: object) -> None:
         self._is_closed.set()
-        self._thread.join()
+        self._thread.join(self._end_seconds)
 
     def is_idle(self) -> bool:
         """Whether all that was committed so far has been judged or left out."""
@@ -139,6 +152,9 @@ class EvaluationService:
         if self._work is not None:
             self._go_on(self._work)
             return
+        if self._left:
+            self._grade_answers(self._left.pop(0))
+            return
         self._waiting, step = self._waiting.next()
         if step is not None:
             self._begin(step)
@@ -167,6 +183,7 @@ class EvaluationService:
         for each in left_out:
             self._let_go(each)
             self._record("evaluation_skipped", step=each, reason=f"the run goes on from step {step}")
+        self._left = [each for each in self._left if each <= step]
         for steps in self._heard.values():
             steps.intersection_update(range(step + 1))
 
@@ -292,6 +309,8 @@ class EvaluationService:
         requests = self._judge.requests
         given = read_answers(answers, requests) if requests else []
         results = self._judge.results(checkpoint.name, manifest.step, given, heldout)
+        if self._is_closed.is_set():  # the command has ended, and with it the record: the next one judges it
+            return
         path = write_results(checkpoint, manifest, results.scores, results.model_dump(mode="json"))
         self._record(
             "checkpoint_evaluated",
@@ -316,7 +335,7 @@ class EvaluationService:
                 self._waiting, _ = self._waiting.committed(step)
                 self._lease(step)
             elif not is_judged and self._run_dir.answers_path(step).exists():
-                self._grade_answers(step)
+                self._left.append(step)
 
     def _checkpoint(self, step: int) -> Path:
         return self._run_dir.checkpoints / store.folder_name(step)

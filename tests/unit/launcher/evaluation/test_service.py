@@ -1,7 +1,8 @@
 """Checkpoints are judged one after the other, whatever happens to one: the service alone, without ranks."""
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from launcher.evaluation.battery import Battery
+from launcher.evaluation.contamination import TaskOverlap
 from launcher.evaluation.finding import load_tasks
 from launcher.evaluation.judge import Judge
 from launcher.evaluation.service import EvaluationService
@@ -70,6 +72,7 @@ def commit(run_dir: RunDir, step: int) -> None:
 
 def answered(run_dir: RunDir, judge: Judge, step: int) -> None:
     """By training ranks."""
+    run_dir.evaluation.mkdir(exist_ok=True)
     answers: list[Answer] = []
     for request in judge.requests:
         assert isinstance(request, Score)
@@ -117,3 +120,28 @@ def test_what_is_under_way_is_given_up_where_the_run_goes_back(run_dir: RunDir, 
         service.finish()
     (skipped,) = of_kind(run_dir, "evaluation_skipped", "evaluation_failed")
     assert (skipped["kind"], skipped["step"]) == ("evaluation_skipped", 20) and "step 10" in skipped["reason"]
+
+
+def test_a_search_for_overlaps_keeps_no_command_from_beginning_or_ending(
+    run_dir: RunDir, log: EventLog, judge: Judge
+) -> None:
+    """It reads all training text, of which a command before has left the answers to one checkpoint."""
+    is_searching, is_over = threading.Event(), threading.Event()
+
+    def find_overlaps() -> Mapping[str, TaskOverlap]:
+        is_searching.set()
+        is_over.wait(10)
+        return {}
+
+    commit(run_dir, 1)
+    answered(run_dir, judge, 1)
+    searching = EvaluationService(run_dir, Judge(judge.battery, find_overlaps), "skip", log.write, end_seconds=0.1)
+    with searching:
+        until(is_searching.is_set)
+    assert not is_over.is_set() and searching._thread.is_alive()
+    is_over.set()
+    searching._thread.join()
+    assert not of_kind(run_dir, "checkpoint_evaluated")  # the record may be closed by then
+    with EvaluationService(run_dir, judge, "skip", log.write) as again:
+        again.finish()
+    assert [event["step"] for event in of_kind(run_dir, "checkpoint_evaluated")] == [1]
