@@ -98,7 +98,7 @@ class EvaluationService:
     def __enter__(self) -> "EvaluationService":
         self._events.skip_to_end()
         self._folder.mkdir(exist_ok=True)
-        write_requests(self._run_dir.requests_path, self._judge.requests)
+        self._ask()
         self._look_for_unjudged()
         self._thread.start()
         return self
@@ -322,6 +322,15 @@ class EvaluationService:
         )
 
     # --------------------------------------------------------------------------------------------------------- the rest
+
+    def _ask(self) -> None:
+        """Where tasks have changed, what was answered before is no answer to them, even if there are as many."""
+        path = self._run_dir.requests_path
+        before = path.read_bytes() if path.exists() else None
+        write_requests(path, self._judge.requests)
+        if before is not None and before != path.read_bytes():
+            for step in store.steps(self._run_dir.checkpoints):
+                self._run_dir.answers_path(step).unlink(missing_ok=True)
 
     def _look_for_unjudged(self) -> None:
         """What earlier commands have left: as if it had just been committed, or answered."""

@@ -145,3 +145,19 @@ def test_a_search_for_overlaps_keeps_no_command_from_beginning_or_ending(
     with EvaluationService(run_dir, judge, "skip", log.write) as again:
         again.finish()
     assert [event["step"] for event in of_kind(run_dir, "checkpoint_evaluated")] == [1]
+
+
+def test_answers_to_other_tasks_are_not_graded(
+    run_dir: RunDir, log: EventLog, tmp_path: Path, tokenizer: FolderTokenizer, judge: Judge
+) -> None:
+    """A command left them, and the tasks were changed before the next one."""
+    with EvaluationService(run_dir, judge, "skip", log.write):
+        pass
+    commit(run_dir, 1)
+    answered(run_dir, judge, 1)
+    other = judge_by(tmp_path, tokenizer, "fox jumps", "the dog")
+    assert len(other.requests) == len(judge.requests)
+    for _ in range(2):  # nor by a third
+        with EvaluationService(run_dir, other, "skip", log.write) as service:
+            service.finish()
+    assert not of_kind(run_dir, "checkpoint_evaluated")
