@@ -171,7 +171,9 @@ def _export(folder: Path, data: Path | None, settings: Sequence[str], wanted: Wa
     of_run: dict[str, Any] = {name: tree[name] for name in ("seed", "evaluation") if name in tree}
     train = {"precision": "fp32" if wanted.precision == "run" else wanted.precision}
     prepared = {"prepared": str(data.resolve())} if data is not None else {}
-    config = config_file.override({**of_run, "model": model, "train": train, "data": prepared}, settings)
+    config = config_file.override(
+        {**of_run, "model": model, "train": train, "data": prepared}, [*settings, inspection.ALONE]
+    )
     if data is not None:
         manifest = DataManifest.load(data)
         manifest.verify(data)
