@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
+from pydantic import ValidationError
 
 from data_pipeline.manifest import Manifest as DataManifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER
@@ -33,6 +34,7 @@ from trainer.run_dir import RunDir
 
 Precision = Literal["fp32", "bf16", "run"]
 HF_CONFIG = "config.json"
+_MOST_NATS = 700.0
 _CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx")
 """What models of Hugging Face call the most tokens that they read."""
 
@@ -83,7 +85,7 @@ class Evaluation:
         results, heldout = self.results.as_tree(), self.results.heldout
         tree = {"checkpoint": str(self.subject.path), "step": self.results.step, **(heldout or {})}
         if heldout is not None:
-            tree["perplexity"] = math.exp(heldout["loss"])
+            tree["perplexity"] = _perplexity(heldout["loss"])
         if self.results.tasks:
             tree |= {name: results[name] for name in ("scores", "tasks", "battery_fingerprint", "seed")}
         return tree | ({"harness": self.harness} if self.harness else {})
@@ -141,12 +143,19 @@ def results_of(path: Path) -> tuple[list[EvaluationResults], list[str]]:
         raise UserError(
             f"{path} has no results of evaluations; set evaluation.tasks for its run, or `broadgauge eval --save`"
         )
-    read = [EvaluationResults.model_validate(tree) for _, tree in found]
+    read = [_results(file, tree) for file, tree in found]
     newest = max(read, key=lambda each: each.step or 0)
     alike = [each for each in read if each.battery_fingerprint == newest.battery_fingerprint]
     others = [each for each in read if each.battery_fingerprint != newest.battery_fingerprint]
     reasons = [f"{each.checkpoint} is left out: it was asked other things than {newest.checkpoint}" for each in others]
     return sorted(alike, key=lambda each: each.step or 0), reasons
+
+
+def _results(path: Path, tree: dict[str, Any]) -> EvaluationResults:
+    try:
+        return EvaluationResults.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path} holds no results of this version; remove it and evaluate again") from error
 
 
 # -------------------------------------------------------------------------------------------------- what is evaluated
@@ -222,7 +231,7 @@ class _Asked:
         self._ranks.run("evaluate", lambda: told.tell(advance), checkpoint=self._subject.path, output=output)
         result: dict[str, Any] = orjson.loads(output.read_bytes())
         for scores in result["datasets"].values():
-            scores["perplexity"] = math.exp(scores["loss"])
+            scores["perplexity"] = _perplexity(scores["loss"])
         return result
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
@@ -239,6 +248,11 @@ class _Asked:
             requests=asked,
         )
         return read_answers(output, requests)
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """None where the loss is no number, as that of a model that has diverged, or so large that its power is none."""
+    return None if loss is None or loss > _MOST_NATS else math.exp(loss)
 
 
 def _harness(asked: _Asked, judge: Judge, wanted: Wanted) -> list[dict[str, Any]]:
