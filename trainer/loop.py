@@ -239,11 +239,14 @@ class Training:
     def answer_if_due(self, decision: Decision, agreed: Agreed) -> None:
         """Answer what tasks ask of the weights that are about to be saved for good; there is no time for it at an end
         that somebody waits for."""
-        is_due = self._is_last or (isinstance(decision, Accept) and agreed.save)
-        if not (self._requests and is_due) or agreed.stop:
+        is_due = self._is_last or (isinstance(decision, Accept) and (agreed.save or agreed.stop))
+        if not (self._requests and is_due):
+            return
+        began, step = time.perf_counter(), self._progress.step
+        if agreed.stop:
+            self._record("evaluation_skipped", step=step, reason="the run was asked to end, and had no time to answer")
             return
         self._heartbeat.phase("evaluating")
-        began, step = time.perf_counter(), self._progress.step
         model = WindowModel(self._engine.stages, self._config, self._device)
         answers = answer(model, self._requests, advance=lambda *_: self._heartbeat.phase("evaluating"))
         path = self._run_dir.answers_path(step, self._asked)

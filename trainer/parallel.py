@@ -160,6 +160,12 @@ def from_last_stage(choice: torch.Tensor) -> torch.Tensor:
     return choice
 
 
+def from_first_replica(choice: torch.Tensor) -> torch.Tensor:
+    """What the first data-parallel replica has in a tensor, on all of them; in place."""
+    dist.broadcast(choice, src=dist.get_global_rank(data_group(), 0), group=data_group())
+    return choice
+
+
 def embedding_group() -> dist.ProcessGroup | None:
     """The first and last pipeline stages, which hold copies of a tied embedding; None on other ranks."""
     return mcore.get_embedding_group() if mcore.is_rank_in_embedding_group() else None

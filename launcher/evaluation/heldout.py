@@ -31,9 +31,8 @@ def heldout_examples(task: Task, prepared: Path, seed: int) -> tuple[tuple[Examp
     """
     section = task.heldout
     assert section is not None
-    wanted = section.test_documents + section.train_documents
-    if task.max_examples is not None:
-        wanted = min(section.test_documents, task.max_examples) + section.train_documents
+    num_test = min(section.test_documents, task.max_examples or section.test_documents)
+    wanted = num_test + section.train_documents
     found: list[Example] = []
     for place, text in _documents(prepared, seed):
         passage = passage_of(text, section, random.Random(xxhash.xxh3_64_intdigest(text.encode(), seed)))
@@ -48,7 +47,7 @@ def heldout_examples(task: Task, prepared: Path, seed: int) -> tuple[tuple[Examp
             f"{section.min_words} to {section.max_words} words; lower heldout.min_words, or hold out more text"
         )
     num_train = min(section.train_documents, len(found) // 4)
-    return tuple(found[num_train:]), tuple(found[:num_train])
+    return tuple(found[num_train:][:num_test]), tuple(found[:num_train])
 
 
 def passage_of(text: str, section: HeldoutSection, draw: random.Random) -> tuple[str, str] | None:

@@ -40,6 +40,7 @@ _LOOK_SECONDS = 0.2
 _ARRIVAL_SECONDS = 300.0  # for agents of the service to come up
 _SILENCE_FACTOR = 6.0  # loading a checkpoint takes longer than a step, and says nothing meanwhile
 _MOST_FAILURES = 5  # in a row, after which it would only fail again
+_NOTHING_MORE = f"after {_MOST_FAILURES} failures in a row nothing more is judged"
 
 _log = logging.getLogger(__name__)
 
@@ -65,9 +66,20 @@ class EvaluationService:
     """From its start until it is closed; a context manager, which does not wait for what is still to be judged."""
 
     def __init__(
-        self, run_dir: RunDir, judge: Judge, when_behind: str, record: Record, fleet: Fleet | None = None
+        self,
+        run_dir: RunDir,
+        judge: Judge,
+        when_behind: str,
+        record: Record,
+        fleet: Fleet | None = None,
+        end_seconds: float = 10.0,
     ) -> None:
-        """`fleet`: ranks of its own; without them it grades what the training ranks have answered."""
+        """
+        Args:
+            fleet: ranks of its own; without them it grades what the training ranks have answered.
+            end_seconds: to give up what it works on when it is closed. A search through all training text takes longer,
+                and is left alone.
+        """
         self._run_dir, self._judge, self._record, self._fleet = run_dir, judge, record, fleet
         self._folder = run_dir.evaluation
         self._waiting = Waiting("queue" if when_behind == "queue" else "skip")
@@ -76,7 +88,9 @@ class EvaluationService:
         self._work: _Work | None = None
         self._heard: dict[str, set[int]] = {"checkpoint_saved": set(), "answered": set()}
         """Steps; answers come before or after the checkpoint that they are of is committed."""
-        self._num_failures = 0
+        self._left: list[int] = []
+        """Steps of answers that earlier commands have left."""
+        self._num_failures, self._end_seconds = 0, end_seconds
         self._is_closed, self._is_idle = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="evaluation service", daemon=True)
         self.num_judged = 0
@@ -94,7 +108,7 @@ class EvaluationService:
 
     def __exit__(self, *_: object) -> None:
         self._is_closed.set()
-        self._thread.join()
+        self._thread.join(self._end_seconds)
 
     def is_idle(self) -> bool:
         """Whether all that was committed so far has been judged or left out."""
@@ -115,11 +129,22 @@ class EvaluationService:
     def _run(self) -> None:
         try:
             while not self._is_closed.is_set() and self._num_failures < _MOST_FAILURES:
-                self._turn()
+                try:
+                    self._turn()
+                except Exception as error:  # of which nobody thought: it must not end all evaluations
+                    self._went_wrong(error)
             if self._num_failures >= _MOST_FAILURES:
-                _log.warning("no checkpoint is judged any more, after %d failures in a row", self._num_failures)
+                for step in self._waiting.steps:
+                    self._record("evaluation_skipped", step=step, reason=_NOTHING_MORE)
         finally:
             self._leave()
+
+    def _went_wrong(self, error: Exception) -> None:
+        _log.exception("the evaluation service met what it cannot handle")
+        if self._work is not None:
+            self._fail(self._work, f"{type(error).__name__}: {error}")
+        else:
+            self._num_failures += 1
 
     def _turn(self) -> None:
         is_asked = not self._is_idle.is_set()
@@ -129,6 +154,9 @@ class EvaluationService:
             self._fleet.news()
         if self._work is not None:
             self._go_on(self._work)
+            return
+        if self._left:
+            self._grade_answers(self._left.pop(0))
             return
         self._waiting, step = self._waiting.next()
         if step is not None:
@@ -152,15 +180,20 @@ class EvaluationService:
     def _void_after(self, step: int) -> None:
         """What was saved after it is of no history that counts."""
         self._waiting, left_out = self._waiting.void_after(step)
+        if self._work is not None and self._work.step > step:
+            left_out = self._work.step, *left_out
+            self._give_up(self._work)
         for each in left_out:
             self._let_go(each)
             self._record("evaluation_skipped", step=each, reason=f"the run goes on from step {step}")
+        self._left = [each for each in self._left if each <= step]
         for steps in self._heard.values():
             steps.intersection_update(range(step + 1))
 
     def _committed(self, step: int) -> None:
         if self._work is not None and self._work.step == step:  # written over by another life
-            self._fail(self._work, "the run went back, and has written it anew")
+            self._give_up(self._work)
+            self._record("evaluation_skipped", step=step, reason="the run went back, and has written it anew")
         self._waiting, left_out = self._waiting.committed(step)
         for each in left_out:
             self._let_go(each)
@@ -180,7 +213,7 @@ class EvaluationService:
         try:
             lease.enter_context(store.being_read(checkpoint))
             manifest = read_manifest(checkpoint)
-        except UserError as error:
+        except (UserError, OSError) as error:  # the second of a file system without locks
             lease.close()
             self._record("evaluation_skipped", step=step, reason=str(error))
             return
@@ -246,12 +279,17 @@ class EvaluationService:
         self.num_judged += 1
 
     def _fail(self, work: _Work, reason: str) -> None:
-        if work.life is not None:
-            work.life.kill()
-        work.lease.close()
-        self._work = None
         self._num_failures += 1
-        self._record("evaluation_failed", step=work.step, reason=reason)
+        self._give_up(work)
+        is_last = self._num_failures == _MOST_FAILURES
+        self._record("evaluation_failed", step=work.step, reason=f"{reason}; {_NOTHING_MORE}" if is_last else reason)
+
+    def _give_up(self, work: _Work) -> None:
+        self._work = None
+        work.lease.close()
+        if work.life is not None:
+            with suppress(RayError):
+                work.life.kill()
 
     # ------------------------------------------------------------------------------------------------------- and grades
 
@@ -274,6 +312,8 @@ class EvaluationService:
         requests = self._judge.requests
         given = read_answers(answers, requests) if requests else []
         results = self._judge.results(checkpoint.name, manifest.step, given, heldout)
+        if self._is_closed.is_set():  # the command has ended, and with it the record: the next one judges it
+            return
         path = write_results(checkpoint, manifest, results.scores, results.model_dump(mode="json"))
         self._record(
             "checkpoint_evaluated",
@@ -298,7 +338,7 @@ class EvaluationService:
                 self._waiting, _ = self._waiting.committed(step)
                 self._lease(step)
             elif not is_judged and self._run_dir.answers_path(step, self._asked).exists():
-                self._grade_answers(step)
+                self._left.append(step)
 
     def _is_judged(self, results: dict[str, Any] | None) -> bool:
         """By what is asked now."""
@@ -316,9 +356,6 @@ class EvaluationService:
 
     def _leave(self) -> None:
         if self._work is not None:
-            if self._work.life is not None:
-                with suppress(RayError):
-                    self._work.life.kill()
-            self._work.lease.close()
+            self._give_up(self._work)
         for step in list(self._leases):
             self._let_go(step)

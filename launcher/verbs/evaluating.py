@@ -33,6 +33,7 @@ from trainer.run_dir import RunDir
 
 Precision = Literal["fp32", "bf16", "run"]
 HF_CONFIG = "config.json"
+_MOST_NATS = 700.0
 _CONTEXTS = ("max_position_embeddings", "n_positions", "n_ctx")
 """What models of Hugging Face call the most tokens that they read."""
 
@@ -83,7 +84,7 @@ class Evaluation:
         results, heldout = self.results.as_tree(), self.results.heldout
         tree = {"checkpoint": str(self.subject.path), "step": self.results.step, **(heldout or {})}
         if heldout is not None:
-            tree["perplexity"] = math.exp(heldout["loss"])
+            tree["perplexity"] = _perplexity(heldout["loss"])
         if self.results.tasks:
             tree |= {name: results[name] for name in ("scores", "tasks", "battery_fingerprint", "seed")}
         return tree | ({"harness": self.harness} if self.harness else {})
@@ -171,7 +172,9 @@ def _export(folder: Path, data: Path | None, settings: Sequence[str], wanted: Wa
     of_run: dict[str, Any] = {name: tree[name] for name in ("seed", "evaluation") if name in tree}
     train = {"precision": "fp32" if wanted.precision == "run" else wanted.precision}
     prepared = {"prepared": str(data.resolve())} if data is not None else {}
-    config = config_file.override({**of_run, "model": model, "train": train, "data": prepared}, settings)
+    config = config_file.override(
+        {**of_run, "model": model, "train": train, "data": prepared}, [*settings, inspection.ALONE]
+    )
     if data is not None:
         manifest = DataManifest.load(data)
         manifest.verify(data, counting(update, "evaluate: verifying data", "bytes"))
@@ -220,7 +223,7 @@ class _Asked:
         self._ranks.run("evaluate", lambda: told.tell(advance), checkpoint=self._subject.path, output=output)
         result: dict[str, Any] = orjson.loads(output.read_bytes())
         for scores in result["datasets"].values():
-            scores["perplexity"] = math.exp(scores["loss"])
+            scores["perplexity"] = _perplexity(scores["loss"])
         return result
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
@@ -237,6 +240,11 @@ class _Asked:
             requests=asked,
         )
         return read_answers(output, requests)
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """None where the loss is no number, as that of a model that has diverged, or so large that its power is none."""
+    return None if loss is None or loss > _MOST_NATS else math.exp(loss)
 
 
 def _harness(asked: _Asked, judge: Judge, wanted: Wanted) -> list[dict[str, Any]]:

@@ -24,6 +24,9 @@ from trainer.config import RunConfig
 from trainer.progress import Update, counting, unheard
 from trainer.run_dir import RunDir
 
+ALONE = "evaluation.where=ranks"
+"""A setting: what looks at a checkpoint needs no room for a service beside it, whatever the run has."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -49,7 +52,9 @@ def find(path: Path, data: Path | None, settings: Sequence[str], doing: str = ""
     run_dir = RunDir(checkpoint.resolve().parent.parent)
     recorded = tree["data"].get("prepared")
     prepared = data or (Path(recorded) if recorded else run_dir.data)
-    config = config_file.override(tree, [*settings, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"])
+    config = config_file.override(
+        tree, [*settings, ALONE, f"data.prepared={orjson.dumps(str(prepared.resolve())).decode()}"]
+    )
     compatibility.check_architecture(manifest, config, checkpoint)
     check_embedded(config)
     data_manifest = DataManifest.load(prepared)
@@ -71,7 +76,7 @@ def find_to_export(
         found = find(path, data, settings, doing, update)
         return found, Path(str(found.config.data.prepared)) / TOKENIZER_FOLDER
     manifest = store.verify(checkpoint, advance=counting(update, f"{doing}: verifying", "files"))
-    config = config_file.override(manifest.config | {"preset": None}, settings)
+    config = config_file.override(manifest.config | {"preset": None}, [*settings, ALONE])
     compatibility.check_architecture(manifest, config, checkpoint)
     check_embedded(config)
     return Found(checkpoint.resolve(), manifest, config), imported

@@ -28,6 +28,7 @@ from trainer.inference.layout import inference_config
 from trainer.inference.requests import Answer, Generate, Request, Score, Scored, read_answers, write_requests
 from trainer.run_dir import RunDir
 from trainer.schedule import learning_rate
+from trainer.stop import StopRequest
 
 SEQ, VOCAB, NUM_STEPS, GLOBAL_BATCH = 16, 90, 7, 8
 TOKENS_PER_STEP = SEQ * GLOBAL_BATCH
@@ -176,6 +177,28 @@ def test_answers_between_steps_are_the_checkpoints_own_and_change_nothing(
             assert isinstance(other, Scored) and one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
         else:
             assert one == other
+
+
+def test_where_the_run_is_asked_to_end_it_is_said_that_its_last_checkpoint_is_not_judged(
+    data: Path, tmp_path: Path
+) -> None:
+    """Nobody asks for those answers later: whoever waits for an end has no time for them."""
+    run_dir, config = RunDir(tmp_path / "run"), config_of("one rank", data)
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"tasks": ("some",)})})
+    run_dir.create(config)
+    run_dir.evaluation.mkdir()
+    write_requests(run_dir.requests_path, [Score((9,), (1,))])
+    run_dir.stop_path.write_text("somebody")
+
+    def rank(config: RunConfig, device: torch.device) -> None:
+        log = EventLog(run_dir.events_path)
+        loop.train(config, run_dir, device, log.write, stop=StopRequest(run_dir.stop_path))
+        log.close()
+
+    run_on_ranks(config, rank)
+    events = read_events(run_dir.events_path)
+    told = [(event["kind"], event["step"]) for event in events if event["kind"] not in ("step", "evaluated")]
+    assert told == [("training_started", 0), ("evaluation_skipped", 1), ("checkpoint_saved", 1), ("preempted", 1)]
 
 
 @pytest.mark.parametrize("layout", ["TP2 x PP2", "DP2 ZeRO-2"])

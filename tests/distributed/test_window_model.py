@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from answering_models import SEQ, VOCAB, checkpoint_of, config_of, reference_of
 from plain_decoding import plain_greedy
@@ -71,3 +72,13 @@ def test_training_ranks_answer_as_the_plain_model_does(layout: str, tmp_path: Pa
         greedy, short, searched = found[len(asked) :]
         assert greedy.tokens == plain_continuation((1, 2, 3), 5) and short.tokens == plain_continuation((7,), 3)
         assert len(searched.tokens) == 4
+
+
+def test_replicas_that_hold_parts_of_the_weights_go_on_with_the_same_token() -> None:
+    """Else one would end a text, by rounding, while another waits for its weights."""
+
+    def rank(config: RunConfig, device: torch.device) -> int:
+        model = WindowModel(Engine(config, device).stages, config, device)
+        return int(model.share(torch.tensor([7 + dist.get_rank()])))
+
+    assert run_on_ranks(config_of("GPT-2", LAYOUTS["DP2 ZeRO-3"]), rank) == [7, 7]

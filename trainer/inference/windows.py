@@ -133,4 +133,6 @@ class WindowModel:
         return window_logits(self._stages, self._config.model, tokens.to(self.device))
 
     def share(self, choice: Tensor) -> Tensor:
-        return parallel.from_last_stage(choice)
+        """Of replicas that move together one's: rounding may differ, and with it when a text ends."""
+        choice = parallel.from_last_stage(choice)
+        return parallel.from_first_replica(choice) if self._moves_together else choice

@@ -45,6 +45,12 @@ def test_the_seed_draws_documents_and_their_number_is_a_setting(prepared: Path, 
     assert (len(drawn[0].test), len(drawn[0].train)) == (5, 1)
 
 
+def test_no_more_records_are_graded_than_were_asked_for(prepared: Path, tmp_path: Path) -> None:
+    """However many documents there are, of which a quarter may be demonstrations."""
+    few = load_tasks([heldout_task(tmp_path, test_documents=5, train_documents=40)], prepared)[0]
+    assert len(few.test) == 5 and len(few.train) > 1
+
+
 def test_where_nothing_will_do_it_is_said(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no held-out document of .* lower heldout.min_words"):
         load_tasks([heldout_task(tmp_path, min_words=900, max_words=1000)], prepared)

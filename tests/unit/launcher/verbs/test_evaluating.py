@@ -1,0 +1,27 @@
+"""What is told of a checkpoint, and read of what was told before."""
+
+from pathlib import Path
+
+import orjson
+import pytest
+
+from launcher.verbs.evaluating import Evaluation, Subject, results_of
+from made_tasks import results_at
+from trainer.config import UserError
+from trainer.config_file import from_tree
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(0.0, 1.0), (None, None), (1e4, None)])
+def test_a_model_that_has_diverged_is_told_of(loss: float | None, perplexity: float | None) -> None:
+    """Ranks write a loss that is no number as null."""
+    subject = Subject(Path("step-00000001"), from_tree({}), Path())
+    heldout = {"loss": loss, "tokens": 9, "datasets": {}}
+    tree = Evaluation(subject, results_at(1).model_copy(update={"heldout": heldout})).as_tree()
+    assert tree["perplexity"] == perplexity
+
+
+def test_results_of_another_version_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.results.json"
+    path.write_bytes(orjson.dumps({"format": 1, "evaluation": {"made": "by another"}}))
+    with pytest.raises(UserError, match=r"step-00000001.results.json holds no results of this version"):
+        results_of(tmp_path)
