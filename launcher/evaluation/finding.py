@@ -1,6 +1,7 @@
 """Tasks by their names, with their records."""
 
 import fnmatch
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def _files(name: str) -> Iterable[Path]:
     if name in known:
         return [SHIPPED / f"{name}.yaml"]
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # of a name that is too long for a path, Path would raise
         found = sorted(path.glob("*.yaml"))
         if not found:
             raise UserError(f"the folder {name} holds no task; write one into a .yaml file")
