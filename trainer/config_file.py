@@ -21,7 +21,7 @@ _S = TypeVar("_S", bound=BaseModel)
 class _Loader(yaml.SafeLoader):
     """YAML with 1.2's floats: 1e-4 is a number, not a string. Text is UTF-8, which half of a surrogate pair is not."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: Any) -> Any:
         text = super().construct_scalar(node)
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise yaml.constructor.ConstructorError(
