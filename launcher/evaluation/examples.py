@@ -65,6 +65,8 @@ def example_of(task: Task, record: Record, place: str) -> Example:
 
 def _records(path: Path, task: str) -> Iterator[tuple[int, Record]]:
     number = 0
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} of the task {task} cannot be read (it has a NUL); name another file")
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -80,8 +82,6 @@ def _records(path: Path, task: str) -> Iterator[tuple[int, Record]]:
         raise UserError(f"{path}:{number} is not JSON ({error}); mend the line") from None
     except OSError as error:
         raise UserError(f"{path} of the task {task} cannot be read ({error.strerror}); name another file") from None
-    except ValueError as error:  # a path with a NUL
-        raise UserError(f"test or train of the task {task}: {error}; name another file") from None
 
 
 class _Filled:
