@@ -234,6 +234,9 @@ class EvaluationService:
         try:
             heldout = orjson.loads((self._folder / "heldout.json").read_bytes())
             self._tell(work.checkpoint, work.manifest, self._folder / "answers.jsonl", heldout, work.began)
+        except (OSError, UserError) as error:
+            self._fail(work, f"what was found could not be graded or kept: {error}")
+            return
         except Exception as error:  # of which nobody thought: it must not end all evaluations
             _log.exception("step %d could not be judged", work.step)
             self._fail(work, f"{type(error).__name__}: {error}")
@@ -260,6 +263,8 @@ class EvaluationService:
             self._tell(checkpoint, manifest, self._run_dir.answers_path(step), None, began)
         except UserError as error:
             self._record("evaluation_skipped", step=step, reason=str(error))
+        except OSError as error:
+            self._record("evaluation_failed", step=step, reason=f"what was found could not be kept: {error}")
         except Exception as error:
             _log.exception("step %d could not be judged", step)
             self._record("evaluation_failed", step=step, reason=f"{type(error).__name__}: {error}")
