@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,15 @@ _S = TypeVar("_S", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's floats: 1e-4 is a number, not a string."""
+    """YAML with 1.2's floats: 1e-4 is a number, not a string. Text is UTF-8, which half of a surrogate pair is not."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise yaml.constructor.ConstructorError(
+                problem="half of a surrogate pair is no text", problem_mark=node.start_mark
+            )
+        return text
 
 
 class _Dumper(yaml.SafeDumper):
@@ -31,8 +40,19 @@ for _side in (_Loader, _Dumper):
     )
 
 
+_shown = reprlib.Repr()  # a value in a message: YAML's aliases can make one that is too long to be written out whole
+_shown.maxlevel, _shown.maxstring, _shown.maxother = 3, 80, 80
+_shown.maxlist = _shown.maxtuple = _shown.maxdict = 10
+
+
 def parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    """Raises:
+    ValueError: it is none; `yaml.YAMLError` where the parser says so.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -174,7 +194,7 @@ def _describe(detail: Any, section: type[BaseModel]) -> str:
         return f"unknown key {where}{suggest(where, known_keys(section))}"
     if detail["type"] == "value_error":  # our own rules: already whole sentences
         return str(detail["ctx"]["error"])
-    got = repr(detail["input"])
+    got = _shown.repr(detail["input"])
     rule = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{where}: {rule}, got {got if len(got) < 80 else got[:77] + '...'}"
 

@@ -24,7 +24,7 @@ from trainer.evaluate.heldout import HeldoutEvaluation
 from trainer.events import read_events
 from trainer.heartbeat import Heartbeat
 from trainer.inference.answering import answer
-from trainer.inference.requests import Request, fingerprint, read_requests, write_answers
+from trainer.inference.requests import Request, read_requests, requests_fingerprint, write_answers
 from trainer.inference.windows import WindowModel
 from trainer.profiling import StepProfiler
 from trainer.restore import Progress, Source, restore
@@ -324,4 +324,4 @@ def _requests(config: RunConfig, run_dir: RunDir) -> tuple[list[Request], str]:
     """What these ranks are to answer of every checkpoint, and its fingerprint."""
     if config.evaluation.has_service or not config.evaluation.tasks or not run_dir.requests_path.exists():
         return [], ""
-    return read_requests(run_dir.requests_path), fingerprint(run_dir.requests_path)
+    return read_requests(run_dir.requests_path), requests_fingerprint(run_dir.requests_path)

@@ -1,6 +1,7 @@
 """`broadgauge eval` and `broadgauge results`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,8 +9,11 @@ import typer
 
 from launcher.cli.options import DataOption, SetOption
 from launcher.cli.terminal import working
+from trainer.config import UserError
 
 Names = list[str] | None
+
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def evaluate(
@@ -48,8 +52,10 @@ def evaluate(
     from launcher.report import evaluation as report
     from launcher.verbs import evaluating
 
+    if out is not None:
+        _check_can_be_written(out, "--out")
     wanted = evaluating.Wanted(
-        _split(tasks), max_examples, contamination, _split(harness), harness_folder or (), heldout, precision
+        _split(tasks), max_examples, contamination, _split(harness), harness_folder or (), heldout, precision, save
     )
     display = working(stderr=True)
     with display.stage("evaluate") as bar:
@@ -77,6 +83,10 @@ def results(
     from launcher.report import evaluation as report
     from launcher.verbs import evaluating
 
+    if plot is not None:
+        if plot.suffix not in _PICTURES:
+            raise UserError(f"--plot {plot} names no kind of picture that can be drawn; use {', '.join(_PICTURES)}")
+        _check_can_be_written(plot, "--plot")
     found, left_out = evaluating.results_of(path)
     display = working()
     for reason in left_out:
@@ -94,6 +104,20 @@ def _write(text: str, out: Path | None) -> None:
         print(text)
     else:
         out.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _check_can_be_written(path: Path, option: str) -> None:
+    """Before the work, which would be lost otherwise.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}; make it, or name another")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{option} {path} may not be written; name another")
 
 
 def _split(names: Names) -> list[str]:

@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 1 failed, 2 something the user can mend, 75 preempted, 130 interrupted."""
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Sequence
@@ -176,6 +177,10 @@ def generate(
 
     if greedy and temperature:
         raise UserError(f"--greedy and --temperature {temperature:g} contradict each other; leave one of them out")
+    if beams is not None and beams > 1 and temperature:
+        raise UserError(
+            f"--beams {beams} draws nothing, so --temperature {temperature:g} has no use; leave one of them out"
+        )
     given = {
         "temperature": 0.0 if greedy else temperature,
         "top_k": top_k,
@@ -186,6 +191,9 @@ def generate(
         "length_penalty": length_penalty,
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    for name, value in changes.items():
+        if not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value} is no number to reckon with; give a finite one")
     decoding = Decoding(**{"temperature": 1.0} | changes) if changes else None
 
     def say(piece: str) -> None:

@@ -1,6 +1,6 @@
 """Records of task files, made into the texts that a model reads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ def example_of(task: Task, record: Record, place: str) -> Example:
 
 def _records(path: Path, task: str) -> Iterator[tuple[int, Record]]:
     number = 0
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} of the task {task} cannot be read (it has a NUL); name another file")
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -130,7 +132,7 @@ class _Filled:
             return label
         raise self._error(
             "label",
-            f"has {label!r} in {self._task.label}, and its choices are {', '.join(map(repr, choices))}",
+            f"has {_short(label)} in {self._task.label}, and its choices are {_some(map(repr, choices))}",
             f"give one of them, or its place from 0 to {len(choices) - 1}",
         )
 
@@ -145,7 +147,7 @@ class _Filled:
 
     def _value(self, key: str, name: str) -> Any:
         if name not in self._record:
-            has = ", ".join(self._record) or "none"
+            has = _some(self._record) or "none"
             raise self._error(key, f"has no field {name}, only {has}", "name one of its fields, or add it")
         return self._record[name]
 
@@ -158,6 +160,12 @@ class _Filled:
 
     def _error(self, key: str, problem: str, fix: str) -> UserError:
         return UserError(f"{key} of the task {self._task.name}: {self._place} {problem}; {fix}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """As many as a line has room for."""
+    text = ", ".join(names)
+    return text if len(text) < 240 else f"{text[:237]}..."
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Tasks by their names, with their records."""
 
 import fnmatch
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,15 +49,23 @@ def load_tasks(names: Sequence[str], prepared: Path | None = None, seed: int = 0
     return [loaded for _, loaded in tasks.values()]
 
 
-def check_tasks(names: Sequence[str]) -> None:
+def check_tasks(names: Sequence[str], best_by: str | None = None) -> None:
     """What can be seen to be wrong before there is data.
 
+    Args:
+        best_by: the score by which checkpoints are the best (`checkpoint.best_by`).
+
     Raises:
-        UserError: a task is unknown or wrong, or its records cannot be read.
+        UserError: a task is unknown or wrong, its records cannot be read, or none of them has that score.
     """
+    tasks = []
     for path in dict.fromkeys(path.resolve() for name in names for path in _files(name)):
-        if read_task(path).heldout is None:
+        tasks.append(read_task(path))
+        if tasks[-1].heldout is None:
             _load(path, None, 0)
+    scores = [name for task in tasks for name in task.score_names]
+    if best_by is not None and scores and best_by not in scores:
+        raise UserError(f"checkpoint.best_by {best_by} is no score of evaluation.tasks{suggest(best_by, scores)}")
 
 
 def _files(name: str) -> Iterable[Path]:
@@ -66,7 +75,7 @@ def _files(name: str) -> Iterable[Path]:
     if name in known:
         return [SHIPPED / f"{name}.yaml"]
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):  # of a name that is too long for a path, Path would raise
         found = sorted(path.glob("*.yaml"))
         if not found:
             raise UserError(f"the folder {name} holds no task; write one into a .yaml file")

@@ -28,7 +28,7 @@ from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.checkpoint.format.results import read_results, write_results
 from trainer.config import UserError
 from trainer.events import Event, EventReader
-from trainer.inference.requests import fingerprint, read_answers, write_requests
+from trainer.inference.requests import read_answers, requests_fingerprint, write_requests
 from trainer.progress import Update, unheard
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
@@ -101,7 +101,7 @@ class EvaluationService:
         self._events.skip_to_end()
         self._folder.mkdir(exist_ok=True)
         write_requests(self._run_dir.requests_path, self._judge.requests)
-        self._asked = fingerprint(self._run_dir.requests_path)
+        self._asked = requests_fingerprint(self._run_dir.requests_path)
         self._look_for_unjudged()
         self._thread.start()
         return self
@@ -270,6 +270,9 @@ class EvaluationService:
         try:
             heldout = orjson.loads((self._folder / "heldout.json").read_bytes())
             self._tell(work.checkpoint, work.manifest, self._folder / "answers.jsonl", heldout, work.began)
+        except (OSError, UserError) as error:
+            self._fail(work, f"what was found could not be graded or kept: {error}")
+            return
         except Exception as error:  # of which nobody thought: it must not end all evaluations
             _log.exception("step %d could not be judged", work.step)
             self._fail(work, f"{type(error).__name__}: {error}")
@@ -301,6 +304,8 @@ class EvaluationService:
             self._tell(checkpoint, manifest, self._run_dir.answers_path(step, self._asked), None, began)
         except UserError as error:
             self._record("evaluation_skipped", step=step, reason=str(error))
+        except OSError as error:
+            self._record("evaluation_failed", step=step, reason=f"what was found could not be kept: {error}")
         except Exception as error:
             _log.exception("step %d could not be judged", step)
             self._record("evaluation_failed", step=step, reason=f"{type(error).__name__}: {error}")

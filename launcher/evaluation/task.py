@@ -162,6 +162,11 @@ class Task(Section):
     def metric_names(self) -> tuple[Metric, ...]:
         return self.metrics or METRICS[self.kind][:1]
 
+    @property
+    def score_names(self) -> list[str]:
+        """What results call what is measured: `arithmetic_2d_plus/1-shot/exact_match`."""
+        return [f"{self.name}/{shots}-shot/{metric}" for shots in self.shots for metric in self.metric_names]
+
     def _check_kind(self) -> None:
         for kind, fields in _ONLY_OF.items():
             idle = [field for field in fields if field in self.model_fields_set] if kind != self.kind else []

@@ -58,7 +58,7 @@ def check_start(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False)
         check_embedded(config)
         check_memory(config, [this_machine(config)])
     run_dir.check(config)
-    check_tasks(config.evaluation.tasks)
+    check_tasks(config.evaluation.tasks, config.checkpoint.best_by)
     if config.checkpoint.upload_to:
         Remote.open(config.checkpoint.upload_to).check()
 

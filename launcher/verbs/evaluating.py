@@ -51,6 +51,8 @@ class Wanted:
     heldout: bool = True
     """Also the loss on held-out text, if there is data."""
     precision: Precision = "fp32"
+    to_be_saved: bool = False
+    """Results are to stand beside the checkpoint (`save`)."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def evaluate(
     UserError: there is nothing to evaluate, or nothing to measure it by, or one does not fit the other.
     """
     if (path / HF_CONFIG).is_file():
+        if wanted.to_be_saved:
+            raise UserError(f"{path} is no checkpoint, so nothing is kept beside it; write a file with --out")
         subject = _export(path, data, settings, wanted, update)
     else:
         subject = _checkpoint(path, data, settings, wanted, update)
@@ -118,14 +122,9 @@ def evaluate(
 
 
 def save(evaluation: Evaluation) -> Path:
-    """Beside the checkpoint, as the service of a run does.
-
-    Raises:
-        UserError: it is of no checkpoint.
-    """
+    """Beside the checkpoint that it is of (`Wanted.to_be_saved`), as the service of a run does."""
     subject, results = evaluation.subject, evaluation.results
-    if subject.manifest is None:
-        raise UserError(f"{subject.path} is no checkpoint, so nothing is kept beside it; write a file with --out")
+    assert subject.manifest is not None
     return write_results(subject.path, subject.manifest, results.scores, results.model_dump(mode="json"))
 
 
@@ -134,7 +133,7 @@ def results_of(path: Path) -> tuple[list[EvaluationResults], list[str]]:
     others are left out.
 
     Raises:
-        UserError: nothing was found of any.
+        UserError: nothing was found of any, or a file holds something else.
     """
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = [(file, read_evaluation(file)) for file in sorted(folder.glob(RESULTS_PATTERN))]

@@ -158,6 +158,9 @@ def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = 
         checks.check_run(config, run_dir, on_cluster=ray is not None, advance=heard)
     with claim(config, run_dir, display, ray) as claimed:
         if is_finished(run_dir):
+            if config.evaluation.has_service and judging.is_behind(config, run_dir) and is_trained(config, run_dir):
+                train(claimed)  # which only judges
+                return
             display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")
             return
         claimed.begin()

@@ -47,6 +47,10 @@ SETTINGS = {
     "prepared": (["data.prepared=nowhere"], ["nowhere holds no prepared data"]),
     "nodes": (["launch.nodes=2"], ["launch.nodes"]),
     "task": (["evaluation.tasks=copyin"], ["there is no task 'copyin'", "did you mean copying?"]),
+    "score": (
+        ["evaluation.tasks=copying", "checkpoint.best_by=copying/0-shot/f2"],
+        ["checkpoint.best_by copying/0-shot/f2 is no score of evaluation.tasks", "did you mean copying/"],
+    ),
     "task file": (["evaluation.tasks=nowhere.yaml"], ["cannot read the task", "nowhere.yaml"]),
     "service": (
         ["evaluation.where=service", "evaluation.tensor=3"],
@@ -142,8 +146,11 @@ def test_verbs_refuse_paths_that_hold_nothing(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "config.json").unlink()
     assert "is no checkpoint" in refused(capsys, "export", tmp_path, "--out", tmp_path / "hf")
     assert "no Hugging Face folder" in refused(capsys, "generate", tmp_path, "--prompt", "the")
-    both = ("--greedy", "--temperature", "0.5")
-    assert "contradict each other" in refused(capsys, "generate", tmp_path, "--prompt", "the", *both)
+    generate = ("generate", tmp_path, "--prompt", "the")
+    assert "contradict each other" in refused(capsys, *generate, "--greedy", "--temperature", "0.5")
+    assert "--beams 2 draws nothing" in refused(capsys, *generate, "--beams", "2", "--temperature", "0.5")
+    assert "--temperature inf is no number" in refused(capsys, *generate, "--temperature", "inf")
+    assert "--length-penalty nan is no number" in refused(capsys, *generate, "--length-penalty", "nan")
     assert not (tmp_path / "hf").exists()
 
 

@@ -16,7 +16,7 @@ from made_tasks import write_task
 from small_run import NUM_STEPS, broadgauge, write_config
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import read_manifest
-from trainer.checkpoint.format.results import read_results
+from trainer.checkpoint.format.results import read_results, results_path
 from trainer.events import Event, read_events
 from trainer.run_dir import RunDir
 
@@ -103,6 +103,11 @@ def test_what_befalls_one_checkpoint_keeps_no_other_from_being_judged(tmp_path: 
     assert outcome.stdout.count("could not be evaluated") == 2
     again = broadgauge("run", config, "--run-dir", run_dir)
     assert again.returncode == 0 and "nothing to do" in again.stdout
+
+    results_path(run_dir / "checkpoints" / store.folder_name(24)).unlink()  # as if it had got its tasks after the end
+    later = broadgauge("run", config, "--run-dir", run_dir, "--set", "evaluation.max_examples=3", timeout_seconds=300)
+    assert later.returncode == 0, later.stderr
+    assert [event["step"] for event in events_of(run_dir, "checkpoint_evaluated")] == [24, 24]
 
 
 def disturb(run_dir: Path) -> None:

@@ -96,7 +96,7 @@ def read_requests(path: Path) -> list[Request]:
     return [_request(line) for line in path.read_bytes().splitlines()]
 
 
-def fingerprint(path: Path) -> str:
+def requests_fingerprint(path: Path) -> str:
     """Of a file of requests: answers to others are no answers to them."""
     return xxhash.xxh3_64_hexdigest(path.read_bytes())
 

@@ -1,5 +1,6 @@
 """Reading a config: what is accepted, what is refused, and that each refusal is one line which leads to its mending."""
 
+import itertools
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -166,6 +167,13 @@ def test_wrong_value_states_field_rule_and_value(setting: str, fragments: list[s
 def test_long_value_is_shortened_and_further_problems_are_counted() -> None:
     message = refusal({"seed": "x" * 500, "model": {"num_layers": "a", "num_heads": "b"}})
     assert len(message) < 200 and message.endswith("(and 2 more)")
+
+
+def test_a_value_that_aliases_multiply_is_shortened_too() -> None:
+    names = "abcdefghijklmnopqrstuvwxyz"  # written out, the last of them has 2^25 entries and more
+    text = "a: &a [1]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise(names))
+    message = refusal({"seed": parse_yaml(text)["z"]})
+    assert "seed: input should be a valid integer, got [[[" in message and len(message) < 200
 
 
 def test_config_is_immutable() -> None:

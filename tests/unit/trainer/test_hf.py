@@ -468,3 +468,26 @@ def test_generate_says_what_is_missing(exports: dict[str, Export], tmp_path: Pat
         generation.generate(tmp_path, PROMPT, 8, seed=1)
     with pytest.raises(UserError, match="the prompt is empty"):
         generation.generate(exports["tied"].folder, "", 8, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", None, "transformers cannot open"),
+        ("model.safetensors", b"\xff" * 99, "transformers cannot open"),
+        ("config.json", b"{", "transformers cannot open"),
+        ("tokenizer*", None, "knows no token of the prompt; see whether its files are all there"),
+    ],
+)
+def test_generate_says_what_is_broken(
+    name: str, content: bytes | None, message: str, exports: dict[str, Export], tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(exports["tied"].folder, folder)
+    for path in folder.glob(name):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as refused:
+        generation.generate(folder, PROMPT, 8, seed=1)
+    assert "\n" not in str(refused.value)

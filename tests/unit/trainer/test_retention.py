@@ -112,6 +112,14 @@ def test_prune_keeps_the_best_by_a_score_of_the_very_checkpoint(tmp_path: Path) 
     assert results_path(tmp_path / store.folder_name(10)).exists()  # what was found outlives what it was found of
 
 
+def test_results_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:
+    folder = make(tmp_path, 10)
+    results_path(folder).mkdir()
+    with pytest.raises(OSError, match="step-00000010"):
+        write_results(folder, store.read(folder), {"arithmetic/8-shot/accuracy": 0.5})
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, results_path(folder).name}
+
+
 def test_a_plan_touches_nothing_and_says_what_prune_does(tmp_path: Path) -> None:
     make(tmp_path, 10, 20, 30)
     policy = CheckpointConfig(keep_last=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from trainer.checkpoint.huggingface.configs import CONFIG
@@ -21,7 +22,8 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, seed: int, **option
         options: of `transformers.GenerationConfig`, instead of those of the folder; to sample is one of them.
 
     Raises:
-        UserError: the folder holds no model, or the prompt is empty or leaves no room for a new token.
+        UserError: the folder holds no model that transformers can open, or the prompt is empty or leaves no room for a
+            new token.
     """
     if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError("the prompt is not UTF-8; give it as text")
@@ -29,10 +31,19 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, seed: int, **option
         raise UserError(f"{folder} holds no exported model (config.json is missing); export one first")
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        context = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings
-        room = context - _prompt_length(tokenizer(prompt)["input_ids"], context)
-        pipeline = transformers.pipeline("text-generation", model=str(folder), tokenizer=tokenizer, device="cpu")
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"transformers cannot open {folder}: {' '.join(str(error).split())}") from error
+        prompt_tokens = tokenizer(prompt)["input_ids"]
+        if prompt and not prompt_tokens:
+            raise UserError(
+                f"the tokenizer of {folder} knows no token of the prompt; see whether its files are all there"
+            )
+        context = model.config.max_position_embeddings
+        room = context - _prompt_length(prompt_tokens, context)
+        pipeline = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
         (result,) = pipeline(prompt, max_new_tokens=min(max_new_tokens, room), return_full_text=False, **options)
     return str(result["generated_text"])
 

@@ -21,7 +21,7 @@ from made_tasks import write_task
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import Manifest, fingerprint
 from trainer.events import Event, EventLog, read_events
-from trainer.inference.requests import Answer, Score, Scored, fingerprint, write_answers, write_requests
+from trainer.inference.requests import Answer, Score, Scored, requests_fingerprint, write_answers, write_requests
 from trainer.run_dir import RunDir
 
 
@@ -78,7 +78,7 @@ def answered(run_dir: RunDir, judge: Judge, step: int) -> None:
         assert isinstance(request, Score)
         answers.append(Scored((-1.0,) * len(request.continuation), is_greedy=False))
     write_requests(asked := run_dir.path / "asked.jsonl", judge.requests)
-    write_answers(run_dir.answers_path(step, fingerprint(asked)), answers)
+    write_answers(run_dir.answers_path(step, requests_fingerprint(asked)), answers)
 
 
 def of_kind(run_dir: RunDir, *kinds: str) -> list[Event]:

@@ -36,6 +36,8 @@ def refusal(path: Path | str, **more: Any) -> str:
         (b"kind: guess\nprompt: x\ntest: t\n", "kind: input should be 'multiple_choice', 'generate' or 'cloze'"),
         (b"kind: cloze\npromt: x\ntest: t\n", "unknown key promt; did you mean prompt?"),
         (b"kind: cloze\nprompt: 3\ntest: t\n", "prompt: input should be a valid string, got 3"),
+        (b'kind: cloze\nprompt: "\\ud800 {a}"\ntest: t\n', "half of a surrogate pair is no text"),
+        (b"kind: " + b"[" * 3000 + b"]" * 3000, "is not valid YAML: it is nested too deep"),
     ],
 )
 def test_files_that_are_no_tasks(content: bytes, message: str, tmp_path: Path) -> None:
@@ -104,12 +106,19 @@ def test_settings_that_mean_nothing(changes: dict[str, Any], message: str, tmp_p
         (None, {"train": "none.jsonl", "shots": [1]}, "none.jsonl of the task made cannot be read (No such file"),
         (None, {"test": "none.jsonl"}, "none.jsonl of the task made cannot be read (No such file"),
         (None, {"test": "."}, "of the task made cannot be read (Is a directory"),
+        (None, {"test": "a\0b"}, "of the task made cannot be read (it has a NUL); name another file"),
     ],
 )
 def test_records_that_a_task_cannot_use(
     test: list[Any] | None, fields: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     assert message in refusal(write_task(tmp_path, test, **fields))
+
+
+def test_messages_about_large_records_are_short(tmp_path: Path) -> None:
+    many = [f"choice {number}" for number in range(1000)]
+    assert len(refusal(write_task(tmp_path, [OPTIONS | {"options": many, "label": 1000}], **CHOICES))) < 600
+    assert len(refusal(write_task(tmp_path, [dict.fromkeys(many, 1)]))) < 600
 
 
 def test_lines_that_are_no_records(tmp_path: Path) -> None:
@@ -119,7 +128,8 @@ def test_lines_that_are_no_records(tmp_path: Path) -> None:
         (b'{"question": "\xff"}', "made.test.jsonl:2 is not UTF-8"),
     ):
         path.with_name("made.test.jsonl").write_bytes(b'{"question": "?", "answer": "a"}\n' + line + b"\n")
-        assert message in refusal(path)
+        told = refusal(path)
+        assert message in told and "cannot be read" not in told
 
 
 def test_a_byte_order_mark_and_empty_lines_are_passed_over(tmp_path: Path) -> None:
@@ -147,6 +157,10 @@ def test_names_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [each.task.name for each in load_tasks(["arithmetic_*", arithmetic[0]])] == arithmetic
     other.write_text(f"name: one\n{one.read_text()}")
     assert "are both tasks called one; give one another name" in refusal(tmp_path)
+
+
+def test_a_name_that_is_too_long_for_a_path() -> None:
+    assert "there is no task 'aaa" in refusal("a" * 5000)
 
 
 def test_templates_know_fields_and_nothing_else() -> None:
