@@ -26,7 +26,7 @@ from launcher.verbs import inspection
 from trainer import config_file
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import Manifest
-from trainer.checkpoint.format.results import RESULTS_PATTERN, read_evaluation, write_results
+from trainer.checkpoint.format.results import RESULTS_PATTERN, read_evaluation, read_results, write_results
 from trainer.config import RunConfig, UserError
 from trainer.inference.requests import Answer, Request, read_answers, write_requests
 from trainer.progress import ProgressFile, Update, counting, unheard
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def save(evaluation: Evaluation) -> Path:
-    """Beside the checkpoint, as the service of a run does.
+    """Beside the checkpoint, as the service of a run does; scores of other tasks stay, by which it may be the best.
 
     Raises:
         UserError: it is of no checkpoint.
@@ -127,7 +127,9 @@ def save(evaluation: Evaluation) -> Path:
     subject, results = evaluation.subject, evaluation.results
     if subject.manifest is None:
         raise UserError(f"{subject.path} is no checkpoint, so nothing is kept beside it; write a file with --out")
-    return write_results(subject.path, subject.manifest, results.scores, results.model_dump(mode="json"))
+    before = read_results(subject.path, subject.manifest) or {"scores": {}}
+    scores = {**before["scores"], **results.scores}
+    return write_results(subject.path, subject.manifest, scores, results.model_dump(mode="json"))
 
 
 def results_of(path: Path) -> tuple[list[EvaluationResults], list[str]]:
