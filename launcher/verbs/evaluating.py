@@ -25,7 +25,7 @@ from launcher.verbs import inspection
 from trainer import config_file
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import Manifest
-from trainer.checkpoint.format.results import RESULTS_PATTERN, read_evaluation, write_results
+from trainer.checkpoint.format.results import RESULTS_PATTERN, read_evaluation, read_results, write_results
 from trainer.config import RunConfig, UserError
 from trainer.inference.requests import Answer, Request, read_answers, write_requests
 from trainer.progress import ProgressFile, Update, counting, unheard
@@ -122,10 +122,13 @@ def evaluate(
 
 
 def save(evaluation: Evaluation) -> Path:
-    """Beside the checkpoint that it is of (`Wanted.to_be_saved`), as the service of a run does."""
+    """Beside the checkpoint that it is of (`Wanted.to_be_saved`), as the service of a run does; scores of other tasks
+    stay, by which it may be the best."""
     subject, results = evaluation.subject, evaluation.results
     assert subject.manifest is not None
-    return write_results(subject.path, subject.manifest, results.scores, results.model_dump(mode="json"))
+    before = read_results(subject.path, subject.manifest) or {"scores": {}}
+    scores = {**before["scores"], **results.scores}
+    return write_results(subject.path, subject.manifest, scores, results.model_dump(mode="json"))
 
 
 def results_of(path: Path) -> tuple[list[EvaluationResults], list[str]]:

@@ -5,8 +5,10 @@ from pathlib import Path
 import orjson
 import pytest
 
-from launcher.verbs.evaluating import Evaluation, Subject, results_of
+from launcher.verbs.evaluating import Evaluation, Subject, results_of, save
 from made_tasks import results_at
+from trainer.checkpoint.format.manifest import Manifest
+from trainer.checkpoint.format.results import score_of, write_results
 from trainer.config import UserError
 from trainer.config_file import from_tree
 
@@ -25,3 +27,12 @@ def test_results_of_another_version_are_named(tmp_path: Path) -> None:
     path.write_bytes(orjson.dumps({"format": 1, "evaluation": {"made": "by another"}}))
     with pytest.raises(UserError, match=r"step-00000001.results.json holds no results of this version"):
         results_of(tmp_path)
+
+
+def test_what_is_saved_by_hand_leaves_the_scores_by_which_a_checkpoint_is_the_best(tmp_path: Path) -> None:
+    checkpoint, manifest, found = tmp_path / "step-00000001", Manifest(1, 16, {}), results_at(1)
+    best_by = "others/0-shot/accuracy"
+    write_results(checkpoint, manifest, {best_by: 0.9, "larger/0-shot/accuracy": 0.1})
+    save(Evaluation(Subject(checkpoint, from_tree({}), Path(), manifest), found))
+    assert score_of(checkpoint, manifest, best_by) == 0.9
+    assert score_of(checkpoint, manifest, "larger/0-shot/accuracy") == found.scores["larger/0-shot/accuracy"] != 0.1
