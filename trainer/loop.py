@@ -247,7 +247,11 @@ class Training:
         model = WindowModel(self._engine.stages, self._config, self._device)
         answers = answer(model, self._requests, advance=lambda *_: self._heartbeat.phase("evaluating"))
         if dist.get_rank() == 0:
-            write_answers(self._run_dir.answers_path(step), answers)
+            try:
+                write_answers(self._run_dir.answers_path(step), answers)
+            except OSError as error:  # which is no reason to end training
+                self._record("evaluation_failed", step=step, reason=f"its answers could not be kept: {error}")
+                return
         seconds = round(time.perf_counter() - began, 6)
         self._record("answered", step=step, seconds=seconds, answers=str(self._run_dir.answers_path(step)))
 
