@@ -251,7 +251,11 @@ class Training:
         answers = answer(model, self._requests, advance=lambda *_: self._heartbeat.phase("evaluating"))
         path = self._run_dir.answers_path(step, self._asked)
         if dist.get_rank() == 0:
-            write_answers(path, answers)
+            try:
+                write_answers(path, answers)
+            except OSError as error:  # which is no reason to end training
+                self._record("evaluation_failed", step=step, reason=f"its answers could not be kept: {error}")
+                return
         self._record("answered", step=step, seconds=round(time.perf_counter() - began, 6), answers=str(path))
 
     # ------------------------------------------------------------------------------------------------------ checkpoints

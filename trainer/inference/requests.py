@@ -121,10 +121,13 @@ def read_answers(path: Path, requests: Sequence[Request]) -> list[Answer]:
 
 def _write(path: Path, items: Iterable[Request | Answer]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as handle:
-        for item in items:
-            handle.write(orjson.dumps({"kind": type(item).__name__.lower(), **asdict(item)}) + b"\n")
-    temporary.rename(path)
+    try:
+        with open(temporary, "wb") as handle:
+            for item in items:
+                handle.write(orjson.dumps({"kind": type(item).__name__.lower(), **asdict(item)}) + b"\n")
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _request(line: bytes) -> Request:

@@ -28,6 +28,13 @@ def test_files_hold_exactly_what_was_written(tmp_path):
     assert read_answers(tmp_path / "answers", REQUESTS) == ANSWERS
 
 
+def test_files_that_cannot_be_written_leave_nothing(tmp_path):
+    (tmp_path / "answers").mkdir()
+    with pytest.raises(OSError, match="answers"):
+        write_answers(tmp_path / "answers", ANSWERS)
+    assert [path.name for path in tmp_path.iterdir()] == ["answers"]
+
+
 def test_answers_to_other_requests_are_refused(tmp_path):
     write_answers(tmp_path / "answers", ANSWERS)
     with pytest.raises(ValueError, match="2 answers to 1 requests"):
