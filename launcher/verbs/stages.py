@@ -159,7 +159,9 @@ def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = 
     with claim(config, run_dir, display, ray) as claimed:
         if is_finished(run_dir):
             if config.evaluation.has_service and judging.is_behind(config, run_dir) and is_trained(config, run_dir):
+                started = time.monotonic()
                 train(claimed)  # which only judges
+                claimed.log.write("run_finished", seconds=round(time.monotonic() - started, 3))
                 return
             display.line(f"{run_dir.path} has finished already; nothing to do (its model lies in {run_dir.export})")
             return
