@@ -151,7 +151,7 @@ def activation_bytes_per_microbatch(config: RunConfig, stage: int = 0) -> int:
     it is computed: under recomputation the rest of one layer at a time.
     """
     is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
-    kept = sum(activation_bytes_per_layer(config, layer) for layer in _layers_of_stage(config, stage))
+    kept = sum(activation_bytes_per_layer(config, layer) for layer in layers_of_stage(config, stage))
     if is_first:
         kept += activation_bytes_of_embedding(config)
     if is_last:
@@ -314,7 +314,7 @@ def _heads(config: RunConfig) -> tuple[int, int]:
     return config.model.num_heads // config.parallel.tensor, config.model.kv_heads // config.parallel.tensor
 
 
-def _layers_of_stage(config: RunConfig, stage: int) -> Iterator[int]:
+def layers_of_stage(config: RunConfig, stage: int) -> Iterator[int]:
     """0-based; chunk i of stage j is the (i p + j)-th piece of the model."""
     stages = config.parallel.pipeline
     size = config.model.num_layers // (stages * config.parallel.virtual_pipeline)

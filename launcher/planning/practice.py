@@ -14,7 +14,7 @@ class Practice(Section):
     """A flash kernel, or products with softmax and dropout between them, whose matrices go through memory."""
     attention_share: float | None = Field(None, gt=0.0, le=1.0)
     """Of the best matrix product's rate: what the flash kernel reaches; empty: as in `constants.py`."""
-    hides_tensor: Literal["nothing", "backward", "all"] = "nothing"
+    hides_tensor: Literal["nothing", "backward", "all"] = "backward"
     """Tensor-parallel communication that runs beside matrix products."""
     hides_pipeline: bool = False
     """Whether stages send while they compute."""
@@ -22,7 +22,7 @@ class Practice(Section):
     """Whether gradients and weights of data-parallel replicas travel while ranks compute."""
     shards_optimizer: bool = True
     """Whether data-parallel replicas share the optimizer's work (ZeRO)."""
-    splits_messages: bool = True
+    splits_messages: bool = False
     """Whether tensor-parallel ranks send a part each of what pipeline stages exchange, and gather it behind."""
     reduced_bytes: Literal[2, 4] = 4
     """Of a gradient as replicas add it up."""

@@ -43,7 +43,7 @@ class Rates:
     def product_seconds(self, m: float, n: float, k: float, result_bytes: float | None = None) -> float:
         """[m, k] times [k, n]: by its operations, slower the shorter its sides are, or by the bytes it moves.
 
-        A side that is short leaves tiles and pipelines of the kernel unfilled: each costs a factor 1 + half_size / side.
+        A short side leaves tiles and pipelines of the kernel unfilled: each costs a factor 1 + half_size / side.
 
         Args:
             result_bytes: moved for an element of the result; those of one element by default.

@@ -71,7 +71,7 @@ class StepTime:
     """Matrix products of linear layers, forward and backward."""
     attention: float
     """Scores, softmax and weighted values."""
-    memory: float
+    memory_bound: float
     """What only moves numbers: norms, activations, dropout, adding up gradients, the loss."""
     recomputation: float
     """Forward passes that are repeated, with their communication."""
@@ -111,15 +111,14 @@ class StepModel:
         1F1B: the slowest stage works on all micro-batches, and waits once for each other stage, a v-th of that when
         interleaved (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
         """
-        parallel, num = self.config.parallel, self.config.num_microbatches
-        stages = [self._stage(stage) for stage in range(parallel.pipeline)]
+        parallel, num, stages = self.config.parallel, self.config.num_microbatches, self.stages
         slowest = max(stages, key=lambda stage: stage.seconds)
         bubble = (sum(stage.seconds for stage in stages) - slowest.seconds) / parallel.virtual_pipeline
         both = (slowest.forward + slowest.backward).times(num)
         return StepTime(
             matrix=both.matrix,
             attention=both.attention,
-            memory=both.memory,
+            memory_bound=both.memory,
             recomputation=num * slowest.repeated.seconds,
             tensor=both.tensor,
             context=both.context,
@@ -131,17 +130,23 @@ class StepModel:
 
     # ---------------------------------------------------------------------------------------------------- computation
 
+    @cached_property
+    def stages(self) -> list[Passes]:
+        """One micro-batch on each pipeline stage."""
+        return [self._stage(stage) for stage in range(self.config.parallel.pipeline)]
+
     def _stage(self, stage: int) -> Passes:
-        parallel, model = self.config.parallel, self.config.model
+        parallel = self.config.parallel
         is_first, is_last = stage == 0, stage == parallel.pipeline - 1
         counts = self.practice.layers_of_stages
-        num_layers = counts[stage] if counts else model.num_layers // parallel.pipeline
-        dense = self._layer(0)
-        banded = self._layer(1) if model.attention_window else dense
-        passes = Passes()
-        for layer in range(num_layers):
-            passes += banded if layer % 2 else dense
+        layers = range(counts[stage]) if counts else plan.layers_of_stage(self.config, stage)
+        passes = sum((self._kinds_of_layers[layer % 2] for layer in layers), Passes())
         return passes + (self._embedding() if is_first else Passes()) + (self._output() if is_last else Passes())
+
+    @cached_property
+    def _kinds_of_layers(self) -> tuple[Passes, Passes]:
+        """Dense, and banded where there is a window: every second layer."""
+        return self._layer(0), self._layer(1)
 
     def _layer(self, layer: int) -> Passes:
         products = self._products()
@@ -229,8 +234,7 @@ class StepModel:
     def _embedding(self) -> Passes:
         h, e = self.config.model.hidden_size, self.rates.element_bytes
         looked_up = self.rates.moving_seconds(3 * self._tokens * h * e, 3)
-        summed = self._tensor_group.size > 1
-        tensor = self.rates.reduce_seconds(self._tokens * h * e, self._tensor_group) if summed else 0.0
+        tensor = self.rates.reduce_seconds(self._tokens * h * e, self._tensor_group)
         return Passes(Work(memory=looked_up, tensor=tensor), Work(memory=looked_up))
 
     def _output(self) -> Passes:
@@ -268,14 +272,14 @@ class StepModel:
         return sum(self.rates.exchange_seconds(self._tokens * width * size, group) for width in widths)
 
     def _pipeline_seconds(self, num: int) -> float:
-        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for."""
+        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for.
+
+        Once a run takes more than one machine, the slowest of them go between machines.
+        """
         parallel = self.config.parallel
         if parallel.pipeline == 1:
             return 0.0
-        ranks_of_stage = parallel.num_ranks // parallel.pipeline
-        crosses = parallel.num_ranks > self.cluster.devices_per_node and (
-            ranks_of_stage * 2 > self.cluster.devices_per_node or parallel.pipeline > 2
-        )
+        crosses = parallel.num_ranks > self.cluster.devices_per_node
         whole = self._tokens * self.config.model.hidden_size * self.rates.element_bytes
         is_split = parallel.sequence or self.practice.splits_messages
         message = self.rates.send_seconds(whole / (parallel.tensor if is_split else 1), crosses)

@@ -22,7 +22,6 @@ _GIB = 2**30
 Quantity = Literal[
     "step_seconds", "hardware_tflops", "model_tflops", "tokens_per_second", "activation_gib", "state_gib"
 ]
-MEMORY: tuple[Quantity, ...] = ("activation_gib", "state_gib")
 
 
 class System(Section):
@@ -83,6 +82,25 @@ class Comparison:
     def error(self) -> float:
         """Relative, positive where too much is predicted."""
         return self.predicted / self.row.published - 1
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether it is further off than the worst row may be."""
+        limits = [goal.limit for goal in GOALS if goal.statistic == "worst" and self.row.quantity in goal.quantities]
+        return abs(self.error) > min(limits)
+
+    def as_tree(self) -> dict[str, Any]:
+        """For machines."""
+        row = self.row
+        return {
+            "system": row.system,
+            "name": row.name,
+            "quantity": row.quantity,
+            "published": row.published,
+            "predicted": self.predicted,
+            "error": self.error,
+            "is_fitted": row.is_fitted,
+        }
 
 
 @dataclass(frozen=True)
