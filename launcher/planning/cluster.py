@@ -29,6 +29,10 @@ class Cluster(Section):
     """Memory of one device."""
     memory_bytes_per_second: float = Field(gt=0.0)
     """Between a device and its memory."""
+    host_link_bytes_per_second: float = Field(gt=0.0)
+    """From a device to its machine's memory, in one direction."""
+    host_memory_bytes_per_second: float = Field(gt=0.0)
+    """Between a machine's processors and its memory, a device's share of it."""
     devices_per_node: int = Field(ge=1)
     """Devices of one machine."""
     link_bytes_per_second: float = Field(gt=0.0)

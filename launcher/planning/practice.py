@@ -1,6 +1,6 @@
 """What a training system does that its layout does not say: ours, and those whose measurements are published."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ class Practice(Section):
     """Whether weights' gradients are added up by the matrix product that makes them."""
     fuses_loss: bool = False
     """Whether the loss goes over the logits in few kernels."""
-    layers_of_stages: tuple[int, ...] | None = None
+    layers_of_stages: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """Layers of each pipeline stage; empty: equally many."""
 
 

@@ -62,6 +62,13 @@ class Rates:
         """Kernels whose time goes to reading and writing memory."""
         return num_bytes / self._memory_rate + num_kernels * self.constants.kernel_seconds
 
+    def offloaded_seconds(self, num_bytes: float, sent_bytes: float) -> float:
+        """The machine's processors move `num_bytes`, and `sent_bytes` go between it and the device."""
+        cluster, share = self.cluster, self.constants.memory_share
+        return (
+            num_bytes / cluster.host_memory_bytes_per_second + sent_bytes / cluster.host_link_bytes_per_second
+        ) / share
+
     def gather_seconds(self, num_bytes: float, group: Group) -> float:
         """An all-gather to `num_bytes` on each rank, or a reduce-scatter from them, around a ring.
 

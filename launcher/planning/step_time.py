@@ -314,10 +314,14 @@ class StepModel:
         return self._exposed(all_of_it, beside if self.practice.hides_data else 0.0)
 
     def _optimizer_seconds(self) -> float:
+        """Offloaded, gradients go to the machine (4 bytes) and weights come back (e)."""
         parallel = self.config.parallel
         weights = max(plan.parameters_per_rank(self.config, stage) for stage in (0, parallel.pipeline - 1))
         share = parallel.data * parallel.context if self.practice.shards_optimizer else 1
-        return self.rates.moving_seconds(_OPTIMIZER_BYTES * weights / share, 10)
+        mine = weights / share
+        if parallel.offload == "optimizer":
+            return self.rates.offloaded_seconds(_OPTIMIZER_BYTES * mine, (4 + self.rates.element_bytes) * mine)
+        return self.rates.moving_seconds(_OPTIMIZER_BYTES * mine, 10)
 
     def _exposed(self, communication: float, beside: float) -> float:
         """What of it takes time although it may run beside so much computation."""

@@ -136,7 +136,6 @@ GOALS = (
 def rows() -> Iterator[Row]:
     """Every published measurement."""
     for tree in config_file.parse_yaml(_PUBLISHED.read_text(encoding="utf-8")):
-        tree["practice"] = config_file.validated(Practice, _with_tuples(tree["practice"]))
         system = config_file.validated(System, tree)
         for values in system.rows:
             yield _row(system, dict(zip(system.columns, values, strict=True)))
@@ -163,10 +162,6 @@ def _row(system: System, cells: dict[str, Any]) -> Row:
         cluster,
         system.practice,
     )
-
-
-def _with_tuples(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
 
 
 def _activation_bytes(config: RunConfig, practice: Practice) -> float:

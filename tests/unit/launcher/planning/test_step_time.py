@@ -128,6 +128,15 @@ def test_full_recomputation_repeats_the_forward_pass_of_layers() -> None:
     assert full.step().seconds - none.step().seconds == pytest.approx(layers)
 
 
+def test_an_offloaded_optimizer_is_bound_by_the_machine() -> None:
+    stays, leaves = (
+        StepModel(config_of(train={"global_batch_size": 2}, parallel={"offload": offload}), H100).step()
+        for offload in ("none", "optimizer")
+    )
+    assert leaves.optimizer > 10 * stays.optimizer
+    assert leaves.seconds - stays.seconds == pytest.approx(leaves.optimizer - stays.optimizer)
+
+
 def test_what_a_practice_hides_costs_less() -> None:
     config = config_of(
         train={"global_batch_size": 16}, parallel={"tensor": 2, "sequence": True, "pipeline": 2, "data": 4}
