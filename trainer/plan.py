@@ -61,9 +61,9 @@ def _tensors(model: ModelConfig, vocab_rows: int, stages: int = 1, stage: int = 
 
 
 def _layer_tensors(model: ModelConfig) -> Iterator[tuple[int, bool]]:
-    for rows, columns in _matrices(model):
+    for rows, columns in matrices(model):
         yield rows * columns, True
-    h, ((qkv_rows, _), _, (fc1_rows, _), _) = model.hidden_size, _matrices(model)
+    h, ((qkv_rows, _), _, (fc1_rows, _), _) = model.hidden_size, matrices(model)
     if model.biases == "all":
         yield qkv_rows, True
     if model.biases != "none":
@@ -77,7 +77,7 @@ def _norm_tensors(model: ModelConfig) -> Iterator[tuple[int, bool]]:
     yield from [(model.hidden_size, False)] * (1 if model.norm == "rms" else 2)
 
 
-def _matrices(model: ModelConfig) -> tuple[tuple[int, int], ...]:
+def matrices(model: ModelConfig) -> tuple[tuple[int, int], ...]:
     """(rows, columns) of a layer's matrices: queries, keys and values; attention's projection; feed-forward in, out."""
     h, f = model.hidden_size, model.ffn_size
     qkv_rows = h + 2 * model.kv_heads * model.head_size
@@ -126,15 +126,15 @@ def hardware_flops_per_token(config: RunConfig) -> int:
 
 def _matrix_weights(model: ModelConfig) -> int:
     """Of one layer."""
-    return sum(rows * columns for rows, columns in _matrices(model))
+    return sum(rows * columns for rows, columns in matrices(model))
 
 
 def _attention_flops(model: ModelConfig, layer: int) -> int:
     """Forward, per token: scores and weighted values, 2 h each for every key."""
-    return 4 * model.hidden_size * _num_keys(model, layer)
+    return 4 * model.hidden_size * num_keys(model, layer)
 
 
-def _num_keys(model: ModelConfig, layer: int) -> int:
+def num_keys(model: ModelConfig, layer: int) -> int:
     """Keys that a query of this layer (0-based) is counted with; every second layer is banded."""
     window = model.attention_window if layer % 2 else None
     return min(window or model.seq_length, model.seq_length)
@@ -151,7 +151,7 @@ def activation_bytes_per_microbatch(config: RunConfig, stage: int = 0) -> int:
     it is computed: under recomputation the rest of one layer at a time.
     """
     is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
-    kept = sum(activation_bytes_per_layer(config, layer) for layer in _layers_of_stage(config, stage))
+    kept = sum(activation_bytes_per_layer(config, layer) for layer in layers_of_stage(config, stage))
     if is_first:
         kept += activation_bytes_of_embedding(config)
     if is_last:
@@ -248,7 +248,7 @@ def _core_bytes(config: RunConfig, layer: int) -> int:
     gathered, (n + 2m) d e, none of them a view, and the output is not yet scattered: n d e more.
     """
     model, (n, m), tokens = config.model, _heads(config), _tokens(config)
-    is_banded = _num_keys(model, layer) < model.seq_length
+    is_banded = num_keys(model, layer) < model.seq_length
     has_dropout = model.dropout > 0
     if (is_banded and _on_cpu(config)) or (has_dropout and (is_banded or _on_cpu(config))):
         return _blocks_bytes(config, is_banded)
@@ -269,7 +269,7 @@ def _blocks_bytes(config: RunConfig, is_banded: bool) -> int:
     layer are a view that keeps queries and keys alive, 2 n d e.)
     """
     model, d, e, context = config.model, config.model.head_size, _element_bytes(config), config.parallel.context
-    block = _num_keys(model, 1) if is_banded else model.seq_length
+    block = num_keys(model, 1) if is_banded else model.seq_length
     filled = -(-model.seq_length // block) * block
     seen = 2 if is_banded else 1
     if model.dropout == 0:
@@ -314,7 +314,7 @@ def _heads(config: RunConfig) -> tuple[int, int]:
     return config.model.num_heads // config.parallel.tensor, config.model.kv_heads // config.parallel.tensor
 
 
-def _layers_of_stage(config: RunConfig, stage: int) -> Iterator[int]:
+def layers_of_stage(config: RunConfig, stage: int) -> Iterator[int]:
     """0-based; chunk i of stage j is the (i p + j)-th piece of the model."""
     stages = config.parallel.pipeline
     size = config.model.num_layers // (stages * config.parallel.virtual_pipeline)

@@ -15,6 +15,7 @@ from launcher.cli import checkpoint as checkpoint_cli
 from launcher.cli import data as data_cli
 from launcher.cli import doctor as doctor_cli
 from launcher.cli import evaluation as evaluation_cli
+from launcher.cli import planning as planning_cli
 from launcher.cli import prepare as prepare_cli
 from launcher.cli import runs, terminal
 from launcher.cli import submit as submit_cli
@@ -44,8 +45,8 @@ app.add_typer(config_app, name="config")
 app.command("eval")(evaluation_cli.evaluate)
 app.command()(evaluation_cli.results)
 for verb in (
-    *(doctor_cli.doctor, submit_cli.submit, runs.status, runs.events, runs.logs, runs.report, runs.profile, runs.stop),
-    runs.resume,
+    *(planning_cli.plan, doctor_cli.doctor, submit_cli.submit),
+    *(runs.status, runs.events, runs.logs, runs.report, runs.profile, runs.stop, runs.resume),
 ):
     app.command()(verb)
 

@@ -22,3 +22,20 @@ def test_reading_a_config_and_asking_for_help_import_nothing_heavy() -> None:
     )
     outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
+
+
+def test_planning_a_run_imports_nothing_heavy() -> None:
+    """Arithmetic for a laptop: a plan is there in a fraction of a second."""
+    code = (
+        "import sys\n"
+        "from launcher.cli.main import main\n"
+        "for words in (['plan', 'configs/quickstart.yaml'], ['plan', '--validate']):\n"
+        "    try:\n"
+        "        main(words)\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'megatron', 'deepspeed', 'ray', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imports {sorted(heavy)}' if heavy else 0)"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr

@@ -1,0 +1,64 @@
+"""`broadgauge plan CONFIG`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.cli.options import SetOption
+from launcher.cli.terminal import working
+from trainer import config_file
+from trainer.config import UserError
+
+
+def plan(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="The run's YAML file.", show_default=False)
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="a100-80, h100, h200, b200, cpu, or a YAML file; h100, or cpu for launch.device cpu."
+        ),
+    ] = None,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Compare predictions with published measurements instead.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, for machines.")] = False,
+    settings: SetOption = None,
+) -> None:
+    """Whether a run fits a cluster, how long it will take and what it will cost, before a device is touched.
+
+    Exit code 1 if it does not fit.
+
+    Example: `broadgauge plan configs/quickstart.yaml --cluster h100 --set preset=gpt3_13b parallel.data=8`
+    """
+    from launcher.planning import cluster as clusters
+    from launcher.planning import planner
+    from launcher.report import planning as report
+
+    if validate:
+        _validate(as_json)
+        return
+    if path is None:
+        raise UserError("a plan is of a config, and none is given; name one, or use --validate")
+    config = config_file.load(path, settings or ())
+    found = planner.make_plan(config, clusters.load(cluster or ("cpu" if config.launch.device == "cpu" else "h100")))
+    if as_json:
+        print(json.dumps(found.as_tree(), indent=2))
+    else:
+        working().show(report.screen(found))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _validate(as_json: bool) -> None:
+    from launcher.planning import validate
+    from launcher.report import planning as report
+
+    comparisons = validate.compare()
+    if as_json:
+        print(json.dumps([each.as_tree() for each in comparisons], indent=2))
+    else:
+        working().show(report.validation(comparisons))

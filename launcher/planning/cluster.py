@@ -1,0 +1,69 @@
+"""Machines that a run is planned on: what their devices do, hold and say to each other, read from small YAML files."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from trainer import config_file
+from trainer.config import UserError
+from trainer.section import Section
+
+FOLDER = Path(__file__).with_name("clusters")
+
+
+class Cluster(Section):
+    """As published by the vendor: peaks are dense, bandwidths of links are those of one direction."""
+
+    device: str = Field(min_length=1)
+    """Name of one device, such as `H100 80GB SXM`."""
+    kind: Literal["cuda", "cpu"] = "cuda"
+    """What computes: GPUs, or cores with their share of the machine's memory."""
+    bf16_flops: float = Field(gt=0.0)
+    """Peak of matrix products in bf16 (1/s)."""
+    fp32_flops: float = Field(gt=0.0)
+    """Peak of matrix products in fp32 (1/s)."""
+    achievable_share: float = Field(gt=0.0, le=1.0)
+    """Part of the peak that the best matrix product reaches."""
+    memory_bytes: float = Field(gt=0.0)
+    """Memory of one device."""
+    memory_bytes_per_second: float = Field(gt=0.0)
+    """Between a device and its memory."""
+    host_link_bytes_per_second: float = Field(gt=0.0)
+    """From a device to its machine's memory, in one direction."""
+    host_memory_bytes_per_second: float = Field(gt=0.0)
+    """Between a machine's processors and its memory, a device's share of it."""
+    devices_per_node: int = Field(ge=1)
+    """Devices of one machine."""
+    link_bytes_per_second: float = Field(gt=0.0)
+    """From one device to others of its machine, in one direction."""
+    link_latency_seconds: float = Field(ge=0.0)
+    """Of one message within a machine."""
+    network_bytes_per_second: float = Field(gt=0.0)
+    """From a machine to others, a device's share of it, in one direction."""
+    network_latency_seconds: float = Field(ge=0.0)
+    """Of one message between machines."""
+    watts_per_device: float | None = Field(None, gt=0.0)
+    """Power of a machine at work, a device's share of it."""
+    price_per_device_hour: float | None = Field(None, gt=0.0)
+    """What one device costs for an hour, in any currency."""
+
+
+def load(wanted: str) -> Cluster:
+    """The cluster of a YAML file, or one that comes along, by its name.
+
+    Raises:
+        UserError: there is none, or its file is wrong.
+    """
+    path = Path(wanted)
+    if path.suffix not in (".yaml", ".yml"):
+        path = FOLDER / f"{wanted.lower()}.yaml"
+        if wanted.lower() not in names():
+            known = config_file.suggest(wanted.lower(), names())
+            raise UserError(f"no cluster {wanted} comes along{known}; or name a YAML file")
+    return config_file.validated(Cluster, config_file.read_tree(path, "the cluster"))
+
+
+def names() -> list[str]:
+    """Of the clusters that come along."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))

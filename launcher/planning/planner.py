@@ -1,0 +1,121 @@
+"""A run on a cluster, planned: whether it fits, how long it takes, what it costs, what is likely to be wrong."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from launcher.planning.advice import Advice, advice
+from launcher.planning.cluster import Cluster
+from launcher.planning.rank_memory import RankMemory, fullest
+from launcher.planning.step_time import StepModel, StepTime
+from trainer import plan
+from trainer.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: RunConfig
+    cluster: Cluster
+    memory: RankMemory
+    """Of a rank of the fullest stage."""
+    stage: int
+    """Which that is."""
+    step: StepTime
+    """Of a step with the full batch."""
+    advice: list[Advice]
+
+    @property
+    def num_devices(self) -> int:
+        return self.config.parallel.num_ranks
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.num_devices // self.cluster.devices_per_node)
+
+    @property
+    def num_parameters(self) -> int:
+        return plan.num_parameters(self.config.model)
+
+    @property
+    def free_bytes(self) -> float:
+        """Of the fullest rank's device; negative where the run does not fit."""
+        return self.cluster.memory_bytes - self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        return self.free_bytes >= 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices."""
+        return self.config.tokens_per_step / self.step.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Operations that the model needs, over the devices' peak."""
+        return plan.model_flops_per_token(self.config.model) * self._tokens_per_peak_flop
+
+    @property
+    def hfu(self) -> float:
+        """The same with those that recomputation repeats."""
+        return plan.hardware_flops_per_token(self.config) * self._tokens_per_peak_flop
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, as if every batch were full and nothing failed or was saved."""
+        return self.config.train.total_tokens / self.tokens_per_second
+
+    @property
+    def device_hours(self) -> float:
+        return self.num_devices * self.seconds / 3600
+
+    @property
+    def price(self) -> float | None:
+        """In the currency of the cluster's prices."""
+        hourly = self.cluster.price_per_device_hour
+        return None if hourly is None else hourly * self.device_hours
+
+    @property
+    def energy_kwh(self) -> float | None:
+        watts = self.cluster.watts_per_device
+        return None if watts is None else watts * self.device_hours / 1000
+
+    @property
+    def _tokens_per_peak_flop(self) -> float:
+        peak = self.cluster.bf16_flops if self.config.train.precision == "bf16" else self.cluster.fp32_flops
+        return self.tokens_per_second / (self.num_devices * peak)
+
+    def as_tree(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "name": self.config.name,
+            "layout": self.config.parallel.describe(),
+            "device": self.cluster.device,
+            "num_devices": self.num_devices,
+            "num_nodes": self.num_nodes,
+            "num_parameters": self.num_parameters,
+            "model_flops_per_token": plan.model_flops_per_token(self.config.model),
+            "hardware_flops_per_token": plan.hardware_flops_per_token(self.config),
+            "fits": self.fits,
+            "memory_bytes": asdict(self.memory) | {"total": self.memory.total},
+            "device_memory_bytes": self.cluster.memory_bytes,
+            "fullest_stage": self.stage,
+            "step_seconds": asdict(self.step) | {"total": self.step.seconds},
+            "tokens_per_step": self.config.tokens_per_step,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "hfu": self.hfu,
+            "total_tokens": self.config.train.total_tokens,
+            "run_seconds": self.seconds,
+            "device_hours": self.device_hours,
+            "price": self.price,
+            "energy_kwh": self.energy_kwh,
+            "warnings": [asdict(each) for each in self.advice],
+        }
+
+
+def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
+    """The run's ranks compute on the cluster's devices, whatever `launch.device` says."""
+    config = config.model_copy(update={"launch": config.launch.model_copy(update={"device": cluster.kind})})
+    found = fullest(config, cluster)
+    model = StepModel(config, cluster)
+    return Plan(config, cluster, found.memory, found.stage, model.step(), advice(config, cluster, model))

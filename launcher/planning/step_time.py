@@ -1,0 +1,336 @@
+"""How long a training step takes, by part.
+
+Legend as in `trainer.plan`: h hidden size, f feed-forward size, s sequence length, V vocabulary, n heads; t tensor,
+c context, p pipeline, v virtual pipeline. T = micro-batch x s / c tokens of a micro-batch on a rank.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+from launcher.planning.cluster import Cluster
+from launcher.planning.constants import CONSTANTS, Constants
+from launcher.planning.practice import OURS, Practice
+from launcher.planning.rates import Group, Rates
+from trainer import plan
+from trainer.config import RunConfig
+
+_LOSS_BYTES = {False: 44, True: 20}
+"""Moved for a logit by the loss, forward and backward: bf16 read, in fp32 converted, maximum, difference, exponential,
+sum, gradient, back to bf16; a kernel each, or fused to a pass for each direction."""
+_OPTIMIZER_BYTES = 38
+"""Moved for a parameter: fp32 gradient twice (its norm, the update) and zeroed (12), master weight and two moments read
+and written (24), the model's weight written (2)."""
+_ADDING_BYTES = 8
+"""Of a weight's fp32 gradient: read and written as a micro-batch adds to it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of a rank on a piece of the model, for one micro-batch in one direction."""
+
+    matrix: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    tensor: float = 0.0
+    """Communication that computation does not hide."""
+    context: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+
+    def times(self, factor: float) -> "Work":
+        return Work(*(factor * getattr(self, each.name) for each in fields(self)))
+
+    @property
+    def seconds(self) -> float:
+        return self.matrix + self.attention + self.memory + self.tensor + self.context
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A micro-batch's way through a piece of the model."""
+
+    forward: Work = Work()
+    backward: Work = Work()
+    repeated: Work = Work()
+    """Of the forward pass, by recomputation."""
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.forward + other.forward, self.backward + other.backward, self.repeated + other.repeated)
+
+    @property
+    def seconds(self) -> float:
+        return self.forward.seconds + self.backward.seconds + self.repeated.seconds
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on its critical path; the sum of all parts is the step."""
+
+    matrix: float
+    """Matrix products of linear layers, forward and backward."""
+    attention: float
+    """Scores, softmax and weighted values."""
+    memory_bound: float
+    """What only moves numbers: norms, activations, dropout, adding up gradients, the loss."""
+    recomputation: float
+    """Forward passes that are repeated, with their communication."""
+    tensor: float
+    """Tensor- and sequence-parallel communication that is not hidden."""
+    context: float
+    """Context-parallel communication."""
+    pipeline: float
+    """Activations and their gradients between stages, not hidden."""
+    bubble: float
+    """Waiting of stages for the first and the last micro-batches."""
+    data: float
+    """Gradients and weights between data-parallel replicas, not hidden."""
+    optimizer: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(getattr(self, each.name) for each in fields(self))
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """A run on a cluster, by a practice."""
+
+    config: RunConfig
+    cluster: Cluster
+    practice: Practice = OURS
+    constants: Constants = CONSTANTS
+
+    @cached_property
+    def rates(self) -> Rates:
+        return Rates(self.cluster, self.constants, 2 if self.config.train.precision == "bf16" else 4)
+
+    def step(self) -> StepTime:
+        """Of the full batch.
+
+        1F1B: the slowest stage works on all micro-batches, and waits once for each other stage, a v-th of that when
+        interleaved (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
+        """
+        parallel, num, stages = self.config.parallel, self.config.num_microbatches, self.stages
+        slowest = max(stages, key=lambda stage: stage.seconds)
+        bubble = (sum(stage.seconds for stage in stages) - slowest.seconds) / parallel.virtual_pipeline
+        both = (slowest.forward + slowest.backward).times(num)
+        return StepTime(
+            matrix=both.matrix,
+            attention=both.attention,
+            memory_bound=both.memory,
+            recomputation=num * slowest.repeated.seconds,
+            tensor=both.tensor,
+            context=both.context,
+            pipeline=self._pipeline_seconds(num),
+            bubble=bubble,
+            data=self._data_seconds(slowest, num),
+            optimizer=self._optimizer_seconds(),
+        )
+
+    # ---------------------------------------------------------------------------------------------------- computation
+
+    @cached_property
+    def stages(self) -> list[Passes]:
+        """One micro-batch on each pipeline stage."""
+        return [self._stage(stage) for stage in range(self.config.parallel.pipeline)]
+
+    def _stage(self, stage: int) -> Passes:
+        parallel = self.config.parallel
+        is_first, is_last = stage == 0, stage == parallel.pipeline - 1
+        counts = self.practice.layers_of_stages
+        layers = range(counts[stage]) if counts else plan.layers_of_stage(self.config, stage)
+        passes = sum((self._kinds_of_layers[layer % 2] for layer in layers), Passes())
+        return passes + (self._embedding() if is_first else Passes()) + (self._output() if is_last else Passes())
+
+    @cached_property
+    def _kinds_of_layers(self) -> tuple[Passes, Passes]:
+        """Dense, and banded where there is a window: every second layer."""
+        return self._layer(0), self._layer(1)
+
+    def _layer(self, layer: int) -> Passes:
+        products = self._products()
+        attention_forward, attention_backward = self._attention(layer)
+        moving_forward, moving_backward = self._moving()
+        tensor_forward, tensor_backward = self._tensor_seconds()
+        context = self._context_seconds()
+        adding, result_bytes = self._gradient_bytes()
+        matrix = sum(self.rates.product_seconds(*shape) for shape in products)
+        weights_matrix = sum(self.rates.product_seconds(k, n, m, result_bytes) for m, n, k in products)
+        num_weights = sum(n * k for _, n, k in products)
+        moving_backward += self.rates.moving_seconds(adding * num_weights, 4 if adding else 0)
+        hides = self.practice.hides_tensor
+        forward = Work(
+            matrix,
+            attention_forward,
+            moving_forward,
+            self._exposed(tensor_forward, matrix if hides == "all" else 0.0),
+            context,
+        )
+        backward = Work(
+            matrix + weights_matrix,
+            attention_backward,
+            moving_backward,
+            self._exposed(tensor_backward, {"nothing": 0.0, "backward": weights_matrix}.get(hides, 2 * matrix)),
+            context,
+        )
+        repeated = {"none": Work(), "selective": Work(attention=attention_forward), "full": forward}
+        return Passes(forward, backward, repeated[self.config.train.recompute])
+
+    def _products(self) -> list[tuple[float, float, float]]:
+        """(m, n, k) of a layer's matrix products, forward."""
+        t, tokens = self.config.parallel.tensor, self._tokens
+        (qkv, h), _, (fc1, _), (_, f) = plan.matrices(self.config.model)
+        return [(tokens, qkv / t, h), (tokens, h, h / t), (tokens, fc1 / t, h), (tokens, h, f / t)]
+
+    def _attention(self, layer: int) -> tuple[float, float]:
+        """Forward and backward. A flash kernel skips half of a causal layer and repeats the scores backwards."""
+        model, parallel = self.config.model, self.config.parallel
+        keys, queries = plan.num_keys(model, layer), self._tokens
+        heads = model.num_heads / parallel.tensor
+        if self.practice.attention == "flash":
+            seen = keys / 2 if keys == model.seq_length else keys
+            flops = 4 * queries * heads * model.head_size * seen
+            share = self.practice.attention_share
+            return self.rates.attention_seconds(flops, share), self.rates.attention_seconds(2.5 * flops, share)
+        # batched over heads and sequences: the shape of one, the time of all
+        num = heads * queries / model.seq_length
+        pair = [(model.seq_length, keys, model.head_size), (model.seq_length, model.head_size, keys)]
+        kernel = self.constants.kernel_seconds
+        products = num * sum(self.rates.product_seconds(*shape) - kernel for shape in pair) + 2 * kernel
+        # an element of a matrix of scores: read and written by the masked softmax (2 e), read and written by dropout
+        # with its mask (2 e + 1); backwards both again, the softmax's with its output as well
+        e, scores = self.rates.element_bytes, heads * queries * keys
+        dropout = 2 * e + 1 if model.dropout > 0 else 0
+        forward = self.rates.moving_seconds(scores * (2 * e + dropout), 2)
+        backward = self.rates.moving_seconds(scores * (3 * e + dropout), 2)
+        return products + forward, 2 * products + backward
+
+    def _moving(self) -> tuple[float, float]:
+        """Forward and backward: norms (2 h e), bias, dropout and residual (3 h e and masks), activation, positions.
+
+        Backwards a norm reads two tensors and writes one, the others move what they did forward.
+        """
+        model, parallel, e = self.config.model, self.config.parallel, self.rates.element_bytes
+        h, wide, t = model.hidden_size, model.ffn_size / parallel.tensor, parallel.tensor
+        split = t if parallel.sequence else 1
+        masks = 2 * h if model.dropout > 0 else 0
+        residual = (6 * h * e + masks) / split
+        activation = (3 if model.activation == "swiglu" else 2) * wide * e
+        rotation = 2 * (h + model.kv_heads * model.head_size) * e / t if model.positions == "rotary" else 0
+        others = residual + activation + rotation
+        norms = 4 * h * e / split
+        forward = self.rates.moving_seconds(self._tokens * (norms + others), 5 + (1 if rotation else 0))
+        backward = self.rates.moving_seconds(self._tokens * (1.5 * norms + 1.5 * others), 9 + (2 if rotation else 0))
+        return forward, backward
+
+    def _gradient_bytes(self) -> tuple[float, float]:
+        """Of a weight's gradient: moved by a kernel that adds it up, and by the product that makes it."""
+        e = self.rates.element_bytes
+        if self.practice.fuses_gradients:
+            return 0.0, _ADDING_BYTES
+        return e + _ADDING_BYTES * self.practice.reduced_bytes / 4, e
+
+    def _embedding(self) -> Passes:
+        h, e = self.config.model.hidden_size, self.rates.element_bytes
+        looked_up = self.rates.moving_seconds(3 * self._tokens * h * e, 3)
+        tensor = self.rates.reduce_seconds(self._tokens * h * e, self._tensor_group)
+        return Passes(Work(memory=looked_up, tensor=tensor), Work(memory=looked_up))
+
+    def _output(self) -> Passes:
+        model, t = self.config.model, self.config.parallel.tensor
+        columns, h = model.padded_vocab_size / t, model.hidden_size
+        product = self.rates.product_seconds(self._tokens, columns, h)
+        adding, result_bytes = self._gradient_bytes()
+        weights = self.rates.product_seconds(h, columns, self._tokens, result_bytes)
+        loss = self._tokens * columns * _LOSS_BYTES[self.practice.fuses_loss] / 2
+        forward = Work(product, memory=self.rates.moving_seconds(loss, 3))
+        moved = self.rates.moving_seconds(loss + adding * columns * h, 3)
+        tensor = self.rates.reduce_seconds(self._tokens * h * self.rates.element_bytes, self._tensor_group)
+        return Passes(forward, Work(product + weights, memory=moved, tensor=tensor))
+
+    # -------------------------------------------------------------------------------------------------- communication
+
+    def _tensor_seconds(self) -> tuple[float, float]:
+        """Two all-reduces of the layer's width in each direction.
+
+        Under sequence parallelism each is a reduce-scatter and an all-gather, which move as much; backwards the inputs
+        of two products are gathered once more for the gradients of their weights (Korthikanti et al. 2022,
+        arXiv:2205.05198, section 4.2.2).
+        """
+        num_bytes = self._tokens * self.config.model.hidden_size * self.rates.element_bytes
+        both = 2 * self.rates.reduce_seconds(num_bytes, self._tensor_group)
+        again = 2 * self.rates.gather_seconds(num_bytes, self._tensor_group) if self.config.parallel.sequence else 0.0
+        return both, both + again
+
+    def _context_seconds(self) -> float:
+        """Ulysses: queries, keys and values to whole sequences of some heads, and the result back."""
+        model, parallel = self.config.model, self.config.parallel
+        group = Group.of(parallel.context, parallel.tensor, self.cluster)
+        widths = (model.num_heads, 2 * model.kv_heads, model.num_heads)
+        size = model.head_size / parallel.tensor * self.rates.element_bytes
+        return sum(self.rates.exchange_seconds(self._tokens * width * size, group) for width in widths)
+
+    def _pipeline_seconds(self, num: int) -> float:
+        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for.
+
+        Once a run takes more than one machine, the slowest of them go between machines.
+        """
+        parallel = self.config.parallel
+        if parallel.pipeline == 1:
+            return 0.0
+        crosses = parallel.num_ranks > self.cluster.devices_per_node
+        whole = self._tokens * self.config.model.hidden_size * self.rates.element_bytes
+        is_split = parallel.sequence or self.practice.splits_messages
+        message = self.rates.send_seconds(whole / (parallel.tensor if is_split else 1), crosses)
+        if is_split and not parallel.sequence:
+            message += self.rates.gather_seconds(whole, self._tensor_group)
+        steady = 0.0 if self.practice.hides_pipeline else 2 * num * parallel.virtual_pipeline * message
+        return steady + 2 * (parallel.pipeline - 1) * message
+
+    def _data_seconds(self, slowest: Passes, num: int) -> float:
+        """Adding up gradients, and weights to and from the ranks that own them.
+
+        ZeRO 1 and none: once a step, beside the last backward pass and the next first forward pass where it is hidden;
+        beside those of p micro-batches when interleaved, as chunks are done one after the other.
+        ZeRO 2 scatters gradients in every micro-batch; 3 gathers weights twice in each too.
+        """
+        parallel, e = self.config.parallel, self.rates.element_bytes
+        group = Group.of(parallel.context * parallel.data, parallel.tensor, self.cluster)
+        if group.size == 1:
+            return 0.0
+        weights = max(plan.parameters_per_rank(self.config, stage) for stage in (0, parallel.pipeline - 1))
+        scatter = self.rates.gather_seconds(self.practice.reduced_bytes * weights, group)
+        gather = self.rates.gather_seconds(e * weights, group)
+        if not self.practice.shards_optimizer:
+            gather = scatter
+        one, together = slowest.seconds, parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+        if parallel.zero == 3:
+            all_of_it, beside = num * (scatter + 2 * gather), num * one
+        elif parallel.zero == 2:
+            all_of_it, beside = num * scatter + gather, num * one
+        else:
+            all_of_it, beside = scatter + gather, together * one
+        return self._exposed(all_of_it, beside if self.practice.hides_data else 0.0)
+
+    def _optimizer_seconds(self) -> float:
+        """Offloaded, gradients go to the machine (4 bytes) and weights come back (e)."""
+        parallel = self.config.parallel
+        weights = max(plan.parameters_per_rank(self.config, stage) for stage in (0, parallel.pipeline - 1))
+        share = parallel.data * parallel.context if self.practice.shards_optimizer else 1
+        mine = weights / share
+        if parallel.offload == "optimizer":
+            return self.rates.offloaded_seconds(_OPTIMIZER_BYTES * mine, (4 + self.rates.element_bytes) * mine)
+        return self.rates.moving_seconds(_OPTIMIZER_BYTES * mine, 10)
+
+    def _exposed(self, communication: float, beside: float) -> float:
+        """What of it takes time although it may run beside so much computation."""
+        return communication - self.constants.overlap_share * min(communication, beside)
+
+    @property
+    def _tensor_group(self) -> Group:
+        return Group.of(self.config.parallel.tensor, 1, self.cluster)
+
+    @property
+    def _tokens(self) -> float:
+        return self.config.train.micro_batch_size * self.config.model.seq_length / self.config.parallel.context

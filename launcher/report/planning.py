@@ -1,0 +1,142 @@
+"""A plan on one screen: a bar for memory, a bar for time, numbers, warnings; and the planner beside publications."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from launcher.planning.planner import Plan
+from launcher.planning.validate import GOALS, Comparison, Goal
+
+_GIB = 2**30
+_WIDTH = 72
+_COLORS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_blue", "bright_green", "bright_yellow", "white")
+_FREE = "░"
+_UNITS = {
+    "step_seconds": ("s a step", ".2f"),
+    "hardware_tflops": ("TFLOP/s, hardware", ".1f"),
+    "model_tflops": ("TFLOP/s, model", ".1f"),
+    "tokens_per_second": ("tokens/s a device", ",.0f"),
+    "activation_gib": ("GiB", ".2f"),
+    "state_gib": ("GiB", ".2f"),
+}
+
+
+def screen(plan: Plan) -> Group:
+    """All of it."""
+    memory, step, config = asdict(plan.memory), asdict(plan.step), plan.config
+    room = plan.cluster.memory_bytes
+    verdict = (
+        Text(f"fits, with {plan.free_bytes / _GIB:.1f} GiB to spare", style="green")
+        if plan.fits
+        else Text(f"does not fit: {-plan.free_bytes / _GIB:.1f} GiB too much", style="red")
+    )
+    where = f", fullest on stage {plan.stage}" if config.parallel.pipeline > 1 else ""
+    lines: list[RenderableType] = [
+        Text(
+            f"{config.name}: {_counted(plan.num_parameters)} parameters on {plan.num_devices} x {plan.cluster.device} "
+            f"({plan.num_nodes} machine{'s' if plan.num_nodes > 1 else ''})",
+            style="bold",
+        ),
+        Text(config.parallel.describe()),
+        Text(""),
+        Text(f"memory of a rank{where}: {plan.memory.total / _GIB:.1f} of {room / _GIB:.1f} GiB, ").append(verdict),
+        bar(memory, max(room, plan.memory.total)),
+        legend(memory, lambda value: f"{value / _GIB:.2f} GiB"),
+        Text(""),
+        Text(f"time of a step: {duration(plan.step.seconds)} for {_counted(config.tokens_per_step)} tokens"),
+        bar(step, plan.step.seconds),
+        legend(step, duration),
+        Text(""),
+        _numbers(plan),
+    ]
+    lines += [Text(f"warning: {each}", style="yellow") for each in plan.advice]
+    return Group(*lines)
+
+
+def bar(parts: Mapping[str, float], whole: float) -> Text:
+    """Each part as long as its share of the whole, to the nearest cell of all before it."""
+    text, so_far, drawn = Text(), 0.0, 0
+    for color, value in zip(_COLORS, parts.values(), strict=False):
+        so_far += value
+        until = round(_WIDTH * so_far / whole)
+        text.append("█" * (until - drawn), style=color)
+        drawn = until
+    return text.append(_FREE * (_WIDTH - drawn), style="dim")
+
+
+def legend(parts: Mapping[str, float], shown: Callable[[float], str]) -> Text:
+    """The parts that there are."""
+    text = Text()
+    for color, (name, value) in zip(_COLORS, parts.items(), strict=False):
+        if value > 0:
+            text.append("█ ", style=color).append(f"{name.replace('_', ' ')} {shown(value)}   ")
+    return text
+
+
+def validation(comparisons: Sequence[Comparison]) -> Group:
+    """Every published row, and which goals are reached."""
+    table = Table(title="published and predicted", title_justify="left")
+    table.add_column("system", overflow="fold")
+    table.add_column("model", no_wrap=True)
+    table.add_column("of", overflow="fold")
+    for heading in ("published", "predicted", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    before = ""
+    for each in comparisons:
+        row = each.row
+        unit, digits = _UNITS[row.quantity]
+        table.add_row(
+            row.system if row.system != before else "",
+            row.name,
+            unit,
+            format(row.published, digits),
+            format(each.predicted, digits),
+            Text(f"{each.error:+.1%}", style="red" if each.is_missed else ""),
+            "fitted" if row.is_fitted else "",
+        )
+        before = row.system
+    return Group(table, *(Text(_told(goal, list(comparisons))) for goal in GOALS))
+
+
+def _told(goal: Goal, comparisons: list[Comparison]) -> str:
+    value = goal.value(comparisons)
+    return f"{'reached' if value <= goal.limit else 'MISSED '}  {goal.name}: {value:.1%}, at most {goal.limit:.0%}"
+
+
+def _numbers(plan: Plan) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    speed, tokens, hours = plan.tokens_per_second, plan.config.train.total_tokens, plan.device_hours
+    rows = [
+        ("speed", f"{_counted(speed)} tokens/s, {_counted(speed / plan.num_devices)} a device"),
+        ("use of the peak", f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}"),
+        (
+            "the run",
+            f"{_counted(tokens)} tokens in {duration(plan.seconds)}: {hours:,.{0 if hours > 10 else 1}f} device-hours",
+        ),
+    ]
+    if plan.energy_kwh is not None:
+        rows.append(("energy", f"{plan.energy_kwh:,.0f} kWh"))
+    if plan.price is not None:
+        rows.append(("price", f"{plan.price:,.0f}"))
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """In the unit that reads best."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def _counted(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,98 @@
+"""`broadgauge plan`: one screen for a person, JSON for machines, exit code 1 where a run does not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.main import main
+from launcher.planning.cluster import load
+from launcher.planning.planner import make_plan
+from launcher.report import planning
+from trainer.config_file import from_tree
+
+QUICKSTART = Path(__file__).parents[4] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def gpt3(tmp_path: Path) -> Path:
+    path = tmp_path / "gpt3.yaml"
+    path.write_text(
+        "name: gpt3\npreset: gpt3_13b\nparallel: {tensor: 4, data: 16, sequence: true}\ntrain: {recompute: selective}\n"
+    )
+    return path
+
+
+def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, errors."""
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    assert isinstance(end.value.code, int)
+    return end.value.code, *capsys.readouterr()
+
+
+def test_a_screen_shows_memory_time_numbers_and_warnings(capsys: pytest.CaptureFixture[str], gpt3: Path) -> None:
+    code, out, _ = outcome(capsys, "plan", gpt3, "--cluster", "h200")
+    assert code == 0
+    assert "12.9B parameters on 64 x H200 141GB SXM (8 machines)" in out
+    assert len([line for line in out.splitlines() if set(line) <= {"█", "░"} and len(line) == 72]) == 2
+    for word in ("memory of a rank", "optimizer", "time of a step", "matrix", "MFU", "300B tokens in", "energy"):
+        assert word in out
+    assert len(out.splitlines()) <= 30
+
+
+def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str], gpt3: Path) -> None:
+    code, out, _ = outcome(capsys, "plan", gpt3, "--cluster", "h100", "--json")
+    tree = json.loads(out)
+    assert code == 0 and tree["fits"]
+    memory, step = tree["memory_bytes"], tree["step_seconds"]
+    assert sum(memory.values()) == pytest.approx(2 * memory["total"])
+    assert sum(step.values()) == pytest.approx(2 * step["total"])
+    assert tree["mfu"] == pytest.approx(
+        tree["model_flops_per_token"] * tree["tokens_per_step"] / step["total"] / (64 * 989.5e12)
+    )
+    assert tree["device_hours"] == pytest.approx(64 * 300e9 / tree["tokens_per_second"] / 3600)
+
+
+def test_a_run_that_does_not_fit_ends_with_1(capsys: pytest.CaptureFixture[str], gpt3: Path) -> None:
+    code, out, _ = outcome(capsys, "plan", gpt3, "--set", "parallel.tensor=1", "parallel.sequence=false")
+    assert code == 1
+    assert "does not fit" in out and "warning: the fullest rank has no room; try train.recompute=full" in out
+
+
+def test_cpus_are_planned_for_where_the_config_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys, "plan", QUICKSTART)
+    assert code == 0 and "on 4 x CPU (1 machine)" in out
+
+
+def test_validation_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = outcome(capsys, "plan", "--validate", "--json")
+    rows = json.loads(out)
+    assert code == 0 and len(rows) == 47
+    code, out, _ = outcome(capsys, "plan", "--validate")
+    assert all(name in out for name in ("1008B", "BLOOM", "70b", "reached"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "a plan is of a config, and none is given; name one, or use --validate"),
+        ((QUICKSTART, "--cluster", "h1000"), "no cluster h1000 comes along; did you mean h100?"),
+    ],
+)
+def test_mistakes_are_refused(capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], message: str) -> None:
+    code, _, err = outcome(capsys, "plan", *arguments)
+    assert code == 2 and message in err
+
+
+def test_money_is_told_where_a_cluster_has_prices(gpt3: Path) -> None:
+    config = from_tree({"preset": "gpt3_13b", "parallel": {"tensor": 4, "data": 16}})
+    free, priced = (
+        make_plan(config, load("h100").model_copy(update={"price_per_device_hour": price})) for price in (None, 2.0)
+    )
+    assert free.price is None and priced.price == pytest.approx(2 * priced.device_hours)
+
+
+def test_a_bar_is_as_long_as_its_parts() -> None:
+    text = planning.bar({"a": 1.0, "b": 2.0, "c": 1.0}, 8.0).plain
+    assert text == "█" * 36 + "░" * 36

@@ -1,0 +1,47 @@
+"""Clusters: those that come along are the vendors', and a file that is wrong says how."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher.planning import cluster
+from trainer.config import UserError
+from trainer.hardware import PEAK_FLOPS
+
+
+@pytest.mark.parametrize("name", cluster.names())
+def test_clusters_that_come_along_are_valid_and_cite_their_sources(name: str) -> None:
+    found = cluster.load(name)
+    comment = (cluster.FOLDER / f"{name}.yaml").read_text().partition("\ndevice:")[0]
+    assert found.kind == "cpu" or all(word in comment for word in ("Peaks", "Achievable", "Links", "data sheet"))
+
+
+@pytest.mark.parametrize("part_of_name", PEAK_FLOPS)
+def test_peaks_are_those_that_mfu_is_reported_by(part_of_name: str) -> None:
+    peaks = {cluster.load(name).bf16_flops for name in cluster.names() if part_of_name.lower() in name}
+    assert peaks == {PEAK_FLOPS[part_of_name]}
+
+
+def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
+    text = (cluster.FOLDER / "h100.yaml").read_text() + "price_per_device_hour: 2.5\n"
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    assert cluster.load(str(path)) == cluster.load("h100").model_copy(update={"price_per_device_hour": 2.5})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text", "message"),
+    [
+        ("h10", None, "no cluster h10 comes along; did you mean h100?"),
+        ("nowhere.yaml", None, "cannot read the cluster nowhere.yaml: No such file or directory"),
+        ("typo", "devise: H100", "unknown key devise; did you mean device?"),
+        ("negative", "device: X\nbf16_flops: -1.0", "bf16_flops: input should be greater than 0, got -1.0"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, wanted: str, text: str | None, message: str) -> None:
+    path = tmp_path / f"{wanted}.yaml"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError) as refused:
+        cluster.load(str(path) if text else wanted)
+    assert message in str(refused.value)
