@@ -107,7 +107,8 @@ def test_what_befalls_one_checkpoint_keeps_no_other_from_being_judged(tmp_path: 
     results_path(run_dir / "checkpoints" / store.folder_name(24)).unlink()  # as if it had got its tasks after the end
     later = broadgauge("run", config, "--run-dir", run_dir, "--set", "evaluation.max_examples=3", timeout_seconds=300)
     assert later.returncode == 0, later.stderr
-    assert [event["step"] for event in events_of(run_dir, "checkpoint_evaluated")] == [24, 24]
+    judged = [event["step"] for event in events_of(run_dir, "checkpoint_evaluated")]
+    assert judged.count(24) == 2 and judged[-1] == 24  # and what else was left
 
 
 def disturb(run_dir: Path) -> None:
