@@ -62,4 +62,7 @@ def service_config(config: RunConfig) -> RunConfig:
     try:
         return config_file.from_tree(tree)
     except UserError as error:
-        raise UserError(f"the evaluation service cannot hold the model: {error}; see evaluation.tensor") from error
+        raise UserError(
+            f"the evaluation service cannot hold the model: {error} (its settings are evaluation.tensor, pipeline, "
+            "data and nodes)"
+        ) from error

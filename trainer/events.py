@@ -204,6 +204,14 @@ class EventLog:
             fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if is_patient else fcntl.LOCK_NB))
         except BlockingIOError:
             self._is_blocked = True
+            if sum(map(len, self._waiting)) > _MOST_WAITING_BYTES:
+                raise
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            self._locks = False  # nobody grants any here: then lines are written without
+            self._write_lines()
             return
         try:
             self._is_blocked = False

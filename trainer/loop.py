@@ -326,6 +326,11 @@ class Training:
 
 def _requests(config: RunConfig, run_dir: RunDir) -> tuple[list[Request], str]:
     """What these ranks are to answer of every checkpoint, and its fingerprint."""
-    if config.evaluation.has_service or not config.evaluation.tasks or not run_dir.requests_path.exists():
+    if config.evaluation.has_service or not config.evaluation.tasks:
         return [], ""
-    return read_requests(run_dir.requests_path), requests_fingerprint(run_dir.requests_path)
+    path = run_dir.requests_path
+    asked: list[tuple[list[Request], str]] = [([], "")]
+    if dist.get_rank() == 0 and path.exists():
+        asked = [(read_requests(path), requests_fingerprint(path))]
+    dist.broadcast_object_list(asked, src=0)  # all are to answer the same, whatever they see of a shared folder
+    return asked[0]

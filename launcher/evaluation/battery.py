@@ -15,6 +15,7 @@ from launcher.evaluation.finding import LoadedTask
 from launcher.evaluation.grading import Grade, grade_choices, grade_cloze, grade_text, measures
 from launcher.evaluation.prompts import (
     NO_TOKENS,
+    TOO_LONG,
     Packed,
     Pair,
     cut_left,
@@ -165,6 +166,8 @@ class _Asking:
         generic = self._generic(task, example) if task.normalization == "answer_context" else ()
         if not all(pair.continuation for pair in generic):
             return Case(number, shots, (), skipped=NO_TOKENS)
+        if any(len(pair.continuation) > self._context_tokens for pair in generic):
+            return Case(number, shots, (), skipped=TOO_LONG)
         return _case(number, shots, scored, self._places(scored.pairs), self._places(generic))
 
     def _generic(self, task: Task, example: Example) -> tuple[Pair, ...]:

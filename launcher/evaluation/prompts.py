@@ -103,7 +103,8 @@ def pack_prompt(
 
 def cut_left(pair: Pair, room: int) -> Pair:
     """With at most so many tokens in all, those at the left of the context gone."""
-    return Pair(pair.context[-(room - len(pair.continuation)) :], pair.continuation)
+    num_kept = max(0, room - len(pair.continuation))
+    return Pair(pair.context[len(pair.context) - min(num_kept, len(pair.context)) :], pair.continuation)
 
 
 def _fits(pair: Pair, room: int) -> bool:

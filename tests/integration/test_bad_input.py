@@ -54,7 +54,7 @@ SETTINGS = {
     "task file": (["evaluation.tasks=nowhere.yaml"], ["cannot read the task", "nowhere.yaml"]),
     "service": (
         ["evaluation.where=service", "evaluation.tensor=3"],
-        ["the evaluation service cannot hold the model", "see evaluation.tensor"],
+        ["the evaluation service cannot hold the model", "its settings are evaluation.tensor"],
     ),
 }
 BEFORE_ANYTHING_IS_WRITTEN = set(SETTINGS) - {"small corpus", "prompt"}  # these need the text to be tokenized first

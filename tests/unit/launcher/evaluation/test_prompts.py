@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from data_pipeline.tokenization import train_tokenizer
 from launcher.evaluation.examples import Example
-from launcher.evaluation.prompts import NO_TOKENS, TOO_LONG, draw_demonstrations, pack_prompt, pack_scored, prompt_text
+from launcher.evaluation.prompts import (
+    NO_TOKENS,
+    TOO_LONG,
+    Pair,
+    cut_left,
+    draw_demonstrations,
+    pack_prompt,
+    pack_scored,
+    prompt_text,
+)
 from launcher.evaluation.task import Task
 from launcher.evaluation.tokens import FolderTokenizer, TokenSplitter, stop_ids
 from made_tasks import TEXTS
@@ -168,3 +177,9 @@ def test_tokens_that_stop(tokenizer: FolderTokenizer) -> None:
     assert {tokenizer.encode("\n")[-1], tokenizer.encode(" dog")[0]} <= set(ids)
     others = set(range(tokenizer.vocab_size)) - set(ids)
     assert not any("\n" in tokenizer.decode([token]) or "dog" in tokenizer.decode([token]) for token in others)
+
+
+def test_a_context_without_room_is_gone() -> None:
+    pair = Pair(tuple(range(20)), tuple(range(9)))
+    assert [len(cut_left(pair, room).context) for room in (5, 9, 10, 28, 29, 40)] == [0, 0, 1, 19, 20, 20]
+    assert cut_left(pair, 11).context == (18, 19)
