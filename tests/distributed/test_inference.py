@@ -5,7 +5,7 @@ import json
 import math
 import multiprocessing
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -51,6 +51,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 SP x CP2 ZeRO-3": {"tensor": 2, "sequence": True, "context": 2, "zero": 3},
     "PP2 interleaved x DP2": {"pipeline": 2, "virtual_pipeline": 2, "data": 2},
 }
+
+
+def of_some(*names: str, all_of: Iterable[str] = LAYOUTS) -> list[Any]:
+    """Layouts as parameters, of which only these are tested where it must be quick."""
+    return [pytest.param(name, marks=[] if name in names else [pytest.mark.slow]) for name in all_of]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +207,7 @@ def plain_continuations() -> dict[str, list[Answer]]:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", of_some("one rank", "TP2 x PP2", "TP2 SP x CP2 ZeRO-3"))
 def test_every_layout_goes_on_as_the_plain_model_does(
     layout: str, checkpoints: dict[str, Path], plain_continuations: dict[str, list[Answer]]
 ) -> None:
@@ -249,7 +254,7 @@ def by_transformers(folder: Path, requests: list[Generate]) -> list[Answer]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["one rank", "TP2", "PP2", "TP2 x PP2"])
+@pytest.mark.parametrize("layout", of_some("one rank", "TP2 x PP2", all_of=("one rank", "TP2", "PP2", "TP2 x PP2")))
 def test_the_likeliest_tokens_are_those_of_transformers(
     layout: str, checkpoints: dict[str, Path], exports: dict[str, Path]
 ) -> None:

@@ -173,6 +173,7 @@ class TestOtherVerbs:
         assert printed[0] == printed[1]
         assert printed[0].startswith("the model") and len(printed[0].strip()) > len("the model")
 
+    @pytest.mark.slow
     def test_prepare_then_train_elsewhere_and_resume_from_it(
         self, finished: tuple[Path, str], config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -82,6 +82,7 @@ def test_every_document_is_answered_as_the_harness_own_model_does(
         }
 
 
+@pytest.mark.slow
 def test_examples_in_prompts_are_chosen_by_the_seed(
     folder: Path, exported: ExportedModel, tokenizer: HuggingFaceTokenizer
 ) -> None:

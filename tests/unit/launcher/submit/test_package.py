@@ -19,7 +19,7 @@ def test_the_package_is_code_and_config_and_runs_apart_from_the_checkout(tmp_pat
     write_package(config, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"trainer", "launcher", "data_pipeline", CONFIG_NAME}
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert kinds == {".py", ".yaml", ".html", ".css", ".js"}  # the page's three
+    assert kinds == {".py", ".yaml", ".jsonl", ".html", ".css", ".js"}  # tasks with their records, the page's three
     assert config_file.load(tmp_path / CONFIG_NAME) == config
     program = "import launcher; from launcher.cli.main import main; print(launcher.__file__); main()"
     shown = subprocess.run(

@@ -153,6 +153,7 @@ def import_offline(cache: Path, *arguments: object) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_found_in_its_cache(theirs: Path, tmp_path: Path) -> None:
     cache, commit = tmp_path / "cache", "0" * 40
     model = cache / "models--somebody--some-gpt"
