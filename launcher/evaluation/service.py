@@ -297,11 +297,10 @@ class EvaluationService:
     # ------------------------------------------------------------------------------------------------------- and grades
 
     def _grade_answers(self, step: int) -> None:
-        """Of the training ranks."""
-        began, checkpoint = time.monotonic(), self._checkpoint(step)
+        """Of the training ranks, once."""
+        began, checkpoint, answers = time.monotonic(), self._checkpoint(step), self._answers(step)
         try:
-            manifest = read_manifest(checkpoint)
-            self._tell(checkpoint, manifest, self._run_dir.answers_path(step, self._asked), None, began)
+            self._tell(checkpoint, read_manifest(checkpoint), answers, None, began)
         except UserError as error:
             self._record("evaluation_skipped", step=step, reason=str(error))
         except OSError as error:
@@ -309,6 +308,11 @@ class EvaluationService:
         except Exception as error:
             _log.exception("step %d could not be judged", step)
             self._record("evaluation_failed", step=step, reason=f"{type(error).__name__}: {error}")
+        if not self._is_closed.is_set():
+            answers.unlink(missing_ok=True)
+
+    def _answers(self, step: int) -> Path:
+        return self._run_dir.answers_path(step, self._asked)
 
     def _tell(
         self, checkpoint: Path, manifest: Manifest, answers: Path, heldout: dict[str, Any] | None, began: float
@@ -333,17 +337,19 @@ class EvaluationService:
 
     def _look_for_unjudged(self) -> None:
         """What earlier commands have left: as if it had just been committed, or answered."""
+        if self._fleet is None:  # also of checkpoints that are gone: that is recorded then
+            names = (path.name.partition(".")[0] for path in self._folder.glob(f"step-*.{self._asked}.answers.jsonl"))
+            self._left += sorted(step for name in names if (step := store.step_of(name)) is not None)
+            return
         for step in store.steps(self._run_dir.checkpoints):
             checkpoint = self._checkpoint(step)
             try:
                 is_judged = self._is_judged(read_results(checkpoint, read_manifest(checkpoint)))
             except UserError:
                 continue
-            if not is_judged and self._fleet is not None:
+            if not is_judged:
                 self._waiting, _ = self._waiting.committed(step)
                 self._lease(step)
-            elif not is_judged and self._run_dir.answers_path(step, self._asked).exists():
-                self._left.append(step)
 
     def _is_judged(self, results: dict[str, Any] | None) -> bool:
         """By what is asked now."""

@@ -162,3 +162,17 @@ def test_answers_to_other_tasks_are_not_graded(
         with EvaluationService(run_dir, other, "skip", log.write) as service:
             service.finish()
     assert not of_kind(run_dir, "checkpoint_evaluated")
+
+
+def test_answers_whose_checkpoint_is_gone_are_recorded_and_none_is_kept(
+    run_dir: RunDir, log: EventLog, judge: Judge
+) -> None:
+    commit(run_dir, 2)
+    for step in (1, 2):
+        answered(run_dir, judge, step)
+    for _ in range(2):
+        with EvaluationService(run_dir, judge, "skip", log.write) as service:
+            service.finish()
+    assert [event["step"] for event in of_kind(run_dir, "evaluation_skipped")] == [1]
+    assert [event["step"] for event in of_kind(run_dir, "checkpoint_evaluated")] == [2]
+    assert not list(run_dir.evaluation.glob("*.answers.jsonl"))
