@@ -12,8 +12,9 @@ from launcher.evaluation.contamination import TaskOverlap, find_overlaps
 from launcher.evaluation.finding import LoadedTask, load_tasks
 from launcher.evaluation.results import EvaluationResults
 from launcher.evaluation.tokens import FolderTokenizer
-from trainer.config import RunConfig
+from trainer.config import RunConfig, UserError
 from trainer.inference.requests import Answer, Request
+from trainer.progress import Advance, unheard
 
 
 @dataclass
@@ -64,10 +65,36 @@ def judge_of(config: RunConfig, prepared: Path) -> Judge:
         UserError: a task is unknown or wrong.
     """
     wanted = config.evaluation
-    tasks = limited(load_tasks(wanted.tasks, prepared, config.seed), wanted.max_examples, config.seed)
     tokenizer = FolderTokenizer.load(prepared / TOKENIZER_FOLDER)
+    return judge_by(wanted.tasks, config, prepared, tokenizer, wanted.max_examples, contamination=wanted.contamination)
+
+
+def judge_by(
+    names: Sequence[str],
+    config: RunConfig,
+    prepared: Path | None,
+    tokenizer: FolderTokenizer,
+    max_examples: int | None,
+    *,
+    contamination: bool,
+    advance: Advance = unheard,
+) -> Judge:
+    """By tasks of these names, for the context and the seed of a config.
+
+    Args:
+        prepared: data to make held-out tasks of, and to look for overlaps in.
+        contamination: whether to look for them; `advance` hears how many tokens of how many were compared.
+
+    Raises:
+        UserError: a task is unknown or wrong, or there is no data to compare it with.
+    """
+    tasks = limited(load_tasks(names, prepared, config.seed), max_examples, config.seed)
     battery = Battery.of(tasks, tokenizer, config.model.seq_length, config.seed)
-    return Judge(battery, (lambda: find_overlaps(tasks, prepared)) if wanted.contamination and tasks else None)
+    if not (contamination and tasks):
+        return Judge(battery)
+    if prepared is None:
+        raise UserError("--contamination compares tasks with training text, and no data is known; name it by --data")
+    return Judge(battery, lambda: find_overlaps(tasks, prepared, advance))
 
 
 def limited(tasks: Sequence[LoadedTask], max_examples: int | None, seed: int) -> list[LoadedTask]:

@@ -14,10 +14,7 @@ import orjson
 
 from data_pipeline.manifest import Manifest as DataManifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER
-from launcher.evaluation.battery import Battery
-from launcher.evaluation.contamination import find_overlaps
-from launcher.evaluation.finding import load_tasks
-from launcher.evaluation.judge import Judge, limited
+from launcher.evaluation.judge import Judge, judge_by
 from launcher.evaluation.results import EvaluationResults
 from launcher.evaluation.tokens import FolderTokenizer, check_tokenizer
 from launcher.job.ranks import Ranks, ready_ranks
@@ -104,7 +101,7 @@ def evaluate(
         subject = _export(path, data, settings, wanted, update)
     else:
         subject = _checkpoint(path, data, settings, wanted, update)
-    judge = _judge(subject, wanted)
+    judge = _judge(subject, wanted, update)
     if not (wanted.heldout and subject.prepared) and not judge.requests and not wanted.harness:
         raise UserError(f"nothing to measure {path} by; name tasks (--tasks), or prepared data (--data)")
     with ExitStack() as resources:
@@ -197,17 +194,15 @@ def _read_model(folder: Path) -> dict[str, int]:
         ) from error
 
 
-def _judge(subject: Subject, wanted: Wanted) -> Judge:
-    config, prepared = subject.config, subject.prepared
-    tasks = limited(load_tasks(wanted.tasks, prepared, config.seed), wanted.max_examples, config.seed)
+def _judge(subject: Subject, wanted: Wanted, update: Update) -> Judge:
     tokenizer = FolderTokenizer.load(subject.tokenizer)
-    check_tokenizer(tokenizer, None, config.model.vocab_size, subject.path)
-    battery = Battery.of(tasks, tokenizer, config.model.seq_length, config.seed)
-    if not (wanted.contamination and tasks):
-        return Judge(battery)
-    if prepared is None:
-        raise UserError("--contamination compares tasks with training text, and no data is known; name it by --data")
-    return Judge(battery, lambda: find_overlaps(tasks, prepared))
+    check_tokenizer(tokenizer, None, subject.config.model.vocab_size, subject.path)
+    advance = counting(update, "evaluate: comparing with training text", "tokens")
+    return judge_by(
+        *(wanted.tasks, subject.config, subject.prepared, tokenizer, wanted.max_examples),
+        contamination=wanted.contamination,
+        advance=advance,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- who is asked
