@@ -19,7 +19,7 @@ def plan(
     cluster: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="a100-80, h100, h200, b200, cpu, or a YAML file; h100, or cpu for launch.device cpu."
+            metavar="NAME", help="a100-80, h100, h200, b200, cpu, or a YAML file; launch.cluster if not given."
         ),
     ] = None,
     validate: Annotated[
@@ -44,7 +44,7 @@ def plan(
     if path is None:
         raise UserError("a plan is of a config, and none is given; name one, or use --validate")
     config = config_file.load(path, settings or ())
-    found = planner.make_plan(config, clusters.load(cluster or ("cpu" if config.launch.device == "cpu" else "h100")))
+    found = planner.make_plan(config, clusters.load(cluster or clusters.named_by(config)))
     if as_json:
         print(json.dumps(found.as_tree(), indent=2))
     else:

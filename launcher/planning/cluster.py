@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from trainer import config_file
-from trainer.config import UserError
+from trainer.config import RunConfig, UserError
 from trainer.section import Section
 
 FOLDER = Path(__file__).with_name("clusters")
@@ -62,6 +62,11 @@ def load(wanted: str) -> Cluster:
             known = config_file.suggest(wanted.lower(), names())
             raise UserError(f"no cluster {wanted} comes along{known}; or name a YAML file")
     return config_file.validated(Cluster, config_file.read_tree(path, "the cluster"))
+
+
+def named_by(config: RunConfig) -> str:
+    """What the config calls its cluster; H100s, or a CPU box where it computes on CPUs, if it says nothing."""
+    return config.launch.cluster or ("cpu" if config.launch.device == "cpu" else "h100")
 
 
 def names() -> list[str]:

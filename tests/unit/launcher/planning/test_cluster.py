@@ -6,6 +6,7 @@ import pytest
 
 from launcher.planning import cluster
 from trainer.config import UserError
+from trainer.config_file import from_tree
 from trainer.hardware import PEAK_FLOPS
 
 
@@ -45,3 +46,9 @@ def test_what_is_wrong_is_said(tmp_path: Path, wanted: str, text: str | None, me
     with pytest.raises(UserError) as refused:
         cluster.load(str(path) if text else wanted)
     assert message in str(refused.value)
+
+
+def test_a_config_says_what_its_cluster_is() -> None:
+    assert cluster.named_by(from_tree({"launch": {"cluster": "b200", "device": "cpu"}})) == "b200"
+    assert cluster.named_by(from_tree({"launch": {"device": "cpu"}})) == "cpu"
+    assert cluster.named_by(from_tree({})) == "h100"
