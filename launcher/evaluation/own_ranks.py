@@ -15,7 +15,6 @@ from launcher.evaluation.service import (
     LOOK_SECONDS,
     EvaluationService,
     Record,
-    goes_on_from,
 )
 from launcher.evaluation.waiting import Waiting
 from launcher.job.failures import explain
@@ -25,7 +24,7 @@ from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import Manifest, read_manifest
 from trainer.checkpoint.format.results import read_results
 from trainer.config import UserError
-from trainer.events import Event
+from trainer.events import Event, last_sound_step
 from trainer.rank_spec import Task
 from trainer.run_dir import RunDir
 
@@ -96,7 +95,7 @@ class OwnRanksService(EvaluationService):
     def _hear(self, event: Event) -> None:
         if event["kind"] == "checkpoint_saved":
             self._committed(event["step"])
-        elif (start := goes_on_from(event)) is not None:
+        elif (start := last_sound_step(event)) is not None:
             self._void_after(start)
 
     def _go_on(self) -> bool:

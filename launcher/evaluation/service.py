@@ -158,13 +158,3 @@ class EvaluationService(ABC):
 
     def _checkpoint(self, step: int) -> Path:
         return self._run_dir.checkpoints / store.folder_name(step)
-
-
-def goes_on_from(event: Event) -> int | None:
-    """The step after which all that was saved is of no history that counts, if the event says so."""
-    match event["kind"]:
-        case "training_started":
-            return int(event["step"])
-        case "rolled_back":
-            return int(event["to_step"])
-    return None

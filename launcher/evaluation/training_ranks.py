@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 from launcher.evaluation.judge import Judge
-from launcher.evaluation.service import EvaluationService, Record, goes_on_from
+from launcher.evaluation.service import EvaluationService, Record
 from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import read_manifest
 from trainer.config import UserError
-from trainer.events import Event
+from trainer.events import Event, last_sound_step
 from trainer.run_dir import RunDir
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class TrainingRanksService(EvaluationService):
             self._heard[event["kind"]].add(step)
             if all(step in steps for steps in self._heard.values()):
                 self._left = [*(each for each in self._left if each != step), step]
-        elif (start := goes_on_from(event)) is not None:
+        elif (start := last_sound_step(event)) is not None:
             self._left = [each for each in self._left if each <= start]
             for steps in self._heard.values():
                 steps.intersection_update(range(start + 1))

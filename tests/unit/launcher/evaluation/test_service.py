@@ -61,7 +61,7 @@ def judge_by(folder: Path, tokenizer: FolderTokenizer, *choices: str) -> Judge:
     """Of one question with these choices."""
     records = [{"question": "the quick", "options": choices, "label": 0}]
     task = write_task(folder, records, kind="multiple_choice", prompt="{question}", choices="options")
-    return Judge(Battery.of(load_tasks([str(task)]), tokenizer, 64))
+    return Judge(Battery.of(load_tasks([str(task)]), tokenizer, 64), "fp32")
 
 
 def commit(run_dir: RunDir, step: int) -> None:
@@ -137,7 +137,7 @@ def test_a_search_for_overlaps_keeps_no_command_from_beginning_or_ending(
 
     commit(run_dir, 1)
     answered(run_dir, judge, 1)
-    searching = TrainingRanksService(run_dir, Judge(judge.battery, find_overlaps), log.write, end_seconds=0.1)
+    searching = TrainingRanksService(run_dir, Judge(judge.battery, "fp32", find_overlaps), log.write, end_seconds=0.1)
     with searching:
         until(is_searching.is_set)
     assert not is_over.is_set() and searching._thread.is_alive()
