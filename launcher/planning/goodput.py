@@ -96,7 +96,8 @@ class Run:
         without its full layout, it waits first. Spares that wait do not fail.
         """
         states = self._states()
-        shares = [size.speed * self._efficiency(size) for size, _ in states]
+        efficiency = {size: self._efficiency(size) for size in {size for size, _ in states}}
+        shares = [size.speed * efficiency[size] for size, _ in states]
         found = sum(probability * share for (_, probability), share in zip(states, shares, strict=True))
         patience = self.restarts.patience_seconds
         for k in range(self.num_spares + 1, len(states)):
@@ -236,6 +237,4 @@ def best_interval(run: Run, step_seconds: float, num_steps: int, snapshot_steps:
 def at_interval(run: Run, steps: int, step_seconds: float, snapshot_steps: int | None = None) -> Run:
     """The same run with other checkpoints, and snapshots as often as before."""
     num_snapshots = max(1, round(steps / snapshot_steps)) if snapshot_steps else 1
-    return replace(
-        run, saving=replace(run.saving, interval_seconds=steps * step_seconds, num_snapshots=num_snapshots)
-    )
+    return replace(run, saving=replace(run.saving, interval_seconds=steps * step_seconds, num_snapshots=num_snapshots))
