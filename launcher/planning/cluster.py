@@ -1,7 +1,8 @@
 """Machines that a run is planned on: what their devices do, hold and say to each other, read from small YAML files."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -49,22 +50,47 @@ class Cluster(Section):
     """What one device costs for an hour, in any currency."""
 
 
-def load(wanted: str) -> Cluster:
-    """The cluster of a YAML file, or one that comes along, by its name.
+def load(wanted: str | Mapping[str, Any]) -> Cluster:
+    """The cluster of a YAML file, or one that comes along, by its name; or what a config says itself.
 
     Raises:
-        UserError: there is none, or its file is wrong.
+        UserError: there is none, or what is said of it is wrong.
     """
+    if not isinstance(wanted, str):
+        return _validated(wanted, "launch.cluster")
     path = Path(wanted)
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{wanted.lower()}.yaml"
         if wanted.lower() not in names():
             known = config_file.suggest(wanted.lower(), names())
             raise UserError(f"no cluster {wanted} comes along{known}; or name a YAML file")
-    return config_file.validated(Cluster, config_file.read_tree(path, "the cluster"))
+    return _validated(config_file.read_tree(path, "the cluster"), str(path))
 
 
-def named_by(config: RunConfig) -> str:
+def with_its_facts(config: RunConfig) -> RunConfig:
+    """The same config, which says itself what a file says of its cluster: other machines need not have the file.
+
+    Raises:
+        UserError: as `load`.
+    """
+    wanted = config.launch.cluster
+    if not isinstance(wanted, str):
+        return config
+    facts = load(wanted)
+    if wanted.lower() in names():
+        return config
+    said = facts.model_dump(mode="json", exclude_unset=True)
+    return config.model_copy(update={"launch": config.launch.model_copy(update={"cluster": said})})
+
+
+def _validated(tree: Mapping[str, Any], where: str) -> Cluster:
+    try:
+        return config_file.validated(Cluster, tree)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def named_by(config: RunConfig) -> str | dict[str, Any]:
     """What the config calls its cluster; H100s, or a CPU box where it computes on CPUs, if it says nothing."""
     return config.launch.cluster or ("cpu" if config.launch.device == "cpu" else "h100")
 
