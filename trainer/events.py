@@ -91,7 +91,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -387,14 +387,31 @@ def read_events(path: Path) -> list[Event]:
     return list(EventReader(path).new_events())
 
 
+def last_sound_step(event: Event) -> int | None:
+    """After which all steps until then are void, and what was saved of them; None of an event that voids none."""
+    return int(event[_VOIDING[event["kind"]]]) if event["kind"] in _VOIDING else None
+
+
+def void_checkpoints(events: Iterable[Event]) -> set[int]:
+    """Steps whose checkpoint is of no history that counts, and has not been written anew."""
+    saved: set[int] = set()
+    void: set[int] = set()
+    for event in events:
+        if event["kind"] == "checkpoint_saved":
+            saved.add(event["step"])
+            void.discard(event["step"])
+        elif (last := last_sound_step(event)) is not None:
+            void |= {step for step in saved if step > last}
+    return void
+
+
 def surviving_steps(events: list[Event], kind: Literal["step", "step_skipped"] = "step") -> list[Event]:
     """The events of steps in the history of the final weights: a restart or a rollback voids the steps after it."""
     steps: dict[int, Event] = {}
     for event in events:
         if event["kind"] in ("step", "step_skipped"):
             steps[event["step"]] = event
-        elif event["kind"] in _VOIDING:
-            last = event[_VOIDING[event["kind"]]]
+        elif (last := last_sound_step(event)) is not None:
             steps = {step: seen for step, seen in steps.items() if step <= last}
     return [steps[step] for step in sorted(steps) if steps[step]["kind"] == kind]
 

@@ -133,14 +133,25 @@ class StepModel:
     @cached_property
     def stages(self) -> list[Passes]:
         """One micro-batch on each pipeline stage."""
-        return [self._stage(stage) for stage in range(self.config.parallel.pipeline)]
+        return [sum(chunks, Passes()) for chunks in self.chunks]
 
-    def _stage(self, stage: int) -> Passes:
+    @cached_property
+    def chunks(self) -> list[list[Passes]]:
+        """The same for each chunk of a stage: the first holds the embedding, the very last the output layer."""
         parallel = self.config.parallel
-        is_first, is_last = stage == 0, stage == parallel.pipeline - 1
-        counts = self.practice.layers_of_stages
-        layers = range(counts[stage]) if counts else plan.layers_of_stage(self.config, stage)
-        passes = sum((self._kinds_of_layers[layer % 2] for layer in layers), Passes())
+        return [
+            [self._chunk(stage, chunk) for chunk in range(parallel.virtual_pipeline)]
+            for stage in range(parallel.pipeline)
+        ]
+
+    def _chunk(self, stage: int, chunk: int) -> Passes:
+        parallel, counts = self.config.parallel, self.practice.layers_of_stages
+        is_first = stage == chunk == 0
+        is_last = (stage, chunk) == (parallel.pipeline - 1, parallel.virtual_pipeline - 1)
+        layers = list(range(counts[stage]) if counts else plan.layers_of_stage(self.config, stage))
+        share = len(layers) / parallel.virtual_pipeline
+        mine = layers[round(chunk * share) : round((chunk + 1) * share)]
+        passes = sum((self._kinds_of_layers[layer % 2] for layer in mine), Passes())
         return passes + (self._embedding() if is_first else Passes()) + (self._output() if is_last else Passes())
 
     @cached_property
@@ -272,7 +283,14 @@ class StepModel:
         return sum(self.rates.exchange_seconds(self._tokens * width * size, group) for width in widths)
 
     def _pipeline_seconds(self, num: int) -> float:
-        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for.
+        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for."""
+        parallel = self.config.parallel
+        steady = 0.0 if self.practice.hides_pipeline else 2 * num * parallel.virtual_pipeline * self.message_seconds
+        return steady + 2 * (parallel.pipeline - 1) * self.message_seconds
+
+    @cached_property
+    def message_seconds(self) -> float:
+        """A micro-batch's activations, or their gradients, from one stage to the next.
 
         Once a run takes more than one machine, the slowest of them go between machines.
         """
@@ -285,8 +303,7 @@ class StepModel:
         message = self.rates.send_seconds(whole / (parallel.tensor if is_split else 1), crosses)
         if is_split and not parallel.sequence:
             message += self.rates.gather_seconds(whole, self._tensor_group)
-        steady = 0.0 if self.practice.hides_pipeline else 2 * num * parallel.virtual_pipeline * message
-        return steady + 2 * (parallel.pipeline - 1) * message
+        return message
 
     def _data_seconds(self, slowest: Passes, num: int) -> float:
         """Adding up gradients, and weights to and from the ranks that own them.
