@@ -5,13 +5,14 @@ c context, p pipeline, v virtual pipeline. T = micro-batch x s / c tokens of a m
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from launcher.planning.cluster import Cluster
 from launcher.planning.constants import CONSTANTS, Constants
 from launcher.planning.practice import OURS, Practice
 from launcher.planning.rates import Group, Rates
+from launcher.planning.saving import SaveTimes
 from launcher.planning.shared import Shared
 from trainer import plan
 from trainer.config import RunConfig
@@ -103,6 +104,10 @@ class StepTime:
     data: float
     """Gradients and weights between data-parallel replicas, not hidden."""
     optimizer: float
+    input: float = 0.0
+    """Reading the next step's data, beyond what the step itself hides."""
+    checkpoint: float = 0.0
+    """For which saving holds training up, spread over all steps."""
 
     @property
     def seconds(self) -> float:
@@ -125,6 +130,14 @@ class StepModel:
         return Rates(self.cluster, self.constants, 2 if self.config.train.precision == "bf16" else 4)
 
     def step(self) -> StepTime:
+        """Of the full batch, with what storage adds to it."""
+        step = self.without_storage()
+        if not self.practice.uses_storage:
+            return step
+        step = replace(step, input=max(0.0, self._reading_seconds() - step.seconds))
+        return replace(step, checkpoint=SaveTimes(self.config, self.cluster).seconds_per_step(step.seconds))
+
+    def without_storage(self) -> StepTime:
         """Of the full batch.
 
         1F1B: the slowest stage works on all micro-batches, and waits once for each other stage, a v-th of that when
@@ -146,6 +159,15 @@ class StepModel:
             data=self._data_seconds(slowest, num),
             optimizer=self._optimizer_seconds(),
         )
+
+    def _reading_seconds(self) -> float:
+        """A machine reads the sequences of each replica that it has ranks of once, while the step before is done."""
+        model, parallel = self.config.model, self.config.parallel
+        here = min(parallel.num_ranks, self.cluster.devices_per_node)
+        replicas = min(parallel.data, -(-here // (parallel.tensor * parallel.context)))
+        tokens = replicas * self.config.tokens_per_step / parallel.data
+        token_bytes = 2 if model.vocab_size <= 2**16 else 4
+        return tokens * token_bytes / self.cluster.storage_bytes_per_second
 
     # ---------------------------------------------------------------------------------------------------- computation
 
