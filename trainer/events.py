@@ -29,13 +29,13 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
                         and tokens (to train on), dropped (counts by reason)
     training_started    step, checkpoint (path, or null for a fresh start), tier ("memory" or "disk"),
                         threads_per_rank, ranks, device (its model, as the vendor calls it); steps after it are void
-    planned             nodes, layout, device (as its cluster calls it), step_seconds (of the full batch) and step_parts,
+    planned             nodes, layout, device (as its cluster calls it), step_seconds (of the full batch), step_parts,
                         tokens_per_second (of all ranks), mfu, memory_bytes (of the fullest rank) and memory_parts:
                         what `broadgauge plan` says of the layout that trains from now on
     unplanned           nodes, layout, reason: nothing can be said of it
-    plan_checked        step, num_steps (measured), num_samples (of each), step_seconds (median), tokens_per_second, mfu,
-                        memory_bytes (of the rank that takes most, or null), and what was planned of a batch of that
-                        size: planned_step_seconds, ...; slow (whether GPUs take far longer): once for a plan
+    plan_checked        step, num_steps (measured), num_samples (of each), step_seconds (median), tokens_per_second,
+                        mfu, memory_bytes (of the rank that takes most, or null), and what was planned of a batch of
+                        that size: planned_step_seconds, ...; slow (whether GPUs take far longer): once for a plan
     checkpoint_rejected reason: a damaged checkpoint was passed over
     step                step (1-based), tokens (consumed so far), first_sample, num_samples, tokens_xxh3 (of what all
                         replicas were fed, see `trainer.data.digest`), loss, grad_norm, lr, seconds, phases (of them in

@@ -29,7 +29,7 @@ def cluster_of(config: RunConfig, devices: Iterable[str], *, on_gpus: bool) -> C
     if said is not None and said.kind == ("cuda" if on_gpus else "cpu"):
         return said
     if not on_gpus:
-        return cpu_cluster(config.ranks_per_node)
+        return cpu_cluster(config.ranks_per_node, config.launch.threads_per_rank)
     found = {known_by(device) for device in devices}
     name = found.pop() if len(found) == 1 else None
     return clusters.load(name) if name is not None else None

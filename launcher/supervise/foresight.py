@@ -43,10 +43,13 @@ class Foresight:
         """Ranks begin to train in this layout, on devices of this name."""
         self._steps, self._memory_bytes = [], 0
         self._plan, found = _planned(config, device, on_gpus=self._on_gpus)
-        if found != self._told:
-            self._told, self._is_checked = found, False
-            kind = "unplanned" if self._plan is None else "planned"
-            self._record(kind, **found)
+        if found == self._told:
+            return
+        self._told, self._is_checked = found, False
+        if self._plan is None:
+            self._record("unplanned", **found)
+        else:
+            self._record("planned", **found)
 
     def step_done(self, event: Event) -> None:
         if self._awaits_steps:

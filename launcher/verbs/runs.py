@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.history.foresight import Comparison
 from launcher.history.history import RunHistory
 from launcher.history.values import Facts, mfu
 from launcher.history.view import view_of
@@ -50,6 +51,8 @@ class Status:
     """Until the last step, at the pace of the last ones."""
     tokens_per_second: float | None
     mfu: float | None
+    plan: Comparison | None
+    """Step time, speed, MFU and memory, planned and measured, if a plan was made."""
     heldout_loss: float | None
     rank_seconds: dict[str, float] | None
     """In which ranks work in a step: min, mean, max, and the number of the slowest."""
@@ -110,6 +113,7 @@ class Observer:
             remaining_seconds=seen["remaining_seconds"],
             tokens_per_second=rate,
             mfu=mfu(history, facts, rate) if rate is not None else None,
+            plan=seen["plan"],
             heldout_loss=evaluation["loss"] if evaluation else None,
             rank_seconds={name: ranks[name] for name in (*STATISTICS, "slowest")} if ranks else None,
             saves=str(history.saves),

@@ -16,6 +16,7 @@ from data_pipeline.manifest import DatasetManifest, Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
 from launcher.fitting import OnShortage, check_memory, refuse
+from launcher.history.foresight import compared
 from launcher.history.history import RunHistory
 from launcher.job import cluster
 from launcher.job.failures import JobFailed, NodeFailed, RankFailed
@@ -27,6 +28,7 @@ from launcher.monitor.monitor import Monitor
 from launcher.monitor.sinks import sink
 from launcher.placement import check_beside
 from launcher.report import data as data_report
+from launcher.report import foresight
 from launcher.report import training as report
 from launcher.report.display import Display, StageBar
 from launcher.sizing import service_config
@@ -287,6 +289,19 @@ def _warn(claimed: ClaimedRun, events: Iterable[Event]) -> None:
             claimed.display.warn(WARNINGS[event["kind"]].format_map(event))
 
 
+def _tell_of_plan(claimed: ClaimedRun, event: Event) -> None:
+    if event["kind"] == "unplanned":
+        claimed.display.line(f"plan      none: {event['reason']}")
+    elif event["kind"] == "plan_checked":
+        claimed.display.line(f"plan      {foresight.short_line(compared(event))}")
+        if event["slow"]:
+            claimed.display.warn(
+                f"steps take {event['step_seconds'] / event['planned_step_seconds']:.1f} times as long as planned; "
+                f"`broadgauge profile {claimed.run_dir.path} --steps A:B` shows what ranks do meanwhile, `broadgauge "
+                "doctor CONFIG` whether machines and network are well"
+            )
+
+
 def _train_to_the_end(claimed: ClaimedRun, events: EventReader) -> None:
     config, run_dir = claimed.config, claimed.run_dir
     schedule = Schedule(config)
@@ -305,6 +320,7 @@ def _train_to_the_end(claimed: ClaimedRun, events: EventReader) -> None:
                 elif event["kind"] == "evaluated":
                     bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], schedule.num_steps, "steps")
                 else:
+                    _tell_of_plan(claimed, event)
                     _warn(claimed, [event])
 
         bar.update("train: starting ranks", 0, schedule.num_steps, "steps")

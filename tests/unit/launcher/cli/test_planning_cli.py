@@ -36,7 +36,16 @@ def test_a_screen_shows_memory_time_numbers_and_warnings(capsys: pytest.CaptureF
     assert code == 0
     assert "12.9B parameters on 64 x H200 141GB SXM (8 machines)" in out
     assert len([line for line in out.splitlines() if set(line) <= {"█", "░"} and len(line) == 72]) == 2
-    for word in ("memory of a rank", "optimizer", "time of a step", "matrix", "MFU", "300B tokens in", "goodput", "energy"):
+    for word in (
+        "memory of a rank",
+        "optimizer",
+        "time of a step",
+        "matrix",
+        "MFU",
+        "300B tokens in",
+        "goodput",
+        "energy",
+    ):
         assert word in out
     assert len(out.splitlines()) <= 30
 
