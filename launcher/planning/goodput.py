@@ -95,29 +95,41 @@ class Run:
         While k machines are under repair the run is as fast as the layout on the others, and whenever it starts anew
         without its full layout, it waits first. Spares that wait do not fail.
         """
-        states = self._states()
+        states, repair = self._states(), self.failures.repair_seconds
         efficiency = {size: self._efficiency(size) for size in {size for size, _ in states}}
-        shares = [size.speed * efficiency[size] for size, _ in states]
-        found = sum(probability * share for (_, probability), share in zip(states, shares, strict=True))
-        patience = self.restarts.patience_seconds
-        for k in range(self.num_spares + 1, len(states)):
-            (before, probability_before), (size, probability) = states[k - 1], states[k]
-            losses = probability_before * self._losses_per_second(before)
-            others = probability * (1 - self.failures.lost_share) * self.failures.per_second(size.num_nodes)
-            leaving = k / self.failures.repair_seconds + self._losses_per_second(size)
-            waiting = -math.expm1(-leaving * patience) / leaving
-            growing = math.exp(-leaving * patience) * self.restarts.growing_seconds if size != before else 0.0
-            found -= shares[k] * (losses * (waiting + growing) + others * waiting)
+        found, faster = 0.0, STANDSTILL
+        for k, (size, probability) in enumerate(states):
+            running = probability * (1 - self._waits(k, size))
+            found += running * size.speed * efficiency[size]
+            if 0 < size.speed and size != faster and k:  # a machine that is back is taken in
+                found -= running * k / repair * self.restarts.growing_seconds * faster.speed * efficiency[faster]
+            faster = size
         return max(0.0, found)
 
     def _states(self) -> list[tuple[Size, float]]:
         """The layout in use while so many machines are under repair, from none on, and the share of the time."""
         sizes, logs = [self._size(0)], [0.0]
-        while (rate := self._losses_per_second(sizes[-1])) and logs[-1] > max(logs) + math.log(_RARE):
-            logs.append(logs[-1] + math.log(rate * self.failures.repair_seconds / len(sizes)))
-            sizes.append(self._size(len(sizes)))
+        while logs[-1] > max(logs) + math.log(_RARE):
+            k, size = len(sizes) - 1, sizes[-1]
+            rate = self._losses_per_second(size) * (1 - self._waits(k, size))
+            if rate == 0:
+                break
+            logs.append(logs[-1] + math.log(rate * self.failures.repair_seconds / (k + 1)))
+            sizes.append(self._size(k + 1))
         weights = [math.exp(each - max(logs)) for each in logs]
         return [(size, weight / sum(weights)) for size, weight in zip(sizes, weights, strict=True)]
+
+    def _waits(self, num_in_repair: int, size: Size) -> float:
+        """Share of the time of such a state in which the run waits for machines, though it has a layout without them.
+
+        It does when a machine is lost, as often as one comes back, k / D, and when ranks fail that run.
+        """
+        if num_in_repair <= self.num_spares or size.speed == 0:
+            return 0.0
+        coming_back = num_in_repair / self.failures.repair_seconds
+        seconds = -math.expm1(-coming_back * self.restarts.patience_seconds) / coming_back
+        dying = (1 - self.failures.lost_share) * self.failures.per_second(size.num_nodes)
+        return seconds * (coming_back + dying) / (1 + seconds * dying)
 
     def _size(self, num_in_repair: int) -> Size:
         missing = max(0, num_in_repair - self.num_spares)

@@ -174,6 +174,9 @@ SETTINGS = {
     "rare failures": run_of(node_hours=60000, spares=3),
     "frequent failures": run_of(node_hours=300, lost_share=0.1, repair_hours=1, spares=30),
     "hardly getting on": run_of(node_hours=60, lost_share=0.2, repair_hours=1, spares=30),
+    "slow restarts": run_of(
+        node_hours=200, interval=900.0, rank_restart=1200.0, machine_restart=1800.0, repair_hours=1, spares=40
+    ),
     "ranks alone": run_of(lost_share=0.0, node_hours=500),
     "machines alone": run_of(lost_share=1.0, node_hours=500, repair_hours=2, spares=9),
     "snapshots": run_of(node_hours=300, num_snapshots=10, interval=HOUR, spares=30, repair_hours=1),
@@ -184,6 +187,9 @@ SETTINGS = {
     "no spares and no other layout": run_of(node_hours=3000, repair_hours=12),
     "a spare and no other layout": run_of(node_hours=1000, repair_hours=12, spares=1),
     "half the machines where one is missing": run_of(node_hours=6000, smaller=HALF),
+    "half the machines, much patience and ranks that fail": run_of(
+        node_hours=300, lost_share=0.05, smaller=HALF, patience=HOUR, repair_hours=36
+    ),
     "a replica less for every machine": run_of(node_hours=1500, smaller=REPLICAS, spares=1),
 }
 
@@ -194,7 +200,8 @@ def test_the_closed_form_is_what_a_simulation_finds(name: str) -> None:
     run = SETTINGS[name]
     found = Simulation(run, random.Random(1)).goodput(25_000)
     assert run.goodput == pytest.approx(found, rel=0.01)
-    assert 1 - run.goodput == pytest.approx(1 - found, rel=0.05)
+    noise = 0.05 if len(run.sizes) > 2 or run.num_spares < 2 else 0.02  # waits for repairs are few and long
+    assert 1 - run.goodput == pytest.approx(1 - found, rel=noise)
 
 
 # ------------------------------------------------------------------------------------------------- published formulas
