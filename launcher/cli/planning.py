@@ -33,7 +33,9 @@ def plan(
     ] = False,
     devices: Annotated[
         int | None,
-        typer.Option(min=1, help="With --search: how many devices there are; those of the config's layout if not given."),
+        typer.Option(
+            min=1, help="With --search: how many devices there are; those of the config's layout if not given."
+        ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="With --search: how many layouts to show.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for machines.")] = False,

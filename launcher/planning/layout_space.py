@@ -40,6 +40,10 @@ class Layout(NamedTuple):
         return self[:4]
 
     @property
+    def zero_and_sequence(self) -> tuple[bool, int, str]:
+        return self.sequence, self.zero, self.offload
+
+    @property
     def without_zero(self) -> "Layout":
         """The same, with nothing of ZeRO but its first stage."""
         return self._replace(zero=1, offload="none")
