@@ -44,7 +44,7 @@ def screen(search: Search) -> Group:
     else:
         known = " or ".join(map(str, search.possible_devices))
         fix = f"there are some for {known}" if known else "change the model or train.global_batch_size"
-        lines.append(Text(f"no layout of {num} devices shares this model and batch out evenly; {fix}", style="red"))
+        lines.append(Text(f"no layout of {_devices(num)} shares this model and batch out evenly; {fix}", style="red"))
     if own := _own(search):
         lines += [Text(""), Text(own)]
     if search.best:
@@ -169,12 +169,14 @@ def _shortage(search: Search, shortage: Shortage) -> Iterator[str]:
     plan = shortage.nearest
     layout = ", ".join(_setting(name, value) for name, value in Layout.of(plan.config)._asdict().items() if value)
     room = search.cluster.memory_bytes
-    yield f"nothing fits {search.num_devices} devices of {_gib(room)}; the nearest takes {_gib(plan.memory.total)}"
-    yield f"({_gib(-plan.free_bytes)} too much): {layout}"
+    yield (
+        f"nothing fits {_devices(search.num_devices)} of {_gib(room)}; the nearest takes {_gib(plan.memory.total)} "
+        f"({_gib(-plan.free_bytes)} too much): {layout}"
+    )
     parts = sorted(asdict(plan.memory).items(), key=lambda each: -each[1])[:3]
     yield f"of that, {', '.join(f'{name} {_gib(value)}' for name, value in parts)}"
     enough = shortage.enough_devices
-    yield f"{enough} devices would do" if enough else "no doubling of the devices that was tried would do"
+    yield f"{_devices(enough)} would do" if enough else "no doubling of the devices that was tried would do"
 
 
 def _ramp(search: Search, alternative: Alternative) -> str:
@@ -195,6 +197,10 @@ def _use(chosen: Mapping[str, Any]) -> str:
 
 def _as_yaml(value: Any) -> str:
     return dump_tree({"value": value}).removeprefix("value: ").strip()
+
+
+def _devices(number: int) -> str:
+    return f"{number:,} device{'s' if number > 1 else ''}"
 
 
 def _gib(num_bytes: float) -> str:

@@ -19,8 +19,8 @@ H100 = load("h100")
 SMALL_NODES = H100.model_copy(update={"devices_per_node": 2, "memory_bytes": 3.0e9})
 TIGHT = {
     "model": {"num_layers": 6, "hidden_size": 1536, "num_heads": 12, "seq_length": 1024, "attention_window": 256},
-    "train": {"global_batch_size": 8},
-    "parallel": {"tensor": 2, "pipeline": 2},
+    "train": {"global_batch_size": 8, "recompute": "full"},
+    "parallel": {"tensor": 2, "pipeline": 2, "sequence": True},
 }
 """On 4 devices of 3 GB, of which about half of the layouts have too little."""
 
