@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.placement import Machine, check_memory
+from launcher.fitting import check_memory
+from launcher.placement import Machine
 from launcher.planning import cluster as clusters
 from launcher.planning.planner import make_plan
 from trainer import config_file, plan
