@@ -43,20 +43,26 @@ def advice(config: RunConfig, cluster: Cluster, model: StepModel) -> list[Advice
     ]
 
 
+def roomier(config: RunConfig) -> list[str]:
+    """Settings with which a rank takes less memory, on as many devices."""
+    parallel, train = config.parallel, config.train
+    ways = []
+    if train.recompute != "full":
+        ways.append(f"train.recompute={'selective' if train.recompute == 'none' else 'full'}")
+    if train.micro_batch_size > 1:
+        ways.append(f"train.micro_batch_size={train.micro_batch_size // 2}")
+    if parallel.tensor > 1 and not parallel.sequence:
+        ways.append("parallel.sequence=true")
+    if parallel.data > 1 and parallel.zero < 3:
+        ways.append(f"parallel.zero={parallel.zero + 1}")
+    return ways
+
+
 def _memory(config: RunConfig, cluster: Cluster) -> Iterator[Advice]:
     parallel, train = config.parallel, config.train
     fits = fullest(config, cluster).memory.total <= cluster.memory_bytes
     if not fits:
-        ways = []
-        if train.recompute != "full":
-            ways.append(f"train.recompute={'selective' if train.recompute == 'none' else 'full'}")
-        if train.micro_batch_size > 1:
-            ways.append(f"train.micro_batch_size={train.micro_batch_size // 2}")
-        if parallel.tensor > 1 and not parallel.sequence:
-            ways.append("parallel.sequence=true")
-        if parallel.data > 1 and parallel.zero < 3:
-            ways.append(f"parallel.zero={parallel.zero + 1}")
-        ways.append("more parallel.tensor or parallel.pipeline")
+        ways = [*roomier(config), "more parallel.tensor or parallel.pipeline"]
         yield Advice("the fullest rank has no room", f"try {', '.join(ways)}")
         return
     cheaper = ("none", "selective") if train.recompute == "full" else ("none",)

@@ -299,10 +299,10 @@ def _legends(figure: "Figure", step: _Step) -> None:
             loc="upper left",
             bbox_to_anchor=(0.0, below),
             ncols=ncols,
-            fontsize=7.5,
+            fontsize=7.2,
             frameon=False,
             borderaxespad=0.0,
             borderpad=0.0,
-            handlelength=1.2,
-            columnspacing=1.2,
+            handlelength=1.0,
+            columnspacing=1.0,
         )

@@ -136,6 +136,7 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: float) -> str:
+    """In the unit that reads best."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"
