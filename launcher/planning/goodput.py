@@ -236,6 +236,4 @@ def best_interval(run: Run, step_seconds: float, num_steps: int, snapshot_steps:
 def at_interval(run: Run, steps: int, step_seconds: float, snapshot_steps: int | None = None) -> Run:
     """The same run with other checkpoints, and snapshots as often as before."""
     num_snapshots = max(1, round(steps / snapshot_steps)) if snapshot_steps else 1
-    return replace(
-        run, saving=replace(run.saving, interval_seconds=steps * step_seconds, num_snapshots=num_snapshots)
-    )
+    return replace(run, saving=replace(run.saving, interval_seconds=steps * step_seconds, num_snapshots=num_snapshots))

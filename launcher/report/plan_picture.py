@@ -23,6 +23,7 @@ _MEMORY_COLORS = ("#31688e", "#35b779", "#a5db36", "#f6a04d", "#d95f4c", "#8e63a
 _SHADES = {True: ((0.62, 0.78, 0.93), (0.10, 0.33, 0.62)), False: ((0.66, 0.86, 0.62), (0.10, 0.45, 0.20))}
 """Of forward and backward passes: the first chunk's and the last one's, red, green, blue."""
 _REPEATED, _WAITING, _DATA, _OPTIMIZER, _LIMIT = "#f4c95d", "#ebebeb", "#b59ad6", "#4d4d4d", "#c0392b"
+_INPUT, _CHECKPOINT = "#8c564b", "#17a2b8"
 _ROW = 0.84  # height of a bar, of its row
 _STEADY = 2  # micro-batches of the steady part that are drawn on either side of a cut
 _LEAST = 6  # and of all, where there is hardly a warm-up
@@ -44,8 +45,19 @@ class _Step:
     timeline: Timeline
 
     @property
+    def after(self) -> list[tuple[str, str, float]]:
+        """What all stages do once they are done: name, colour, seconds."""
+        times = self.plan.step
+        parts = [
+            ("optimizer", _OPTIMIZER, times.optimizer),
+            ("waiting for data", _INPUT, times.input),
+            ("saving, spread over steps", _CHECKPOINT, times.checkpoint),
+        ]
+        return [part for part in parts if part[2] > 0]
+
+    @property
     def seconds(self) -> float:
-        return self.timeline.seconds + self.plan.step.data + self.plan.step.optimizer
+        return self.timeline.seconds + self.plan.step.data + sum(seconds for *_, seconds in self.after)
 
     @property
     def num_stages(self) -> int:
@@ -63,10 +75,12 @@ def check_path(path: Path) -> None:
     Raises:
         UserError: no picture can be written there.
     """
-    if path.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"a picture is named by its format, and {path} by none of them; use .png, .svg or .pdf")
+    if path.suffix not in _SUFFIXES:
+        raise UserError(f"--plot {path} names no kind of picture that can be drawn; use {', '.join(_SUFFIXES)}")
+    if path.is_dir():
+        raise UserError(f"--plot {path} is a folder; name a file in it")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {path.absolute().parent} for the picture; make it, or name another")
+        raise UserError(f"--plot {path} is in no folder that there is; make {path.parent}")
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -177,13 +191,16 @@ def _number(axes: "Axes", each: Pass, num_chunks: int, per_inch: float) -> None:
 
 
 def _draw_rest(axes: "Axes", step: _Step, stage: int) -> None:
-    """What replicas exchange, once a stage is done, and the optimizer, once all have."""
+    """What replicas exchange, once a stage is done; and what comes when all are."""
     place, data, all_done = (stage - _ROW / 2, _ROW), step.plan.step.data, step.timeline.seconds
     done = step.timeline.rows[stage][-1].end_seconds
     if data > 0:
         axes.broken_barh([(all_done, data)], place, facecolors=_WAITING)
         axes.broken_barh([(done, data)], place, facecolors=_DATA, edgecolors="white", linewidth=0.3)
-    axes.broken_barh([(all_done + data, step.plan.step.optimizer)], place, facecolors=_OPTIMIZER)
+    left = all_done + data
+    for _, color, seconds in step.after:
+        axes.broken_barh([(left, seconds)], place, facecolors=color)
+        left += seconds
 
 
 def _dress_time(axes: "Axes", step: _Step, *, is_first: bool, is_last: bool) -> None:
@@ -287,7 +304,7 @@ def _legends(figure: "Figure", step: _Step) -> None:
         handles.append(Patch(color=_WAITING, label="waiting"))
     if step.plan.step.data > 0:
         handles.append(Patch(color=_DATA, label="between replicas"))
-    handles.append(Patch(color=_OPTIMIZER, label="optimizer"))
+    handles += [Patch(color=color, label=name) for name, color, _ in step.after]
     parts = [
         Patch(color=color, label=part.name) for part, color in zip(fields(RankMemory), _MEMORY_COLORS, strict=True)
     ]
