@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
-gc.disable()  # while tests are collected: a million objects of modules are made, and each collection would walk them all
+gc.disable()  # while tests are collected: a million objects are made to stay, and each collection would walk them all
 
 # A shell starts what runs in its background with SIGINT ignored, and so would be every process started here: the tests
 # of Ctrl-C send it to some of them.
