@@ -59,7 +59,8 @@ class Cluster(Section):
     """Part of the failures after which the machine has to be replaced. Default: what Llama 3's authors put down to
     hardware (section 3.3.4)."""
     repair_hours: float = Field(24.0, gt=0.0)
-    """Until a machine that was lost is back, or another in its place. Default: an assumption."""
+    """Until a machine that was lost is back, or another in its place. Default: an assumption; from less than an hour to
+    more than a day on systems at Los Alamos (Schroeder and Gibson 2006)."""
     restart_seconds: float = Field(60.0, ge=0.0)
     """From a failure until ranks that were begun anew start to load their state. Default: an assumption for GPUs; on
     CPUs it takes seconds (docs/supervision.md)."""

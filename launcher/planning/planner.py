@@ -1,6 +1,7 @@
 """A run on a cluster, planned: whether it fits, how long it takes, what it costs, what is likely to be wrong."""
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 from launcher.planning.advice import Advice, advice, advice_on_saving
@@ -116,11 +117,11 @@ class Plan:
             "hfu": self.hfu,
             "total_tokens": self.config.train.total_tokens,
             "run_seconds": self.seconds,
-            "expected_seconds": self.expected_seconds,
+            "expected_seconds": _finite(self.expected_seconds),
             "failures": self.wall.as_tree(),
-            "device_hours": self.device_hours,
-            "price": self.price,
-            "energy_kwh": self.energy_kwh,
+            "device_hours": _finite(self.device_hours),
+            "price": _finite(self.price),
+            "energy_kwh": _finite(self.energy_kwh),
             "warnings": [asdict(each) for each in self.advice],
         }
 
@@ -134,3 +135,8 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     wall = wall_time(model, step)
     found_advice = [*advice(config, cluster, model), *advice_on_saving(wall)]
     return Plan(config, cluster, found.memory, found.stage, step, wall, found_advice)
+
+
+def _finite(number: float | None) -> float | None:
+    """What JSON can say: a run that fails more often than it saves never ends."""
+    return number if number is not None and isfinite(number) else None

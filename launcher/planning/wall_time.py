@@ -68,8 +68,8 @@ class WallTime:
 
     @property
     def interval_steps(self) -> int:
-        """Between checkpoints."""
-        return round(self._saves.interval_steps(self._work_seconds))
+        """Between checkpoints, the last of which ends the run."""
+        return round(min(self._saves.interval_steps(self._work_seconds), self.schedule.num_steps))
 
     @cached_property
     def best_interval_steps(self) -> int:
@@ -127,7 +127,7 @@ class WallTime:
         cluster, policy, saves = self.cluster, self.config.checkpoint, self._saves
         assert cluster.node_failure_seconds is not None
         replicated = policy.replicates(self.num_nodes) and policy.asynchronous
-        steps = saves.interval_steps(self._work_seconds)
+        steps = self.interval_steps
         from_memory = saves.load_from_memory_seconds if policy.asynchronous else saves.load_from_storage_seconds
         of_others = saves.load_from_neighbour_seconds if replicated else saves.load_from_storage_seconds
         return Run(

@@ -140,11 +140,9 @@ def _failures(plan: Plan) -> list[tuple[str, str]]:
         others.append(f"{wall.goodput_without_snapshots:.1%} without snapshots")
     if wall.best_goodput - wall.goodput >= 0.001:
         others.append(f"{wall.best_goodput:.1%} saving every {wall.best_interval_steps:,}")
+    expected = duration(plan.expected_seconds) if wall.goodput else "never done"
     return [
-        (
-            "with failures",
-            f"{duration(plan.expected_seconds)}, one failure every {duration(wall.seconds_between_failures)}",
-        ),
+        ("with failures", f"{expected}, one failure every {duration(wall.seconds_between_failures)}"),
         ("goodput", f"{wall.goodput:.1%} saving every {wall.interval_steps:,} steps; {', '.join(others)}"),
     ]
 

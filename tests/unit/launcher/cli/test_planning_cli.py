@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.main import main
-from launcher.planning.cluster import load
+from launcher.planning.cluster import FOLDER, load
 from launcher.planning.planner import make_plan
 from launcher.report import planning
 from trainer.config_file import dump_tree, from_tree
@@ -68,6 +68,18 @@ def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str], gpt3: P
     working = tree["run_seconds"] * (1 - step["checkpoint"] / step["total"])
     assert failures["goodput"] == pytest.approx(working / tree["expected_seconds"])
     assert failures["goodput_by_spares"]["0"] == failures["goodput"] <= failures["best_checkpoint_goodput"]
+
+
+def test_a_run_that_fails_more_often_than_it_saves_is_never_done(
+    capsys: pytest.CaptureFixture[str], gpt3: Path, tmp_path: Path
+) -> None:
+    unsound = tmp_path / "unsound.yaml"
+    unsound.write_text((FOLDER / "h100.yaml").read_text() + "node_mtbf_hours: 0.2\n")
+    _, out, _ = outcome(capsys, "plan", gpt3, "--cluster", unsound)
+    assert "never done" in out and "a checkpoint every 1,000 steps leaves 0.0% of the time" in out
+    _, out, _ = outcome(capsys, "plan", gpt3, "--cluster", unsound, "--json")
+    tree = json.loads(out)
+    assert tree["failures"]["goodput"] == 0 and tree["expected_seconds"] is tree["device_hours"] is None
 
 
 def test_a_run_that_does_not_fit_ends_with_1(capsys: pytest.CaptureFixture[str], gpt3: Path) -> None:
