@@ -5,13 +5,14 @@ c context, p pipeline, v virtual pipeline. T = micro-batch x s / c tokens of a m
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from launcher.planning.cluster import Cluster
 from launcher.planning.constants import CONSTANTS, Constants
 from launcher.planning.practice import OURS, Practice
 from launcher.planning.rates import Group, Rates
+from launcher.planning.saving import SaveTimes
 from launcher.planning.shared import Shared
 from trainer import plan
 from trainer.config import RunConfig
@@ -103,6 +104,10 @@ class StepTime:
     data: float
     """Gradients and weights between data-parallel replicas, not hidden."""
     optimizer: float
+    input: float = 0.0
+    """Reading the next step's data, beyond what the step itself hides."""
+    checkpoint: float = 0.0
+    """For which saving holds training up, spread over all steps."""
 
     @property
     def seconds(self) -> float:
@@ -125,6 +130,14 @@ class StepModel:
         return Rates(self.cluster, self.constants, 2 if self.config.train.precision == "bf16" else 4)
 
     def step(self) -> StepTime:
+        """Of the full batch, with what storage adds to it."""
+        step = self.without_storage()
+        if not self.practice.uses_storage:
+            return step
+        step = replace(step, input=max(0.0, self._reading_seconds() - step.seconds))
+        return replace(step, checkpoint=SaveTimes(self.config, self.cluster).seconds_per_step(step.seconds))
+
+    def without_storage(self) -> StepTime:
         """Of the full batch.
 
         1F1B: the slowest stage works on all micro-batches, and waits once for each other stage, a v-th of that when
@@ -147,24 +160,52 @@ class StepModel:
             optimizer=self._optimizer_seconds(),
         )
 
+    def _reading_seconds(self) -> float:
+        """A machine reads the sequences of each replica that it has ranks of once, while the step before is done."""
+        model, parallel = self.config.model, self.config.parallel
+        here = min(parallel.num_ranks, self.cluster.devices_per_node)
+        replicas = min(parallel.data, -(-here // (parallel.tensor * parallel.context)))
+        tokens = replicas * self.config.tokens_per_step / parallel.data
+        token_bytes = 2 if model.vocab_size <= 2**16 else 4
+        return tokens * token_bytes / self.cluster.storage_bytes_per_second
+
     # ---------------------------------------------------------------------------------------------------- computation
 
     @cached_property
     def stages(self) -> list[Passes]:
         """One micro-batch on each pipeline stage."""
-        return [self._stage(stage) for stage in range(self.config.parallel.pipeline)]
+        last = self.config.parallel.pipeline - 1
+        return [self._piece(self._layers(stage), stage == 0, stage == last) for stage in range(last + 1)]
+
+    @cached_property
+    def chunks(self) -> list[list[Passes]]:
+        """The same for each chunk of a stage: the first holds the embedding, the very last the output layer."""
+        parallel = self.config.parallel
+        return [
+            [self._chunk(stage, chunk) for chunk in range(parallel.virtual_pipeline)]
+            for stage in range(parallel.pipeline)
+        ]
+
+    def _chunk(self, stage: int, chunk: int) -> Passes:
+        parallel = self.config.parallel
+        is_first = stage == chunk == 0
+        is_last = (stage, chunk) == (parallel.pipeline - 1, parallel.virtual_pipeline - 1)
+        layers = self._layers(stage)
+        share = len(layers) / parallel.virtual_pipeline
+        return self._piece(layers[round(chunk * share) : round((chunk + 1) * share)], is_first, is_last)
 
     def _slowest(self) -> tuple[Passes, float]:
         """Of the stages, and the seconds of all of them together."""
         return max(self.stages, key=lambda stage: stage.seconds), sum(stage.seconds for stage in self.stages)
 
-    def _stage(self, stage: int) -> Passes:
-        """Of as many layers of each kind as it has: dense, and banded where there is a window, every second one."""
-        is_first, is_last = stage == 0, stage == self.config.parallel.pipeline - 1
+    def _layers(self, stage: int) -> list[int]:
         counts = self.practice.layers_of_stages
-        layers = list(range(counts[stage]) if counts else plan.layers_of_stage(self.config, stage))
+        return list(range(counts[stage]) if counts else plan.layers_of_stage(self.config, stage))
+
+    def _piece(self, layers: list[int], is_first: bool, is_last: bool) -> Passes:
+        """Of as many layers of each kind as it has: dense, and banded where there is a window, every second one."""
         banded = sum(layer % 2 for layer in layers)
-        key = ("stage", *self._piece_key, len(layers), banded, is_first, is_last)
+        key = ("piece", *self._piece_key, len(layers), banded, is_first, is_last)
         return self.shared.get(lambda: self._passes(len(layers) - banded, banded, is_first, is_last), *key)
 
     def _passes(self, num_dense: int, num_banded: int, is_first: bool, is_last: bool) -> Passes:
@@ -307,7 +348,14 @@ class StepModel:
         return sum(self.rates.exchange_seconds(self._tokens * width * size, group) for width in widths)
 
     def _pipeline_seconds(self, num: int) -> float:
-        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for.
+        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for."""
+        parallel = self.config.parallel
+        steady = 0.0 if self.practice.hides_pipeline else 2 * num * parallel.virtual_pipeline * self.message_seconds
+        return steady + 2 * (parallel.pipeline - 1) * self.message_seconds
+
+    @cached_property
+    def message_seconds(self) -> float:
+        """A micro-batch's activations, or their gradients, from one stage to the next.
 
         Once a run takes more than one machine, the slowest of them go between machines.
         """
@@ -320,8 +368,7 @@ class StepModel:
         message = self.rates.send_seconds(whole / (parallel.tensor if is_split else 1), crosses)
         if is_split and not parallel.sequence:
             message += self.rates.gather_seconds(whole, self._tensor_group)
-        steady = 0.0 if self.practice.hides_pipeline else 2 * num * parallel.virtual_pipeline * message
-        return steady + 2 * (parallel.pipeline - 1) * message
+        return message
 
     def _data_seconds(self, slowest: Passes, num: int) -> float:
         """Adding up gradients, and weights to and from the ranks that own them.

@@ -38,7 +38,16 @@ def test_a_screen_shows_memory_time_numbers_and_warnings(capsys: pytest.CaptureF
     assert code == 0
     assert "12.9B parameters on 64 x H200 141GB SXM (8 machines)" in out
     assert len([line for line in out.splitlines() if set(line) <= {"█", "░"} and len(line) == 72]) == 2
-    for word in ("memory of a rank", "optimizer", "time of a step", "matrix", "MFU", "300B tokens in", "energy"):
+    for word in (
+        "memory of a rank",
+        "optimizer",
+        "time of a step",
+        "matrix",
+        "MFU",
+        "300B tokens in",
+        "goodput",
+        "energy",
+    ):
         assert word in out
     assert len(out.splitlines()) <= 30
 
@@ -53,7 +62,12 @@ def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str], gpt3: P
     assert tree["mfu"] == pytest.approx(
         tree["model_flops_per_token"] * tree["tokens_per_step"] / step["total"] / (64 * 989.5e12)
     )
-    assert tree["device_hours"] == pytest.approx(64 * 300e9 / tree["tokens_per_second"] / 3600)
+    assert tree["device_hours"] == pytest.approx(64 * tree["expected_seconds"] / 3600)
+    assert tree["run_seconds"] < tree["expected_seconds"]
+    failures = tree["failures"]
+    working = tree["run_seconds"] * (1 - step["checkpoint"] / step["total"])
+    assert failures["goodput"] == pytest.approx(working / tree["expected_seconds"])
+    assert failures["goodput_by_spares"]["0"] == failures["goodput"] <= failures["best_checkpoint_goodput"]
 
 
 def test_a_run_that_does_not_fit_ends_with_1(capsys: pytest.CaptureFixture[str], gpt3: Path) -> None:
@@ -65,6 +79,7 @@ def test_a_run_that_does_not_fit_ends_with_1(capsys: pytest.CaptureFixture[str],
 def test_cpus_are_planned_for_where_the_config_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = outcome(capsys, "plan", QUICKSTART)
     assert code == 0 and "on 4 x CPU (1 machine)" in out
+    assert "failure" not in out and "goodput" not in out
 
 
 def test_validation_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None:
