@@ -17,6 +17,7 @@ from trainer.config_file import dump_tree
 
 _GIB = 2**30
 _TIGHT = 0.9  # of the memory, above which a plan's margin is thin
+_SHORT_STEP_SECONDS = 3.0  # of which parts are told in milliseconds, all of them, so that they compare
 _WORTH_TELLING = 0.002  # of the step or of the memory
 _NAMES = {"micro_batch_size": "micro-batch", "virtual_pipeline": "chunks", "zero": "ZeRO", "recompute": "recomputation"}
 
@@ -91,7 +92,8 @@ def _time_change(alternative: Alternative, change: Change) -> str:
     if change.part == "bubble":
         best, other = alternative.best.step.seconds, alternative.other.step.seconds
         return f"bubble {change.other / other:.1%} of the step instead of {change.best / best:.1%}"
-    return _change(change, lambda seconds: f"{seconds:,.2f} s")
+    in_ms = alternative.best.step.seconds < _SHORT_STEP_SECONDS
+    return _change(change, lambda seconds: f"{1000 * seconds:,.1f} ms" if in_ms else f"{seconds:,.2f} s")
 
 
 def _change(change: Change, shown: Callable[[float], str]) -> str:
