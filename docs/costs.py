@@ -16,8 +16,8 @@ HEADER = """\
 # What the ready runs cost
 
 Every run in [configs](../configs) that names its cluster, as `broadgauge plan configs/NAME.yaml` has it, by arithmetic
-alone; [planning.md](planning.md) says what is counted, and how far to trust it. For machines, prices and layouts of your
-own: `broadgauge plan configs/NAME.yaml --cluster my-cluster.yaml --set parallel.data=8`.
+alone; [planning.md](planning.md) says what is counted, and how far to trust it. For machines, prices and layouts of
+your own: `broadgauge plan configs/NAME.yaml --cluster my-cluster.yaml --set parallel.data=8`.
 
 This page is made from the planner by `make docs`.
 """

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from trainer import config_file
+from trainer.checkpoint.interval import PUBLISHED_RANK_SECONDS_PER_FAILURE
 from trainer.config import RunConfig, UserError
 from trainer.section import Section
 
@@ -48,6 +49,27 @@ class Cluster(Section):
     """Power of a machine at work, a device's share of it."""
     price_per_device_hour: float | None = Field(None, gt=0.0)
     """What one device costs for an hour, in any currency."""
+    storage_bytes_per_second: float = Field(1.0e9, gt=0.0)
+    """From a machine to the storage that machines share, and back, while all of them use it. Default: the 2 TB/s that
+    2,048 machines of Llama 3's training could hold (Grattafiori et al. 2024, section 3.3.1)."""
+    node_mtbf_hours: float | None = Field(None, gt=0.0)
+    """Mean time between failures of one machine, whatever fails there. Default: of GPUs 50,700 hours divided by a
+    machine's devices, the rate of Llama 3's training (section 3.3.4); of CPUs none, and nothing is said of failures."""
+    node_loss_share: float = Field(0.78, ge=0.0, le=1.0)
+    """Part of the failures after which the machine has to be replaced. Default: what Llama 3's authors put down to
+    hardware (section 3.3.4)."""
+    repair_hours: float = Field(24.0, gt=0.0)
+    """Until a machine that was lost is back, or another in its place. Default: an assumption."""
+    restart_seconds: float = Field(60.0, ge=0.0)
+    """From a failure until ranks that were begun anew start to load their state. Default: an assumption for GPUs; on
+    CPUs it takes seconds (docs/supervision.md)."""
+
+    @property
+    def node_failure_seconds(self) -> float | None:
+        """Mean time between failures of one machine, where it is known."""
+        if self.node_mtbf_hours is not None:
+            return 3600 * self.node_mtbf_hours
+        return None if self.kind == "cpu" else PUBLISHED_RANK_SECONDS_PER_FAILURE / self.devices_per_node
 
 
 def load(wanted: str | Mapping[str, Any]) -> Cluster:

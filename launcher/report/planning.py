@@ -36,7 +36,7 @@ def screen(plan: Plan) -> Group:
     where = f", fullest on stage {plan.stage}" if config.parallel.pipeline > 1 else ""
     lines: list[RenderableType] = [
         Text(
-            f"{config.name}: {_counted(plan.num_parameters)} parameters on {plan.num_devices} x {plan.cluster.device} "
+            f"{config.name}: {counted(plan.num_parameters)} parameters on {plan.num_devices} x {plan.cluster.device} "
             f"({plan.num_nodes} machine{'s' if plan.num_nodes > 1 else ''})",
             style="bold",
         ),
@@ -46,7 +46,7 @@ def screen(plan: Plan) -> Group:
         bar(memory, max(room, plan.memory.total)),
         legend(memory, lambda value: f"{value / _GIB:.2f} GiB"),
         Text(""),
-        Text(f"time of a step: {duration(plan.step.seconds)} for {_counted(config.tokens_per_step)} tokens"),
+        Text(f"time of a step: {duration(plan.step.seconds)} for {counted(config.tokens_per_step)} tokens"),
         bar(step, plan.step.seconds),
         legend(step, duration),
         Text(""),
@@ -111,11 +111,11 @@ def _numbers(plan: Plan) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     speed, tokens, hours = plan.tokens_per_second, plan.config.train.total_tokens, plan.device_hours
     rows = [
-        ("speed", f"{_counted(speed)} tokens/s, {_counted(speed / plan.num_devices)} a device"),
+        ("speed", f"{counted(speed)} tokens/s, {counted(speed / plan.num_devices)} a device"),
         ("use of the peak", f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}"),
         (
             "the run",
-            f"{_counted(tokens)} tokens in {duration(plan.seconds)}: {hours:,.{0 if hours > 10 else 1}f} device-hours",
+            f"{counted(tokens)} tokens in {duration(plan.seconds)}: {hours:,.{0 if hours > 10 else 1}f} device-hours",
         ),
     ]
     if plan.energy_kwh is not None:
@@ -135,7 +135,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
-def _counted(number: float) -> str:
+def counted(number: float) -> str:
+    """In the unit that reads best."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"
