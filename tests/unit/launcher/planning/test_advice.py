@@ -76,6 +76,11 @@ CASES = {
     "thin matrices": Case(
         {"preset": "gpt2_medium", "parallel.tensor": 4}, "too thin", {"parallel.tensor": 1, "parallel.sequence": False}
     ),
+    "seldom saved": Case(
+        {"checkpoint.every_steps": 100_000, "launch.spares": 2},
+        "a checkpoint every 100,000 steps",
+        {"checkpoint.every_steps": 400},
+    ),
     "odd heads": Case({"preset": "gpt3_2_7b"}, "heads of 80", {"preset": "gpt3_6_7b"}),
 }
 
