@@ -1,7 +1,8 @@
 """Parity: what a parallel layout computes against a plain one-process PyTorch GPT.
 
 `compare` trains both on the same data from the same weights and returns the largest differences in loss, gradient norm
-(clipping is active) and weights; ten steps unless it is told how many. `python tests/parity.py` prints the table of all cases.
+(clipping is active) and weights; in ten steps unless it is told how many. `python tests/parity.py` prints the table of
+all cases.
 """
 
 import json

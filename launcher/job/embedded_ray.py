@@ -62,7 +62,7 @@ def _init(
 
 
 def _end_autoscaler() -> None:
-    """It has no machines to add and holds 100 MB; and at the end Ray would give it a second, as SIGTERM does not end it."""
+    """It has no machines to add, and at the end Ray would give it a second, as SIGTERM does not end it."""
     node = ray._private.worker._global_node
     node.kill_monitor(check_alive=False)
 

@@ -17,6 +17,7 @@ from data_pipeline.manifest import DatasetManifest, Manifest
 from data_pipeline.sources import plan_splits
 from prepare_command import (
     COMMAND,
+    asked,
     content_of,
     environment,
     prepare_command,
@@ -355,7 +356,7 @@ def test_of_texts_in_two_data_sets_the_copy_in_the_first_is_kept(
     other = write_config(
         tmp_path / "other.yaml", datasets={name: {"sources": [str(web / name)]} for name in reversed(names)}
     )
-    refused = prepare_command(other, "--out", out)
+    refused = asked(other, "--out", out)
     assert refused.returncode == 2
     assert "the order of data.datasets" in refused.stderr, "its copies would be kept elsewhere"
 
@@ -369,7 +370,7 @@ def test_a_data_set_that_ends_up_empty_is_noted(web: Path, tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         assert "note: data set copies has no training text left, and cannot be drawn from" in done.stdout
         assert Manifest.load(tmp_path / f"{number}").datasets["copies"]["train"].tokens == 0
-        shown = prepare_command("inspect", tmp_path / f"{number}", "--dataset", "copies")
+        shown = asked("inspect", tmp_path / f"{number}", "--dataset", "copies")
         assert shown.returncode == 0 and "--- " not in shown.stdout
 
 
@@ -397,7 +398,7 @@ def test_a_sentencepiece_tokenizer_end_to_end(web: Path, tmp_path: Path) -> None
     )
     out = prepared(config, tmp_path / "out", "--set", "model.vocab_size=400")
     assert (out / "tokenizer/tokenizer.model").exists() and Manifest.load(out).vocab_size == 400
-    shown = prepare_command("inspect", out, "--count", 1).stdout
+    shown = asked("inspect", out, "--count", 1).stdout
     first = orjson.loads((web / "books/a.jsonl").read_bytes().splitlines()[0])["text"]
     assert "text, train, document 0" in shown
     assert any(text_of in shown for text_of in (first, first.splitlines()[0]))
@@ -408,13 +409,13 @@ def test_a_sentencepiece_tokenizer_end_to_end(web: Path, tmp_path: Path) -> None
 def test_inspect_shows_documents_and_a_sample_of_what_was_dropped(web: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", sources=[str(web / "books"), str(web / "crawl")])
     out = prepared(config, tmp_path / "out")
-    shown = prepare_command("inspect", out, "--first", 1, "--count", 2).stdout
+    shown = asked("inspect", out, "--first", 1, "--count", 2).stdout
     assert "document 1 (" in shown and "document 2 (" in shown and "document 0 (" not in shown
-    assert "heldout, document 0" in prepare_command("inspect", out, "--heldout", "--count", 1).stdout
-    dropped = prepare_command("inspect", out, "--dropped", "duplicate").stdout
+    assert "heldout, document 0" in asked("inspect", out, "--heldout", "--count", 1).stdout
+    dropped = asked("inspect", out, "--dropped", "duplicate").stdout
     assert dropped.count(": duplicate") == 5 and f"--- {web}/crawl/a.jsonl@0: duplicate" in dropped
     assert orjson.loads((web / "crawl/a.jsonl").read_bytes().splitlines()[0])["text"] in dropped
-    refused = prepare_command("inspect", out, "--dropped", "boredom")
+    refused = asked("inspect", out, "--dropped", "boredom")
     assert refused.returncode == 2 and "no document is dropped for 'boredom'" in refused.stderr
 
 
