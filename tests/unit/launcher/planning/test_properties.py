@@ -95,13 +95,14 @@ def test_totals_are_the_sums_of_their_parts_on_every_stage(layout: dict[str, Any
 @steady
 @given(layout=LAYOUTS, cluster=CLUSTERS)
 def test_a_step_is_at_least_what_its_busiest_stage_works(layout: dict[str, Any], cluster: str) -> None:
-    """And within a tenth of the schedule played through, whatever the messages."""
+    """And no less than the schedule played through, but for what interleaving hides; above it only by messages."""
     model = StepModel(config_of(layout), load(cluster))
     step = model.step()
     passes = step.seconds - step.data - step.optimizer - step.input - step.checkpoint
     busiest = model.config.num_microbatches * max(stage.seconds for stage in model.stages)
     assert passes * ALMOST >= busiest
-    assert passes == pytest.approx(timeline(model).seconds, rel=0.1)
+    played = timeline(model).seconds
+    assert 0.96 * played <= passes <= 1.001 * played + step.pipeline
 
 
 @steady
