@@ -38,6 +38,14 @@ def plan(
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="With --search: how many layouts to show.")] = 10,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw a step's time and memory, stage by stage: .png, .svg or .pdf.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for machines.")] = False,
     settings: SetOption = None,
 ) -> None:
@@ -49,8 +57,13 @@ def plan(
     """
     from launcher.planning import cluster as clusters
     from launcher.planning import planner
+    from launcher.report import plan_picture
     from launcher.report import planning as report
 
+    if plot is not None:
+        if validate or search:
+            raise UserError("--plot draws the plan of the config's own layout; leave out --validate and --search")
+        plan_picture.check_path(plot)
     if validate:
         _validate(as_json)
         return
@@ -64,6 +77,8 @@ def plan(
     if devices is not None:
         raise UserError("--devices is for --search, and a plan is of the config's own layout; add --search")
     found = planner.make_plan(config, where)
+    if plot is not None:
+        plan_picture.draw(found, plot)
     if as_json:
         print(json.dumps(found.as_tree(), indent=2))
     else:

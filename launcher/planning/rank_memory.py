@@ -58,11 +58,11 @@ def fullest(config: RunConfig, cluster: Cluster) -> StageMemory:
 
 
 def candidates(num_stages: int) -> list[int]:
-    """Stages of which one is the fullest: the first, the two after it, the last.
+    """Stages of which one is the fullest: the first, the second, the last.
 
     Any other has as many layers of each kind as the one two before it, and never more micro-batches in flight.
     """
-    return sorted({*range(num_stages - 1)[:3], num_stages - 1})
+    return sorted({*range(num_stages)[:2], num_stages - 1})
 
 
 def rank_memory(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:

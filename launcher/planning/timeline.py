@@ -75,7 +75,7 @@ def order(num_stages: int, stage: int, num_chunks: int, num_microbatches: int) -
     """Of the passes of a stage.
 
     First forward passes alone, until the first gradients can be there: p - 1 - stage in 1F1B, and interleaved
-    2 (p - 1 - stage) + (v - 1) p; then one forward and one backward in turn, and last the backward passes that are left.
+    2 (p - 1 - stage) + (v - 1) p; then one forward and one backward in turn, and last the backward passes left.
     Interleaved, p micro-batches go through a chunk before they go through the next; backwards the last chunk is first.
     """
     after, total = num_stages - 1 - stage, num_microbatches * num_chunks

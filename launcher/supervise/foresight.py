@@ -4,10 +4,11 @@ A plan may be wrong, and so may be what makes it: neither ever ends a run.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
+from launcher.planning.cluster import Cluster
 from launcher.planning.planner import Plan, make_plan
 from launcher.planning.recognition import cluster_of
 from trainer.config import RunConfig
@@ -93,7 +94,7 @@ def checked(plan: Plan, steps: list[Event], memory_bytes: int | None) -> dict[st
     alike = [event["seconds"] for event in steps if event["num_samples"] == num_samples]
     seconds = median(alike)
     train = plan.config.train.model_copy(update={"global_batch_size": num_samples})
-    of_such = make_plan(plan.config.model_copy(update={"train": train}), plan.cluster)
+    of_such = _plan_between_saves(plan.config.model_copy(update={"train": train}), plan.cluster)
     ratio = seconds / of_such.step.seconds
     return {
         "step": steps[-1]["step"],
@@ -118,7 +119,7 @@ def _planned(config: RunConfig, device: str, *, on_gpus: bool) -> tuple[Plan | N
         if cluster is None:
             known = f"{device} is no device that comes along; say what its machines are in launch.cluster"
             return None, _unplanned(config, known)
-        plan = make_plan(config, cluster)
+        plan = _plan_between_saves(config, cluster)
         return plan, {
             **_layout(config),
             "device": cluster.device,
@@ -131,6 +132,12 @@ def _planned(config: RunConfig, device: str, *, on_gpus: bool) -> tuple[Plan | N
         }
     except Exception as error:
         return None, _unplanned(config, f"no plan could be made: {_told(error)}")
+
+
+def _plan_between_saves(config: RunConfig, cluster: Cluster) -> Plan:
+    """A step's time, as ranks tell it, is over before they save."""
+    plan = make_plan(config, cluster)
+    return replace(plan, step=replace(plan.step, checkpoint=0.0))
 
 
 def _unplanned(config: RunConfig, reason: str) -> dict[str, Any]:

@@ -188,7 +188,7 @@ SETTINGS = {
     "a spare and no other layout": run_of(node_hours=1000, repair_hours=12, spares=1),
     "half the machines where one is missing": run_of(node_hours=6000, smaller=HALF),
     "half the machines, much patience and ranks that fail": run_of(
-        node_hours=300, lost_share=0.05, smaller=HALF, patience=HOUR, repair_hours=36
+        node_hours=100, lost_share=0.2, smaller=HALF, patience=HOUR / 3, repair_hours=3, interval=600.0
     ),
     "a replica less for every machine": run_of(node_hours=1500, smaller=REPLICAS, spares=1),
 }

@@ -1,5 +1,6 @@
 """A layout is planned when its ranks begin, and checked once, whatever becomes of them; nothing of it ends a run."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.planning.cluster import load
-from launcher.planning.planner import make_plan
+from launcher.planning.planner import Plan, make_plan
 from launcher.sizing import sizes
 from launcher.supervise import foresight
 from launcher.supervise.foresight import NUM_STEPS, Foresight
@@ -53,6 +54,13 @@ def beat(num_steps: int = 1, **memory: int) -> Beat:
     return Beat(*(1, 1, 1, num_steps, num_steps, "computing", 0.0, 0.0), {}, {}, memory=Memory(**memory))
 
 
+def planned_of(run: RunConfig) -> Plan:
+    """Without the time for which saving holds training up: steps do not include it."""
+    plan = make_plan(run, load("h100"))
+    assert plan.step.checkpoint > 0
+    return replace(plan, step=replace(plan.step, checkpoint=0.0))
+
+
 def train(watched: Foresight, num_steps: int, seconds: float = 1.0) -> None:
     """As the supervisor does: the first step is slow."""
     for number in range(1, num_steps + 1):
@@ -62,7 +70,7 @@ def train(watched: Foresight, num_steps: int, seconds: float = 1.0) -> None:
 
 
 def test_ten_steps_are_compared_with_the_plan() -> None:
-    record, plan = Record(), make_plan(RUN, load("h100"))
+    record, plan = Record(), planned_of(RUN)
     watched = record.foresight()
     watched.began(RUN, H100)
     (planned,) = record.of("planned")
@@ -108,13 +116,13 @@ def test_a_ramp_is_compared_with_the_plan_of_its_batch() -> None:
     record = Record()
     watched = record.foresight()
     watched.began(RUN, H100)
-    small = make_plan(with_batch(16), load("h100")).step.seconds
+    small = planned_of(with_batch(16)).step.seconds
     for number in range(1, NUM_STEPS + 1):
         watched.step_done(step(number, small if number < 8 else 3.0, 16 if number < 8 else 32))
     watched.check()
     (found,) = record.of("plan_checked")
     assert found["num_samples"] == 32 and found["num_steps"] == 3 and found["step_seconds"] == 3.0
-    assert found["planned_step_seconds"] == make_plan(with_batch(32), load("h100")).step.seconds
+    assert found["planned_step_seconds"] == planned_of(with_batch(32)).step.seconds
     assert small < found["planned_step_seconds"] < record.of("planned")[0]["step_seconds"]
 
 
@@ -159,7 +167,7 @@ def test_a_layout_that_changes_is_planned_anew_and_checked_once(lives: list[tupl
     assert [event["nodes"] for event in record.of("planned")] == expected_plans
     assert len(record.of("plan_checked")) == len(expected_checks)
     for event in record.of("planned"):
-        assert event["step_seconds"] == make_plan(configs[event["nodes"]], load("h100")).step.seconds
+        assert event["step_seconds"] == planned_of(configs[event["nodes"]]).step.seconds
     fewer = sorted((event["nodes"], event["step_seconds"]) for event in record.of("planned"))
     assert all(more[1] <= less[1] for less, more in pairwise(fewer))
 
