@@ -75,7 +75,7 @@ COSTS: list[Column] = [
     ("parameters", lambda plan: f"{plan.num_parameters / 1e6:,.0f}M"),
     ("tokens", lambda plan: f"{plan.config.train.total_tokens / 1e9:,.0f}B"),
     ("devices", lambda plan: f"{plan.num_devices:,} x {plan.cluster.device}"),
-    ("time", lambda plan: duration(plan.seconds)),
+    ("time", lambda plan: duration(plan.expected_seconds)),
     ("device-hours", lambda plan: f"{plan.device_hours:,.0f}"),
     ("energy", lambda plan: f"{(plan.energy_kwh or 0) / 1e3:,.1f} MWh"),
 ]

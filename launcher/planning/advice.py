@@ -10,6 +10,7 @@ from statistics import median
 from launcher.planning.cluster import Cluster
 from launcher.planning.rank_memory import fullest, with_recompute
 from launcher.planning.step_time import StepModel, StepTime
+from launcher.planning.wall_time import WallTime
 from trainer.config import RunConfig
 
 _GIB = 2**30
@@ -19,6 +20,7 @@ _FEW_TOKENS = 1024  # likewise, of a micro-batch on a rank
 _IMBALANCE = 1.5  # of the slowest stage over the one in the middle
 _PADDING_SHARE = 0.02
 _DATA_SHARE = 0.15
+_SAVING_SHARE = 0.02
 _ROOM_SHARE = 0.9  # of memory, up to which one may plan
 _TIGHT_SHARE = 0.05  # of memory, what estimates may be off by
 _TILE = 64  # elements: kernels of matrix products work in multiples of it
@@ -43,6 +45,18 @@ def advice(config: RunConfig, cluster: Cluster, model: StepModel) -> list[Advice
         *_balance(config, model),
         *_shapes(config, cluster),
     ]
+
+
+def advice_on_saving(wall: WallTime) -> Iterator[Advice]:
+    """Where checkpoints at other times would save a fiftieth of the run and more."""
+    if not wall.knows_failures or wall.goodput >= (1 - _SAVING_SHARE) * wall.best_goodput:
+        return
+    steps = wall.best_interval_steps
+    yield Advice(
+        f"a checkpoint every {wall.interval_steps:,} steps leaves {wall.goodput:.1%} of the time to training, where "
+        f"{wall.best_goodput:.1%} is possible",
+        f"set checkpoint.every_steps to {steps}",
+    )
 
 
 def roomier(config: RunConfig) -> list[str]:

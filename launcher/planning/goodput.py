@@ -96,7 +96,8 @@ class Run:
         without its full layout, it waits first. Spares that wait do not fail.
         """
         states = self._states()
-        shares = [size.speed * self._efficiency(size) for size, _ in states]
+        efficiency = {size: self._efficiency(size) for size in {size for size, _ in states}}
+        shares = [size.speed * efficiency[size] for size, _ in states]
         found = sum(probability * share for (_, probability), share in zip(states, shares, strict=True))
         patience = self.restarts.patience_seconds
         for k in range(self.num_spares + 1, len(states)):

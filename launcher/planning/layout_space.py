@@ -40,6 +40,10 @@ class Layout(NamedTuple):
         return self[:4]
 
     @property
+    def zero_and_sequence(self) -> tuple[bool, int, str]:
+        return self.sequence, self.zero, self.offload
+
+    @property
     def without_zero(self) -> "Layout":
         """The same, with nothing of ZeRO but its first stage."""
         return self._replace(zero=1, offload="none")
@@ -81,16 +85,31 @@ def layouts(config: RunConfig, cluster: Cluster, num_devices: int) -> Iterator[L
         config: of `on_devices`.
     """
     for grid in _grids(config, cluster, num_devices):
-        tensor, pipeline, context, data = grid
-        has_replicas = data * context > 1
-        for chunks in _divisors(config.model.num_layers // pipeline):
-            for size in _divisors(config.train.global_batch_size // data):
-                if size > MOST_SEQUENCES:
-                    break
-                for sequence in (False, True) if tensor > 1 else (False,):
-                    first = Layout(*grid, chunks, size, sequence, 1, "none", "none")
-                    if _is_accepted(first.applied(config)):
-                        yield from _variants(first, has_replicas, cluster)
+        has_replicas = grid[2] * grid[3] > 1
+        for first in _accepted(config, Layout(*grid, 1, 1, False, 1, "none", "none")):
+            yield from _variants(first, has_replicas, cluster)
+
+
+def _accepted(config: RunConfig, plain: Layout) -> Iterator[Layout]:
+    """A layout with every micro-batch, number of chunks and sequence parallelism.
+
+    What the trainer refuses for one of them it refuses with any of the others too.
+    """
+
+    def is_accepted(layout: Layout) -> bool:
+        return next(iter(broken(layout.applied(config), RULES)), None) is None
+
+    splits = [plain._replace(sequence=each) for each in ((False, True) if plain.tensor > 1 else (False,))]
+    splits = [each for each in splits if is_accepted(each)]
+    sizes = [each for each in _divisors(config.train.global_batch_size // plain.data) if each <= MOST_SEQUENCES]
+    for size in sizes if splits else ():
+        sized = plain._replace(micro_batch_size=size)
+        if not is_accepted(sized):
+            continue
+        for chunks in _divisors(config.model.num_layers // plain.pipeline):
+            chunked = sized._replace(virtual_pipeline=chunks)
+            if chunks == 1 or is_accepted(chunked):
+                yield from (chunked._replace(sequence=each.sequence) for each in splits)
 
 
 def _variants(first: Layout, has_replicas: bool, cluster: Cluster) -> Iterator[Layout]:
@@ -114,10 +133,6 @@ def _grids(config: RunConfig, cluster: Cluster, num_devices: int) -> Iterator[Gr
                 data = num_devices // (tensor * pipeline * context)
                 if model.num_heads % (tensor * context) == 0 and config.train.global_batch_size % data == 0:
                     yield tensor, pipeline, context, data
-
-
-def _is_accepted(config: RunConfig) -> bool:
-    return next(iter(broken(config, RULES)), None) is None
 
 
 def _divisors(number: int) -> list[int]:

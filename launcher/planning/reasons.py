@@ -66,10 +66,6 @@ class Alternative:
         }
 
 
-def alternatives(best: Plan, others: list[Plan]) -> list[Alternative]:
-    return [Alternative(best, other) for other in others]
-
-
 def _changes(best: dict[str, float], other: dict[str, float]) -> list[Change]:
     """Those that there are."""
     changes = (Change(part, best[part], other[part]) for part in best)

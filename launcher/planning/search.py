@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from launcher.planning.cluster import Cluster
@@ -9,7 +10,7 @@ from launcher.planning.layout_space import Grid, Layout, layouts, on_devices
 from launcher.planning.planner import Plan, make_plan
 from launcher.planning.rank_memory import candidates as fullest_candidates
 from launcher.planning.rank_memory import passing, standing
-from launcher.planning.reasons import Alternative, alternatives
+from launcher.planning.reasons import Alternative
 from launcher.planning.shared import Shared
 from launcher.planning.step_time import StepModel
 from trainer.config import RunConfig
@@ -56,6 +57,9 @@ class Search:
     """The fastest of each grid (tensor x pipeline x context x data) that fit, the fastest first."""
     reasons: list[Alternative]
     """What is worse about others than the best."""
+    without_ramp: Alternative | None
+    """The fastest if the batch did not grow, with the ZeRO stage, offload and sequence parallelism of the best, where
+    that is faster."""
     own: Own | None
     """Empty where the search was for another number of devices."""
     shortage: Shortage | None
@@ -71,13 +75,14 @@ class Search:
             "num_devices": self.num_devices,
             "num_layouts": self.num_layouts,
             "num_fitting": self.num_fitting,
-            "layouts": [{"settings": settings(self, plan), **plan.as_tree()} for plan in self.best],
+            "layouts": [{"settings": settings(self.config, plan), **plan.as_tree()} for plan in self.best],
             "reasons": [each.as_tree() for each in self.reasons],
+            "without_ramp": None if self.without_ramp is None else self.without_ramp.as_tree(),
             "own": None if own is None else {"rank": own.rank, **own.plan.as_tree()},
             "shortage": None
             if shortage is None
             else {
-                "nearest": {"settings": settings(self, shortage.nearest), **shortage.nearest.as_tree()},
+                "nearest": {"settings": settings(self.config, shortage.nearest), **shortage.nearest.as_tree()},
                 "missing_bytes": -shortage.nearest.free_bytes,
                 "enough_devices": shortage.enough_devices,
             },
@@ -85,12 +90,11 @@ class Search:
         }
 
 
-def settings(search: Search, plan: Plan) -> dict[str, Any]:
-    """What makes the config's run one in this layout, by dotted key."""
-    chosen = Layout.of(plan.config).settings()
-    if search.num_devices != search.config.parallel.num_ranks:
-        chosen |= {"launch.nodes": plan.config.launch.nodes, "launch.ranks_per_node": None}
-    return chosen
+def settings(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """What makes the config's run that of the plan, by dotted key: all that differs."""
+    placed = {f"launch.{key}": getattr(plan.config.launch, key) for key in ("nodes", "ranks_per_node")}
+    chosen = Layout.of(plan.config).settings() | placed
+    return {key: value for key, value in chosen.items() if attrgetter(key)(config) != value}
 
 
 def search(config: RunConfig, cluster: Cluster, num_devices: int | None = None, num_best: int = 10) -> Search:
@@ -103,7 +107,7 @@ def search(config: RunConfig, cluster: Cluster, num_devices: int | None = None, 
     for each in fitting:
         by_grid.setdefault(each.layout.grid, each)
     best = [_planned(each.layout, placed, cluster) for each in list(by_grid.values())[:num_best]]
-    found = Search(config, cluster, num, len(every), len(fitting), best, [], None, None, [])
+    found = Search(config, cluster, num, len(every), len(fitting), best, [], None, None, None, [])
     if num == config.parallel.num_ranks:
         found = replace(found, own=_own(config, cluster, fitting))
     if not every:
@@ -111,9 +115,10 @@ def search(config: RunConfig, cluster: Cluster, num_devices: int | None = None, 
     if not fitting:
         return replace(found, shortage=_shortage(config, cluster, num, every))
     runner_up = [each.layout for each in list(by_grid.values())[1:2]]
-    others = [*runner_up, *_instructive(fitting[0].layout, every, cluster)]
+    others = [*runner_up, *_instructive(fitting[0].layout, every)]
     plans = [_planned(each, placed, cluster) for each in dict.fromkeys(others)]
-    return replace(found, reasons=alternatives(best[0], plans))
+    reasons = [Alternative(best[0], plan) for plan in plans]
+    return replace(found, reasons=reasons, without_ramp=_without_ramp(best[0], placed, cluster))
 
 
 def evaluated(config: RunConfig, cluster: Cluster, some: Iterable[Layout]) -> Iterator[tuple[Layout, Candidate]]:
@@ -155,7 +160,20 @@ def _own(config: RunConfig, cluster: Cluster, fitting: list[Candidate]) -> Own:
     return Own(plan, 1 + faster if plan.fits else None)
 
 
-def _instructive(best: Layout, every: Mapping[Layout, Candidate], cluster: Cluster) -> Iterator[Layout]:
+def _without_ramp(best: Plan, config: RunConfig, cluster: Cluster) -> Alternative | None:
+    if not config.train.ramp_tokens:
+        return None
+    train = config.train.model_copy(update={"ramp_start_batch_size": None, "ramp_tokens": 0})
+    free, chosen = config.model_copy(update={"train": train}), Layout.of(best.config)
+    every = layouts(free, cluster, best.num_devices)
+    alike = (each for each in every if each.zero_and_sequence == chosen.zero_and_sequence)
+    fastest = min((each for _, each in evaluated(free, cluster, alike)), default=None)
+    if fastest is None or fastest.step_seconds >= best.step.seconds:
+        return None
+    return Alternative(best, _planned(fastest.layout, free, cluster))
+
+
+def _instructive(best: Layout, every: Mapping[Layout, Candidate]) -> Iterator[Layout]:
     """The best of the next grids along each axis, and the best layout with one other setting at a time."""
     of_grids: dict[Grid, Candidate] = {}
     for each in every.values():
@@ -169,13 +187,14 @@ def _instructive(best: Layout, every: Mapping[Layout, Candidate], cluster: Clust
         yield from (of_grids[grid].layout for grid in (below, above) if grid)
     for name in ("micro_batch_size", "virtual_pipeline", "recompute", "zero", "sequence", "offload"):
         now = getattr(best, name)
-        others = sorted({each for each in every if each._replace(**{name: now}) == best and each != best})
+        values = {getattr(each, name) for each in every} - {now}
+        others = sorted(other for value in values if (other := best._replace(**{name: value})) in every)
         yield from _nearest(others, name, now)
 
 
 def _nearest(others: list[Layout], name: str, now: Any) -> Iterator[Layout]:
     """Of numbers the next below and above; of anything else all."""
-    if name not in ("micro_batch_size", "virtual_pipeline"):
+    if name not in ("micro_batch_size", "virtual_pipeline", "zero"):
         yield from others
         return
     yield from [each for each in others if getattr(each, name) < now][-1:]

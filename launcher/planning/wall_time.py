@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from launcher.planning import goodput
 from launcher.planning.cluster import Cluster
@@ -72,7 +73,7 @@ class WallTime:
 
     @cached_property
     def best_interval_steps(self) -> int:
-        """Between checkpoints, for the most goodput; the settings, where others gain nothing to speak of."""
+        """Between checkpoints, for the most goodput."""
         snapshot_steps = self.config.checkpoint.snapshot_every_steps
         return goodput.best_interval(self._run, self._work_seconds, self.schedule.num_steps, snapshot_steps)
 
@@ -82,11 +83,8 @@ class WallTime:
         snapshot_steps = self.config.checkpoint.snapshot_every_steps
         return goodput.at_interval(self._run, self.best_interval_steps, self._work_seconds, snapshot_steps).goodput
 
-    @property
-    def goodput_without_spares(self) -> float:
-        return replace(self._run, num_spares=0).goodput
-
     def goodput_with(self, num_spares: int) -> float:
+        """With other spares."""
         return replace(self._run, num_spares=num_spares).goodput
 
     @property
@@ -95,6 +93,21 @@ class WallTime:
         settings = {"snapshot_every_steps": None, "replicate": False}
         checkpoint = self.config.checkpoint.model_copy(update=settings)
         return replace(self, config=self.config.model_copy(update={"checkpoint": checkpoint})).goodput
+
+    def as_tree(self) -> dict[str, Any] | None:
+        """For machines; None where nothing is known of failures."""
+        if not self.knows_failures:
+            return None
+        spares = self.config.launch.spares
+        return {
+            "seconds_between_failures": self.seconds_between_failures,
+            "goodput": self.goodput,
+            "goodput_by_spares": {str(num): self.goodput_with(num) for num in sorted({0, spares, spares + 1})},
+            "goodput_without_snapshots": self.goodput_without_snapshots,
+            "checkpoint_every_steps": self.interval_steps,
+            "best_checkpoint_every_steps": self.best_interval_steps,
+            "best_checkpoint_goodput": self.best_goodput,
+        }
 
     @property
     def num_nodes(self) -> int:
@@ -138,11 +151,11 @@ class WallTime:
                 growing_seconds=cluster.restart_seconds + from_memory + saves.stall_seconds,
             ),
             self.config.launch.spares,
-            self._sizes,
+            self.sizes,
         )
 
     @cached_property
-    def _sizes(self) -> tuple[Size, ...]:
+    def sizes(self) -> tuple[Size, ...]:
         """With none missing, one, two and so on, by the rules of `launcher.sizing`: fewer replicas, the same batch."""
         found = [Size(self.num_nodes, 1.0)]
         least = self.config.supervise.min_nodes or 1

@@ -12,7 +12,10 @@ from launcher.planning.validate import GOALS, Comparison, Goal
 
 _GIB = 2**30
 _WIDTH = 72
-_COLORS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_blue", "bright_green", "bright_yellow", "white")
+_COLORS = (
+    *("blue", "cyan", "green", "yellow", "magenta", "red"),
+    *("bright_blue", "bright_green", "bright_yellow", "white", "bright_magenta", "bright_red"),
+)
 _FREE = "░"
 _UNITS = {
     "step_seconds": ("s a step", ".2f"),
@@ -109,14 +112,14 @@ def _told(goal: Goal, comparisons: list[Comparison]) -> str:
 
 def _numbers(plan: Plan) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    speed, tokens, hours = plan.tokens_per_second, plan.config.train.total_tokens, plan.device_hours
+    speed, tokens = plan.tokens_per_second, plan.config.train.total_tokens
+    condition = " if nothing fails" if plan.wall.knows_failures else ""
     rows = [
         ("speed", f"{counted(speed)} tokens/s, {counted(speed / plan.num_devices)} a device"),
         ("use of the peak", f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}"),
-        (
-            "the run",
-            f"{counted(tokens)} tokens in {duration(plan.seconds)}: {hours:,.{0 if hours > 10 else 1}f} device-hours",
-        ),
+        ("the run", f"{counted(tokens)} tokens in {duration(plan.seconds)}{condition}"),
+        *_failures(plan),
+        ("device-hours", f"{plan.device_hours:,.{0 if plan.device_hours > 10 else 1}f}"),
     ]
     if plan.energy_kwh is not None:
         rows.append(("energy", f"{plan.energy_kwh:,.0f} kWh"))
@@ -125,6 +128,25 @@ def _numbers(plan: Plan) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _failures(plan: Plan) -> list[tuple[str, str]]:
+    """How long the run is expected to take, what spares and snapshots do for it, and when it had better save."""
+    wall, spares = plan.wall, plan.config.launch.spares
+    if not wall.knows_failures:
+        return []
+    others = [f"{wall.goodput_with(0):.1%} without spares" if spares else f"{wall.goodput_with(1):.1%} with a spare"]
+    if plan.config.checkpoint.snapshot_every_steps:
+        others.append(f"{wall.goodput_without_snapshots:.1%} without snapshots")
+    if wall.best_goodput - wall.goodput >= 0.001:
+        others.append(f"{wall.best_goodput:.1%} saving every {wall.best_interval_steps:,}")
+    return [
+        (
+            "with failures",
+            f"{duration(plan.expected_seconds)}, one failure every {duration(wall.seconds_between_failures)}",
+        ),
+        ("goodput", f"{wall.goodput:.1%} saving every {wall.interval_steps:,} steps; {', '.join(others)}"),
+    ]
 
 
 def duration(seconds: float) -> str:

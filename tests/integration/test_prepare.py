@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -27,7 +28,7 @@ from prepare_command import (
 )
 from trainer.config import DataConfig
 
-NUM_KILLS = 3  # of the driver, a worker, the driver
+NUM_KILLS = 2  # of the driver, a worker
 COPIES: dict[str, object] = {"dedup": {"fuzzy": "standard", "paragraphs": True}}
 
 
@@ -110,49 +111,80 @@ def parts_of(out: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in out.glob(".work/*/clean/*/part.json")}
 
 
-def half_done(corpus: Path, folder: Path) -> tuple[Path, Path]:
-    """A copy of the corpus and a folder in which one split has failed and all others are done."""
-    source, out = folder / "corpus", folder / "out"
+@dataclass(frozen=True)
+class HalfDone:
+    """A copy of the corpus, its config, and a folder in which one split has failed and all others are done."""
+
+    folder: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.folder / "corpus"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+
+@pytest.fixture(scope="module")
+def half_done_once(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[HalfDone, Path]:
+    """And a copy of it, as it was."""
+    made = HalfDone(tmp_path_factory.mktemp("half-done") / "run")
+    made.folder.mkdir()
+    source, out = made.corpus, made.out
     shutil.copytree(corpus, source)
     (source / "bad.parquet").write_bytes(b"PAR1 and then nothing")
-    config = write_config(folder / "config.yaml", sources=[str(source)], **COPIES)
+    config = write_config(made.config, sources=[str(source)], **COPIES)
     done = prepare_command(config, "--out", out, "--workers", 2)
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
     assert "1 of 7 splits failed and data.max_bad_splits allows 0" in line and "bad.parquet" in line
     assert len(parts_of(out)) == 6
-    return config, out
+    return made, Path(shutil.copytree(made.folder, made.folder.with_name("as-it-was")))
 
 
-def test_a_split_that_always_fails_is_named_and_may_be_allowed(corpus: Path, tmp_path: Path) -> None:
-    config, out = half_done(corpus, tmp_path)
+@pytest.fixture
+def half_done(half_done_once: tuple[HalfDone, Path]) -> HalfDone:
+    """Where it was made: a config and a manifest name their sources by their paths."""
+    made, as_it_was = half_done_once
+    shutil.rmtree(made.folder)
+    shutil.copytree(as_it_was, made.folder)
+    return made
+
+
+def test_a_split_that_always_fails_is_named_and_may_be_allowed(half_done: HalfDone, tmp_path: Path) -> None:
+    config, out = half_done.config, half_done.out
     before = parts_of(out)
     assert prepare_command(config, "--out", out, "--workers", 2).returncode == 1
     assert parts_of(out) == before, "what was done stays"
     done = prepare_command(config, "--out", out, "--workers", 2, "--set", "data.max_bad_splits=1")
     assert done.returncode == 0, done.stderr
-    assert f"warning: {tmp_path}/corpus/bad.parquet is not in the data" in done.stdout
+    assert f"warning: {half_done.corpus}/bad.parquet is not in the data" in done.stdout
     (bad,) = Manifest.load(out).bad_splits
-    assert bad.place == f"{tmp_path}/corpus/bad.parquet" and "arquet" in bad.reason
+    assert bad.place == f"{half_done.corpus}/bad.parquet" and "arquet" in bad.reason
     assert not (out / ".work").exists()
 
 
-def test_a_mended_split_joins_what_was_done(corpus: Path, tmp_path: Path) -> None:
+def test_a_mended_split_joins_what_was_done(half_done: HalfDone, tmp_path: Path) -> None:
     """Decisions over the corpus without it, and a tokenizer trained on less, must not be taken for those with it."""
-    config, out = half_done(corpus, tmp_path)
+    config, out = half_done.config, half_done.out
     allowed = ("--set", "data.max_bad_splits=1", "model.vocab_size=100000")  # fails after the decisions
     assert prepare_command(config, "--out", out, *allowed[:2], "model.vocab_size=300").returncode == 0
-    (tmp_path / "corpus/bad.parquet").unlink()
-    write_jsonl(tmp_path / "corpus/mended.jsonl", [text(0), text(10_000)])  # a copy, which goes, and a new one
+    (half_done.corpus / "bad.parquet").unlink()
+    write_jsonl(half_done.corpus / "mended.jsonl", [text(0), text(10_000)])  # a copy, which goes, and a new one
     again = prepared(config, tmp_path / "again")
     assert Manifest.load(again).dropped == {"duplicate": 1}
     assert Manifest.load(again).portions["train"].documents + Manifest.load(again).portions["heldout"].documents == 361
 
 
-def test_of_an_edited_corpus_only_what_has_changed_is_done_again(corpus: Path, tmp_path: Path) -> None:
-    config, out = half_done(corpus, tmp_path)
+def test_of_an_edited_corpus_only_what_has_changed_is_done_again(half_done: HalfDone, tmp_path: Path) -> None:
+    config, out = half_done.config, half_done.out
     before = parts_of(out)
-    edited = tmp_path / "corpus/03.jsonl"
+    edited = half_done.corpus / "03.jsonl"
     edited.write_bytes(edited.read_bytes().replace(b'"text"', b'"text" ', 1) + orjson.dumps({"text": text(20_000)}))
     assert prepare_command(config, "--out", out, "--workers", 2).returncode == 1
     after = parts_of(out)
@@ -164,10 +196,10 @@ def test_of_an_edited_corpus_only_what_has_changed_is_done_again(corpus: Path, t
 
 
 @pytest.mark.slow
-def test_a_corpus_that_has_moved_is_not_read_again(corpus: Path, tmp_path: Path) -> None:
-    config, out = half_done(corpus, tmp_path)
+def test_a_corpus_that_has_moved_is_not_read_again(half_done: HalfDone, tmp_path: Path) -> None:
+    config, out = half_done.config, half_done.out
     before = parts_of(out)
-    (tmp_path / "corpus").rename(tmp_path / "elsewhere")
+    half_done.corpus.rename(tmp_path / "elsewhere")
     moved = ("--set", f"data.sources={tmp_path}/elsewhere")
     assert prepare_command(config, "--out", out, *moved).returncode == 1
     assert parts_of(out) == before
@@ -177,8 +209,10 @@ def test_a_corpus_that_has_moved_is_not_read_again(corpus: Path, tmp_path: Path)
         assert (out / name).read_bytes() == (fresh / name).read_bytes()
 
 
-def test_another_config_on_a_half_done_folder_gives_what_it_gives_elsewhere(corpus: Path, tmp_path: Path) -> None:
-    config, out = half_done(corpus, tmp_path)
+def test_another_config_on_a_half_done_folder_gives_what_it_gives_elsewhere(
+    half_done: HalfDone, tmp_path: Path
+) -> None:
+    config, out = half_done.config, half_done.out
     before = parts_of(out)
     other = ("--set", "data.max_bad_splits=1", "data.heldout_fraction=0.3")
     prepared(config, out, *other)
@@ -309,7 +343,7 @@ def test_everything_at_once_gives_the_same_bytes_with_any_number_of_workers(web:
         assert read == kept - pieces + sum(count.count for count in dataset.dropped.values())
 
 
-@pytest.mark.parametrize("names", [("books", "crawl"), ("crawl", "books")])
+@pytest.mark.parametrize("names", [("books", "crawl"), pytest.param(("crawl", "books"), marks=pytest.mark.slow)])
 def test_of_texts_in_two_data_sets_the_copy_in_the_first_is_kept(
     names: tuple[str, str], web: Path, tmp_path: Path
 ) -> None:

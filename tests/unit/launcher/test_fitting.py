@@ -94,7 +94,10 @@ def test_the_fullest_rank_must_fit_its_device() -> None:
     for machine, launch in ((with_gpus("H100"), {}), (with_gpus("anything"), {"cluster": "h100"})):
         told = refusal(on_gpus(**launch), machine)
         assert f"the fullest rank takes {plan.memory.total / GIB:.1f} GiB (activations " in told
-        assert "each H100 80GB SXM has 80.0 GiB; try " in told and "train.micro_batch_size=32" in told
+        assert (
+            f"each H100 80GB SXM has {plan.cluster.memory_bytes / GIB:.1f} GiB; try " in told
+            and "train.micro_batch_size=32" in told
+        )
     check_memory(on_gpus(), [with_gpus("NVIDIA B200")])
 
 

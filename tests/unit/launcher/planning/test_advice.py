@@ -108,6 +108,11 @@ CASES = {
         "model.ffn_hidden_size 11008 over 8 tensor-parallel ranks",
         {"model.ffn_hidden_size": 11264},
     ),
+    "seldom saved": Case(
+        {"checkpoint.every_steps": 100_000, "launch.spares": 2},
+        "a checkpoint every 100,000 steps",
+        {"checkpoint.every_steps": 400},
+    ),
     "odd heads": Case({"preset": "gpt3_2_7b"}, "heads of 80", {"preset": "gpt3_6_7b"}),
 }
 
