@@ -101,7 +101,7 @@ class Run:
         for k, (size, probability) in enumerate(states):
             running = probability * (1 - self._waits(k, size))
             found += running * size.speed * efficiency[size]
-            if 0 < size.speed and size != faster and k:  # a machine that is back is taken in
+            if size.speed > 0 and size != faster and k:  # a machine that is back is taken in
                 found -= running * k / repair * self.restarts.growing_seconds * faster.speed * efficiency[faster]
             faster = size
         return max(0.0, found)
