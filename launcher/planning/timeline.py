@@ -35,7 +35,7 @@ class ChunkSeconds:
 
 @dataclass(frozen=True)
 class Pass:
-    """A turn when it is done; its message to the next stage is on its way from the end until it is sent."""
+    """A turn when it is done."""
 
     stage: int
     turn: Turn
@@ -43,7 +43,6 @@ class Pass:
     repeated_until_seconds: float
     """Until when a forward pass is repeated: the start where none is."""
     end_seconds: float
-    sent_seconds: float
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def play(
             done = (piece, turn.micro_batch, turn.is_forward)
             arrived[done] = sent
             free[stage] = end if hides_messages else sent
-            rows[stage].append(Pass(stage, turn, start, repeated_until, end, sent))
+            rows[stage].append(Pass(stage, turn, start, repeated_until, end))
             ready += waiting.pop(done, [])
     return Timeline(tuple(tuple(row) for row in rows))
 

@@ -77,11 +77,6 @@ CASES = {
     "thin matrices": Case(
         {"preset": "gpt2_medium", "parallel.tensor": 4}, "too thin", {"parallel.tensor": 1, "parallel.sequence": False}
     ),
-    "seldom saved": Case(
-        {"checkpoint.every_steps": 100_000, "launch.spares": 2},
-        "a checkpoint every 100,000 steps",
-        {"checkpoint.every_steps": 400},
-    ),
     "tight": Case(
         {"train.micro_batch_size": 8, "model.num_layers": 44},
         "less than this plan may be off by",
@@ -112,6 +107,11 @@ CASES = {
         {"model.ffn_hidden_size": 11008, "parallel.tensor": 8, "parallel.data": 8},
         "model.ffn_hidden_size 11008 over 8 tensor-parallel ranks",
         {"model.ffn_hidden_size": 11264},
+    ),
+    "seldom saved": Case(
+        {"checkpoint.every_steps": 100_000, "launch.spares": 2},
+        "a checkpoint every 100,000 steps",
+        {"checkpoint.every_steps": 400},
     ),
     "odd heads": Case({"preset": "gpt3_2_7b"}, "heads of 80", {"preset": "gpt3_6_7b"}),
 }

@@ -1,5 +1,7 @@
 """A schedule played through, against closed forms of its length and of the micro-batches in flight."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,7 +76,7 @@ def test_nothing_starts_before_its_input_is_there(layout: tuple[int, int, int], 
             if piece < last:
                 assert each.start_seconds >= pieces[piece + 1, micro_batch, False].end_seconds + message
     for row in times.rows:
-        assert all(before.end_seconds <= after.start_seconds for before, after in zip(row, row[1:], strict=False))
+        assert all(before.end_seconds <= after.start_seconds for before, after in pairwise(row))
 
 
 @pytest.mark.parametrize(
