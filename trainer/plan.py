@@ -10,6 +10,7 @@ tests; CUDA's, in bf16, follow from the kernels' backward formulas and differ on
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from trainer.config import ModelConfig, ParallelConfig, RunConfig
@@ -29,6 +30,7 @@ class _Tensor(NamedTuple):
     """Matrices are decayed, which puts them into another group of the optimizer than biases and norms."""
 
 
+@lru_cache(maxsize=64)
 def num_parameters(model: ModelConfig, *, padded: bool = False) -> int:
     """Weights of the model, exactly; a matrix shared by the embedding and the output layer counts once.
 
