@@ -10,6 +10,7 @@ tests; CUDA's, in bf16, follow from the kernels' backward formulas and differ on
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from trainer.config import ModelConfig, ParallelConfig, RunConfig
@@ -29,6 +30,7 @@ class _Tensor(NamedTuple):
     """Matrices are decayed, which puts them into another group of the optimizer than biases and norms."""
 
 
+@lru_cache(maxsize=64)
 def num_parameters(model: ModelConfig, *, padded: bool = False) -> int:
     """Weights of the model, exactly; a matrix shared by the embedding and the output layer counts once.
 
@@ -180,7 +182,10 @@ def activation_bytes_per_microbatch(config: RunConfig, stage: int = 0) -> int:
     it is computed: under recomputation the rest of one layer at a time.
     """
     is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
-    kept = sum(activation_bytes_per_layer(config, layer) for layer in layers_of_stage(config, stage))
+    layers = list(layers_of_stage(config, stage))
+    num_banded = sum(layer % 2 for layer in layers)
+    kept = (len(layers) - num_banded) * activation_bytes_per_layer(config, 0)
+    kept += num_banded * activation_bytes_per_layer(config, 1) if num_banded else 0
     if is_first:
         kept += activation_bytes_of_embedding(config)
     if is_last:

@@ -16,28 +16,31 @@ _FRAGMENTATION_SHARE = 0.05
 """Of what is allocated and freed in every step: what the allocator cannot use again."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankMemory:
     """Bytes on the device of a rank; the sum of all parts is its peak."""
 
-    weights: float
-    gradients: float
-    optimizer: float
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
     """fp32 master weights and two moments, unless they are offloaded."""
-    activations: float
+    activations: float = 0.0
     """Kept from the forward to the backward pass, of all micro-batches in flight, and what recomputation makes anew."""
-    logits: float
+    logits: float = 0.0
     """The output layer and the loss, on the last stage."""
-    communication: float
+    communication: float = 0.0
     """Buffers: of gradients on their way, of gathered weights under ZeRO 3, of the communication library."""
-    context: float
+    context: float = 0.0
     """The process itself."""
-    fragmentation: float
+    fragmentation: float = 0.0
     """A margin."""
 
     @property
     def total(self) -> float:
         return sum(getattr(self, each.name) for each in fields(self))
+
+    def __add__(self, other: "RankMemory") -> "RankMemory":
+        return RankMemory(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,25 @@ class StageMemory:
 
 def fullest(config: RunConfig, cluster: Cluster) -> StageMemory:
     """Of the stages the one whose ranks hold most."""
-    stages = [StageMemory(stage, rank_memory(config, cluster, stage)) for stage in range(config.parallel.pipeline)]
+    stages = [StageMemory(stage, rank_memory(config, cluster, stage)) for stage in candidates(config.parallel.pipeline)]
     return max(stages, key=lambda stage: stage.memory.total)
+
+
+def candidates(num_stages: int) -> list[int]:
+    """Stages of which one is the fullest: the first, the second, the last.
+
+    Any other has as many layers of each kind as the one two before it, and never more micro-batches in flight.
+    """
+    return sorted({*range(num_stages)[:2], num_stages - 1})
 
 
 def rank_memory(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:
     """On a CPU what is offloaded counts too: it is the same memory."""
+    return standing(config, cluster, stage) + passing(config, stage)
+
+
+def standing(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:
+    """What neither the micro-batch nor chunks, sequence parallelism and recomputation change."""
     state = plan.state_bytes_per_rank(config, stage)
     on_gpu = cluster.kind == "cuda"
     is_offloaded = on_gpu and config.parallel.offload == "optimizer"
@@ -63,18 +79,22 @@ def rank_memory(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:
     gradients = 0 if is_offloaded and config.parallel.zero > 1 else state.gradients
     on_device = state.total - (state.host if on_gpu else 0)
     offload_buffers = on_device - state.weights - gradients - optimizer
-    activations, logits = _activation_bytes(config, stage)
     buffers = offload_buffers + _communication_bytes(config, stage, on_gpu)
-    passing = activations + logits + buffers
     return RankMemory(
         weights=state.weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
-        logits=logits,
         communication=buffers,
         context=_CONTEXT_BYTES[cluster.kind],
-        fragmentation=_FRAGMENTATION_SHARE * passing,
+        fragmentation=_FRAGMENTATION_SHARE * buffers,
+    )
+
+
+def passing(config: RunConfig, stage: int) -> RankMemory:
+    """What neither ZeRO nor offload changes: activations and logits."""
+    activations, logits = _activation_bytes(config, stage)
+    return RankMemory(
+        activations=activations, logits=logits, fragmentation=_FRAGMENTATION_SHARE * (activations + logits)
     )
 
 
