@@ -16,8 +16,6 @@ from trainer.config import ModelConfig, ParallelConfig, RunConfig
 FP32 = 4
 _PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller tensors stay gathered
 
-_BUCKET_ELEMENTS = 40_000_000
-
 # --------------------------------------------------------------------------------------------------------- parameters
 
 
@@ -334,12 +332,6 @@ def _on_cpu(config: RunConfig) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------- state
-
-
-def bucket_elements(config: RunConfig) -> int:
-    """Gradients that travel together; DeepSpeed's default would hold 2 GB for them. Small models have not so many."""
-    stages = range(config.parallel.pipeline)
-    return min(_BUCKET_ELEMENTS, max(parameters_per_rank(config, stage) for stage in stages))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,12 @@ _CONTEXT_BYTES = {"cuda": 0.9e9, "cpu": 0.4e9}
 """Of a process that has computed once: driver, kernels and workspaces of libraries, on CPUs PyTorch itself."""
 _COMMUNICATOR_BYTES = 0.2e9
 """Of NCCL for each kind of group that a rank is in; gloo has next to none."""
-_FRAGMENTATION_SHARE = {"cuda": 0.05, "cpu": 0.35}
-"""Of what is allocated and freed in every step: what the allocator cannot use again. A heap has larger holes."""
+_BUCKET_ELEMENTS = 40_000_000
+"""Gradients that travel together: `trainer.engine.deepspeed_config`."""
+_FRAGMENTATION_SHARE = 0.05
+"""Of what is allocated and freed in every step: what PyTorch's allocator on CUDA cannot use again."""
+_HEAP_SHARE = 0.2
+"""Of all that a rank holds on a CPU: holes in the C library's heap, which grew while the model was built."""
 _GATHERED_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: weights that ZeRO 3 leaves gathered from one use to the next."""
 
@@ -64,8 +68,15 @@ def rank_memory(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:
     on_device = state.total - (state.host if on_gpu else 0)
     offload_buffers = on_device - state.weights - gradients - optimizer
     activations, logits = _activation_bytes(config, stage)
-    buffers = offload_buffers + _communication_bytes(config, stage, activations, logits, on_gpu)
-    passing = activations + logits + buffers
+    moments = _moments(config, stage, activations, logits, on_gpu)
+    libraries = _library_bytes(config) if on_gpu else 0.0
+    buffers = offload_buffers + libraries + max(moments) - activations - logits
+    held = state.weights + gradients + optimizer + activations + logits + buffers
+    if on_gpu:
+        fragmentation = _FRAGMENTATION_SHARE * (activations + logits + buffers)
+    else:
+        again = sum(moments) - max(moments) + _gathered_by_threads(config, stage)
+        fragmentation = again + _HEAP_SHARE * (held + again)
     return RankMemory(
         weights=state.weights,
         gradients=gradients,
@@ -74,7 +85,7 @@ def rank_memory(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:
         logits=logits,
         communication=buffers,
         context=_CONTEXT_BYTES[cluster.kind],
-        fragmentation=_FRAGMENTATION_SHARE[cluster.kind] * passing,
+        fragmentation=fragmentation,
     )
 
 
@@ -103,66 +114,89 @@ def _activation_bytes(config: RunConfig, stage: int) -> tuple[float, float]:
     return kept * in_flight + max(0, anew), output
 
 
-def _communication_bytes(config: RunConfig, stage: int, activations: float, logits: float, on_gpu: bool) -> float:
-    """What buffers add to activations and logits at the fullest moment of a step.
+def _library_bytes(config: RunConfig) -> float:
+    parallel = config.parallel
+    sizes = (parallel.tensor, parallel.context, parallel.pipeline, parallel.data)
+    return _COMMUNICATOR_BYTES * sum(size > 1 for size in sizes)
+
+
+def _moments(
+    config: RunConfig, stage: int, activations: float, logits: float, on_gpu: bool
+) -> tuple[float, float, float]:
+    """Bytes that come and go, at the three moments of a step of which one is the fullest.
 
     Activations are there in full when the backward pass begins. As it goes on they make room for gradients of b
     weights, until those are so many that they are reduced. In the update they are gone.
     """
-    parallel = config.parallel
-    sizes = (parallel.tensor, parallel.context, parallel.pipeline, parallel.data)
-    libraries = _COMMUNICATOR_BYTES * sum(size > 1 for size in sizes) if on_gpu else 0.0
-    weights, bucket = plan.parameters_per_rank(config, stage), plan.bucket_elements(config)
-    bucket = min(bucket, weights)
-    of_one = plan.activation_bytes_per_microbatch(config, stage) - logits
-    remaining = activations - of_one * bucket / weights
-    moments = (
-        activations + logits + _begin_bytes(config, stage, on_gpu),
-        max(0.0, remaining) + _reducing_bytes(config, bucket),
-        _update_bytes(config, weights, bucket, on_gpu),
+    weights = plan.parameters_per_rank(config, stage)
+    reduced = min(_BUCKET_ELEMENTS, weights)
+    remaining = activations - plan.activation_bytes_per_microbatch(config, stage) * reduced / weights
+    bucket = _bucket_bytes(config, weights, on_gpu)
+    remaining = max(0.0, remaining) if config.parallel.zero > 1 else 0.0
+    return (
+        activations + logits + _gathered_bytes(config, weights) + bucket,
+        remaining + _reduced_bytes(config, weights, reduced, on_gpu) + bucket,
+        _update_bytes(config, weights, on_gpu) + (bucket if config.parallel.zero == 3 else 0.0),
     )
-    return libraries + max(moments) - activations - logits
 
 
-def _begin_bytes(config: RunConfig, stage: int, on_gpu: bool) -> float:
-    """When the backward pass begins.
+def _bucket_bytes(config: RunConfig, weights: int, on_gpu: bool) -> float:
+    """DeepSpeed's bucket, as long as it is there.
 
-    ZeRO 3 has weights gathered, and traces no order of a pipeline's modules: they are freed after use. DeepSpeed's
-    bucket is there, under ZeRO 3 always in fp32, but a CPU gives it memory only as it is written to; under ZeRO 1 in
-    bf16 there is none, as gradients are flat already (`trainer.engine.zero`).
+    Under ZeRO 3 always, in fp32, under the others in a backward pass. A CPU gives it memory as it is written to, which
+    under ZeRO 1 and 2 is once activations go. Under ZeRO 1 in bf16 there is none: gradients are flat already
+    (`trainer.engine.zero`).
+    """
+    zero, e = config.parallel.zero, _element_bytes(config)
+    if zero == 3:
+        return 4 * (_BUCKET_ELEMENTS if on_gpu else min(_BUCKET_ELEMENTS, weights))
+    return e * _BUCKET_ELEMENTS if on_gpu and not (zero == 1 and e == 2) else 0.0
+
+
+def _gathered_bytes(config: RunConfig, weights: int) -> float:
+    """By ZeRO 3: without a pipeline weights stay from one use to the next; with one they are freed after each.
+
+    DeepSpeed knows of the next use only where it traces the order of modules, which a pipeline's stages cannot have.
     """
     parallel, e = config.parallel, _element_bytes(config)
-    is_flat = parallel.zero == 1 and config.train.precision == "bf16"
-    bucket = 0.0 if is_flat or not on_gpu else (4 if parallel.zero == 3 else e) * plan.bucket_elements(config)
     if parallel.zero < 3 or parallel.data * parallel.context == 1:
-        return bucket
+        return 0.0
     if parallel.pipeline == 1:
-        return bucket + e * min(plan.parameters_per_rank(config, stage), _GATHERED_ELEMENTS)
+        return e * min(weights, _GATHERED_ELEMENTS)
     layer = sum(rows * columns for rows, columns in plan.matrices(config.model)) / parallel.tensor
-    return bucket + 2 * e * layer
+    return 2 * e * layer
 
 
-def _reducing_bytes(config: RunConfig, bucket: int) -> float:
-    """When so many gradients have come that they are reduced.
+def _reduced_bytes(config: RunConfig, weights: int, reduced: int, on_gpu: bool) -> float:
+    """Of gradients, when so many have come that they are reduced, a bucket that is always there apart.
 
-    ZeRO 2 has them twice, as they came and in the bucket, and copied to fp32 on their way; ZeRO 3 in fp32, and once
-    more in the order of ranks.
+    ZeRO 1 adds up flat gradients in place in bf16; in fp32, when activations are gone, it has them in the bucket
+    (counted here on CPUs, as for ZeRO 2) and a rank's part once more. ZeRO 2 has them as they came, in the bucket, and
+    in bf16 copied to fp32 on their way. ZeRO 3 has them in fp32 in the bucket, and once more in the order of ranks;
+    gloo scatters sums from another copy.
     """
-    e = _element_bytes(config)
-    match config.parallel.zero:
-        case 1:
-            return 0.0
-        case 2:
-            return bucket * (2 * e + (4 if e == 2 else 0))
-    return bucket * 8
+    zero, e = config.parallel.zero, _element_bytes(config)
+    if zero == 1:
+        ranks = config.parallel.data * config.parallel.context
+        return 0.0 if e == 2 else (0 if on_gpu else e * reduced) + e * weights / ranks
+    if zero == 2:
+        return reduced * (e + (0 if on_gpu else e) + (4 if e == 2 else 0))
+    return reduced * (4 if on_gpu else 8)
 
 
-def _update_bytes(config: RunConfig, weights: int, bucket: int, on_gpu: bool) -> float:
-    """ZeRO 1 reduces gradients in fp32 through the bucket; gloo gathers new weights in a copy."""
-    e = _element_bytes(config)
-    reduced = e * bucket if config.parallel.zero == 1 and e == 4 else 0.0
-    is_copied = not on_gpu and config.parallel.zero < 3 and config.parallel.data * config.parallel.context > 1
-    return max(reduced, e * weights if is_copied else 0.0)
+def _update_bytes(config: RunConfig, weights: int, on_gpu: bool) -> float:
+    """gloo gathers new weights in a copy."""
+    parallel = config.parallel
+    is_copied = not on_gpu and parallel.zero < 3 and parallel.data * parallel.context > 1
+    return _element_bytes(config) * weights if is_copied else 0.0
+
+
+def _gathered_by_threads(config: RunConfig, stage: int) -> float:
+    """gloo's two threads keep a heap each, and gather new weights in either."""
+    parallel = config.parallel
+    if parallel.zero == 3 or parallel.data * parallel.context == 1:
+        return 0.0
+    return _element_bytes(config) * plan.parameters_per_rank(config, stage)
 
 
 def _element_bytes(config: RunConfig) -> int:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from trainer import plan
 from trainer.config import RunConfig
+
+REDUCE_BUCKET_ELEMENTS = 40_000_000  # gradients that travel together; DeepSpeed's default holds 2 GB for them
 
 
 def deepspeed_config(config: RunConfig) -> dict[str, Any]:
@@ -12,7 +13,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": plan.bucket_elements(config)},
+        "zero_optimization": {"stage": config.parallel.zero, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": config.optimizer.clip_grad_norm,
