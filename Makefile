@@ -40,6 +40,7 @@ format: $(INSTALLED)  ## let ruff mend what it can
 
 docs: $(INSTALLED)     ## rewrite the pages, rules and dashboards that are made from the code
 	PYTHONPATH=. $(BIN)/python docs/configuration.py
+	PYTHONPATH=. $(BIN)/python docs/costs.py
 	PYTHONPATH=. $(BIN)/python docs/events.py
 	PYTHONPATH=. $(BIN)/python docs/metrics.py
 	PYTHONPATH=tests:. $(BIN)/python -W ignore docs/layouts.py

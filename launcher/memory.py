@@ -1,7 +1,10 @@
 """What a run takes of its machines' memory: arithmetic on the config."""
 
+import math
 from pathlib import PurePosixPath
 
+from launcher.planning.cluster import load
+from launcher.planning.rank_memory import fullest
 from trainer import plan
 from trainer.config import RunConfig
 
@@ -10,29 +13,21 @@ _SNAPSHOTS = {"checkpoints": 2, "restarts too": 3}  # docs/checkpoints.md, "Snap
 _SHARED_MEMORY = PurePosixPath("/dev/shm")
 
 
-def least_bytes(config: RunConfig, with_gpus: bool) -> int:
-    """Below which no machine of the run can do: the state of the ranks that live on the fullest, and one snapshot."""
+def least_host_bytes(config: RunConfig) -> int:
+    """Below which no machine with GPUs can do: the offloaded state of ranks on the fullest, and one snapshot."""
     num_ranks, pipeline = config.parallel.num_ranks, config.parallel.pipeline
     stages = [rank * pipeline // num_ranks for rank in range(num_ranks)]
-    held = {stage: _state_bytes(config, stage, with_gpus) for stage in range(pipeline)}
+    held = {stage: plan.state_bytes_per_rank(config, stage).host for stage in range(pipeline)}
     here = config.ranks_per_node
     machines = [sum(held[stage] for stage in stages[first : first + here]) for first in range(0, num_ranks, here)]
     return max(machines) + (snapshot_bytes(config) if _keeps_snapshots(config) else 0)
 
 
-def rank_bytes(config: RunConfig, with_gpus: bool) -> int:
-    """What the fullest rank holds in the host's memory: of its state and, on CPUs, of activations."""
-    stages = range(config.parallel.pipeline)
-    if with_gpus:
-        return max(_state_bytes(config, stage, with_gpus) for stage in stages)
-    return max(
-        _state_bytes(config, stage, with_gpus)
-        + int(
-            plan.activation_bytes_per_microbatch(config, stage)
-            * plan.microbatches_in_flight(config.parallel, config.num_microbatches, stage)
-        )
-        for stage in stages
-    )
+def rank_bytes(config: RunConfig, *, on_gpus: bool) -> int:
+    """What the fullest rank holds in the host's memory: on CPUs everything."""
+    if on_gpus:
+        return max(plan.state_bytes_per_rank(config, stage).host for stage in range(config.parallel.pipeline))
+    return math.ceil(fullest(config, load("cpu")).memory.total)
 
 
 def snapshots_bytes(config: RunConfig) -> int:
@@ -59,8 +54,3 @@ def checkpoint_bytes(config: RunConfig) -> int:
 def _keeps_snapshots(config: RunConfig) -> bool:
     folder = PurePosixPath(config.checkpoint.snapshots_in)
     return config.checkpoint.asynchronous and folder.is_relative_to(_SHARED_MEMORY)
-
-
-def _state_bytes(config: RunConfig, stage: int, with_gpus: bool) -> int:
-    state = plan.state_bytes_per_rank(config, stage)
-    return state.host if with_gpus else state.total

@@ -1,14 +1,13 @@
 """How a job lies on machines: which ranks on which, with how many threads and GPUs. Arithmetic, no Ray."""
 
 import ipaddress
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher import memory
 from trainer.config import RunConfig, UserError
 
-_GIB = 2**30
+ACCELERATOR = "ray.io/accelerator-type"
+"""The label by which Ray says what GPUs a machine has."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def place(config: RunConfig, machines: Sequence[Machine]) -> Placement:
     nodes, ranks, spares = config.launch.nodes, config.ranks_per_node, config.launch.spares
     gpus = ranks if _wants_gpus(config, machines) else 0
     placement = Placement(nodes, ranks, gpus)
-    able = [machine for machine in machines if _has(machine, placement.bundle)]
+    able = usable(config, placement, machines)
     wanted = nodes + spares
     if len(able) >= wanted:
         return placement
@@ -74,6 +73,15 @@ def place(config: RunConfig, machines: Sequence[Machine]) -> Placement:
         f"launch.nodes {nodes}{and_spares} needs {wanted} machines with a CPU to spare, and the cluster has "
         f"{len(able)}; set launch.nodes to {max(1, len(able) - spares)}, or add machines"
     )
+
+
+def usable(config: RunConfig, where: Placement, machines: Sequence[Machine]) -> list[Machine]:
+    """Those with the labels and the devices that the run asks for.
+
+    Raises:
+        UserError: too few have the labels.
+    """
+    return [machine for machine in _labelled(config, machines) if _has(machine, where.bundle)]
 
 
 def check_beside(config: RunConfig, other: RunConfig, machines: Sequence[Machine]) -> None:
@@ -93,24 +101,6 @@ def check_beside(config: RunConfig, other: RunConfig, machines: Sequence[Machine
         raise UserError(
             f"evaluation.where is service, whose ranks need {second.nodes} machine(s){gpus} beside the run's {number}, "
             f"and the cluster has {len(machines)}; add machines, or set evaluation.where to ranks"
-        )
-
-
-def check_memory(config: RunConfig, machines: Sequence[Machine]) -> None:
-    """Refuse to train what cannot be held; what else ranks need, activations among it, is not counted.
-
-    Raises:
-        UserError: the cluster is too small, in memory too.
-    """
-    where = place(config, machines)
-    need, wanted = memory.least_bytes(config, with_gpus=where.gpus_per_node > 0), where.nodes + config.launch.spares
-    able = [machine for machine in _labelled(config, machines) if _has(machine, where.bundle)]
-    have = sorted((machine.resources.get("memory", math.inf) for machine in able), reverse=True)
-    if have[wanted - 1] < need:
-        raise UserError(
-            f"weights, gradients, optimizer state and a snapshot of them take {need / _GIB:.1f} GiB of memory on each "
-            f"of {wanted} machine(s), and the cluster's have {', '.join(f'{each / _GIB:.1f}' for each in have)} GiB; "
-            "use more machines, a higher parallel.zero or a smaller model"
         )
 
 

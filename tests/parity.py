@@ -1,7 +1,8 @@
 """Parity: what a parallel layout computes against a plain one-process PyTorch GPT.
 
 `compare` trains both on the same data from the same weights and returns the largest differences in loss, gradient norm
-(clipping is active) and weights. `python tests/parity.py` prints the table of all cases.
+(clipping is active) and weights; in ten steps unless it is told how many. `python tests/parity.py` prints the table of
+all cases.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -171,8 +172,8 @@ def global_batch(config: RunConfig, step: int) -> torch.Tensor:
     return torch.where(torch.rand(shape, generator=generator) < 0.1, noise, progression)
 
 
-def learning_rates(config: RunConfig) -> list[float]:
-    return [learning_rate(config, (step + 1) * config.tokens_per_step) for step in range(NUM_STEPS)]
+def learning_rates(config: RunConfig, num_steps: int = NUM_STEPS) -> list[float]:
+    return [learning_rate(config, (step + 1) * config.tokens_per_step) for step in range(num_steps)]
 
 
 def initial_weights(config: RunConfig, model: ReferenceGPT) -> dict[str, torch.Tensor]:
@@ -194,22 +195,25 @@ def reference_of(model: ModelConfig) -> ReferenceGPT:
     )
 
 
-def run_reference(config: RunConfig) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+def run_reference(
+    config: RunConfig, num_steps: int = NUM_STEPS
+) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     """(loss, grad norm) of each step and the final weights. Layouts share what one process computes: it runs once."""
     train = config.train.model_copy(update={"recompute": "none"})
-    return _run_reference(config.model_copy(update={"parallel": ParallelConfig(), "train": train}).model_dump_json())
+    alone = config.model_copy(update={"parallel": ParallelConfig(), "train": train})
+    return _run_reference(alone.model_dump_json(), num_steps)
 
 
 @cache
-def _run_reference(settings: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+def _run_reference(settings: str, num_steps: int) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
     config = RunConfig.model_validate_json(settings)
     model = reference_of(config.model)
     model.load_global(initial_weights(config, model))
     micro = config.train.micro_batch_size
     history = train_reference(
         model,
-        [global_batch(config, step).split(micro) for step in range(NUM_STEPS)],
-        lrs=learning_rates(config),
+        [global_batch(config, step).split(micro) for step in range(num_steps)],
+        lrs=learning_rates(config, num_steps),
         betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
@@ -219,13 +223,15 @@ def _run_reference(settings: str) -> tuple[list[tuple[float, float]], dict[str, 
     return history, model.global_tensors()
 
 
-def train_rank(config: RunConfig, device: torch.device) -> tuple[list[tuple[float, float]], list[Any]]:
+def train_rank(
+    config: RunConfig, device: torch.device, num_steps: int = NUM_STEPS
+) -> tuple[list[tuple[float, float]], list[Any]]:
     """One rank's run: (loss, grad norm) of each step, and the blocks of the final weights that it owns."""
     engine = Engine(config, device)
     engine.state.reset()
     micro, replicas, replica = config.train.micro_batch_size, parallel.data_size(), parallel.data_rank()
     history = []
-    for step, lr in enumerate(learning_rates(config)):
+    for step, lr in enumerate(learning_rates(config, num_steps)):
         mine = global_batch(config, step).view(-1, replicas, micro, config.model.seq_length + 1)[:, replica]
         stats = engine.train_step([MicroBatch(tokens) for tokens in mine], lr, step)
         history.append((stats.loss, stats.grad_norm))
@@ -249,10 +255,10 @@ def _relative_distance(tensor: torch.Tensor, reference: torch.Tensor) -> float:
     return ((tensor - reference).norm() / reference.norm()).item()
 
 
-def compare(case: str) -> Difference:
+def compare(case: str, num_steps: int = NUM_STEPS) -> Difference:
     config = config_of(case)
-    reference_history, reference_weights = run_reference(config)
-    results = run_on_ranks(config, train_rank)
+    reference_history, reference_weights = run_reference(config, num_steps)
+    results = run_on_ranks(config, partial(train_rank, num_steps=num_steps))
     assert all(history == results[0][0] for history, _ in results), "ranks disagree about loss or gradient norm"
     history, weights = results[0][0], assemble([blocks for _, blocks in results])
     assert weights.keys() == reference_weights.keys(), weights.keys() ^ reference_weights.keys()

@@ -1,5 +1,6 @@
 """`broadgauge prepare` as a user starts it, on corpora made here, with real worker processes."""
 
+import io
 import itertools
 import json
 import os
@@ -7,11 +8,14 @@ import random
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import orjson
+import pytest
 import yaml
 
+from launcher.cli.main import main
 from trainer.config_file import from_tree
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +39,18 @@ def prepare_command(*arguments: object, timeout_seconds: float = 120) -> subproc
         check=False,
         env=environment(),
     )
+
+
+def asked(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """As `prepare_command`, in this process, which has imported all: for commands that only look or refuse."""
+    command, out, err = list(map(str, arguments)), io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("COLUMNS", environment()["COLUMNS"])
+        try:
+            main(["prepare", *command])
+        except SystemExit as end:
+            return subprocess.CompletedProcess(command, end.code, out.getvalue(), err.getvalue())
+    raise AssertionError("the command did not end")
 
 
 def prepared(config: Path, out: Path, *more: object, workers: int = 2) -> Path:

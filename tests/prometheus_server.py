@@ -71,6 +71,7 @@ def prometheus(folder: Path, config: Mapping[str, Any]) -> Iterator[Prometheus]:
     command = [
         *("prometheus", f"--config.file={path}", f"--storage.tsdb.path={folder / 'tsdb'}"),
         f"--web.listen-address=127.0.0.1:{port}",
+        "--scrape.discovery-reload-interval=100ms",  # what it has found it would scrape from five seconds later only
     ]
     with open(folder / "prometheus.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)

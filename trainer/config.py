@@ -4,7 +4,7 @@ Everything else (the megatron-core config, the DeepSpeed JSON, the number of ran
 imports torch, so reading and checking a config takes milliseconds.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
@@ -285,9 +285,9 @@ class LaunchConfig(Section):
     """CPU threads per rank; empty shares the machine's cores evenly."""
     spares: int = Field(0, ge=0)
     """Machines beyond nodes whose warm agents wait to take a lost one's place."""
-    cluster: str | None = None
-    """What machines these are, for plans: `a100-80`, `h100`, `h200`, `b200`, `cpu`, or the path of a YAML file of your
-    own; see docs/planning.md."""
+    cluster: str | dict[str, Any] | None = None
+    """What machines these are, for plans: `a100-80`, `h100`, `h200`, `b200`, `cpu`, the path of a YAML file of your
+    own, or what would stand in it; may change while a run goes on. See docs/planning.md."""
     labels: dict[str, str] = Field({})
     """Ray's labels that every machine must have, such as `ray.io/accelerator-type: H100`."""
     topology: Strings = ("ray.io/region", "ray.io/availability-zone")

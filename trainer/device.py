@@ -74,7 +74,8 @@ def memory(device: torch.device) -> Memory:
     if device.type != "cuda":
         return Memory(resident=resident)
     found = torch.cuda.memory_stats(device)
-    return Memory(found["allocated_bytes.all.current"], found["reserved_bytes.all.current"], resident)
+    free, total = torch.cuda.mem_get_info(device)
+    return Memory(found["allocated_bytes.all.current"], found["reserved_bytes.all.current"], resident, total - free)
 
 
 def name_of(device: torch.device) -> str:

@@ -29,6 +29,13 @@ Every event has `time` (Unix seconds) and `kind`; the rest depends on the kind:
                         and tokens (to train on), dropped (counts by reason)
     training_started    step, checkpoint (path, or null for a fresh start), tier ("memory" or "disk"),
                         threads_per_rank, ranks, device (its model, as the vendor calls it); steps after it are void
+    planned             nodes, layout, device (as its cluster calls it), step_seconds (of the full batch), step_parts,
+                        tokens_per_second (of all ranks), mfu, memory_bytes (of the fullest rank) and memory_parts:
+                        what `broadgauge plan` says of the layout that trains from now on
+    unplanned           nodes, layout, reason: nothing can be said of it
+    plan_checked        step, num_steps (measured), num_samples (of each), step_seconds (median), tokens_per_second,
+                        mfu, memory_bytes (of the rank that takes most, or null), and what was planned of a batch of
+                        that size: planned_step_seconds, ...; slow (whether GPUs take far longer): once for a plan
     checkpoint_rejected reason: a damaged checkpoint was passed over
     step                step (1-based), tokens (consumed so far), first_sample, num_samples, tokens_xxh3 (of what all
                         replicas were fed, see `trainer.data.digest`), loss, grad_norm, lr, seconds, phases (of them in
@@ -84,7 +91,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -380,14 +387,31 @@ def read_events(path: Path) -> list[Event]:
     return list(EventReader(path).new_events())
 
 
+def last_sound_step(event: Event) -> int | None:
+    """After which all steps until then are void, and what was saved of them; None of an event that voids none."""
+    return int(event[_VOIDING[event["kind"]]]) if event["kind"] in _VOIDING else None
+
+
+def void_checkpoints(events: Iterable[Event]) -> set[int]:
+    """Steps whose checkpoint is of no history that counts, and has not been written anew."""
+    saved: set[int] = set()
+    void: set[int] = set()
+    for event in events:
+        if event["kind"] == "checkpoint_saved":
+            saved.add(event["step"])
+            void.discard(event["step"])
+        elif (last := last_sound_step(event)) is not None:
+            void |= {step for step in saved if step > last}
+    return void
+
+
 def surviving_steps(events: list[Event], kind: Literal["step", "step_skipped"] = "step") -> list[Event]:
     """The events of steps in the history of the final weights: a restart or a rollback voids the steps after it."""
     steps: dict[int, Event] = {}
     for event in events:
         if event["kind"] in ("step", "step_skipped"):
             steps[event["step"]] = event
-        elif event["kind"] in _VOIDING:
-            last = event[_VOIDING[event["kind"]]]
+        elif (last := last_sound_step(event)) is not None:
             steps = {step: seen for step, seen in steps.items() if step <= last}
     return [steps[step] for step in sorted(steps) if steps[step]["kind"] == kind]
 

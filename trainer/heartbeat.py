@@ -35,7 +35,7 @@ PHASES: tuple[Phase, ...] = (*STEP_PHASES, "starting", "evaluating", "saving", "
 _NUMBERS = {phase: number for number, phase in enumerate(PHASES)}
 _STARTING = _NUMBERS["starting"]
 _SLOT_BYTES = 512
-_LENGTHS = len(PHASES), len(PHASES), 2 * len(STEP_PHASES), 3
+_LENGTHS = len(PHASES), len(PHASES), 2 * len(STEP_PHASES), 4
 """Numbers of a beat: time in each phase, of it waited, both of the last step, memory."""
 _BODY = struct.Struct(f"=QQQQqQQdd{sum(_LENGTHS)}d")
 _MEMORY_SECONDS = 1.0  # between two measurements, which take tens of microseconds
@@ -54,6 +54,13 @@ class Memory:
     """Of the device, used or not."""
     resident: int = 0
     """Of the host."""
+    taken: int = 0
+    """Of the device, by tensors, libraries and the driver, and by other processes if there are any."""
+
+    @property
+    def planned_for(self) -> int:
+        """What a plan speaks of: all of the device, or of the host where that computes."""
+        return self.taken or self.resident
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,7 @@ class Heartbeat:
             self._memory.allocated,
             self._memory.reserved,
             self._memory.resident,
+            self._memory.taken,
         )
         start = self._count % 2 * _SLOT_BYTES
         self._map[start : start + _BODY.size + _CHECKSUM.size] = body + _CHECKSUM.pack(zlib.crc32(body))

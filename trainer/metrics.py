@@ -111,6 +111,8 @@ QUARANTINED = _counter("quarantined_samples", "Training sequences passed over be
 
 STEP_DURATION = _gauge("step_duration_seconds", "Of the last step, on rank 0.")
 STEP_MEDIAN = _gauge("step_duration_median_seconds", "Median of the last 100 steps, on rank 0.")
+PLANNED_STEP = _gauge("planned_step_seconds", "Of a step with the full batch, as planned; NaN where no plan is known.")
+PLANNED_MEMORY = _gauge("planned_memory_bytes", "Of the fullest rank, as planned; NaN where no plan is known.")
 STEP_TIME = _counter("step_time_seconds", "Time in steps, on rank 0.")
 PHASE_TIME = _counter("phase_time_seconds", "Time in each phase of steps, on rank 0.", "phase")
 RANK_STEP = _gauge(

@@ -35,8 +35,15 @@ def build_groups(parallel: ParallelConfig) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        create_gloo_process_groups=False,  # beside those of the job's own backend
     )
     model_parallel_cuda_manual_seed(0)  # megatron-core needs its streams registered before a model is built
+
+
+def leave() -> None:
+    """Take groups and process group down, so that this process may join another."""
+    mcore.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def tell_waits(waited: Callable[[float], None]) -> None:
@@ -173,6 +180,10 @@ def embedding_group() -> dist.ProcessGroup | None:
 
 def pipeline_group() -> dist.ProcessGroup:
     return mcore.get_pipeline_model_parallel_group()
+
+
+def pipeline_rank() -> int:
+    return mcore.get_pipeline_model_parallel_rank()
 
 
 def pipeline_size() -> int:

@@ -10,15 +10,27 @@ tests; CUDA's, in bf16, follow from the kernels' backward formulas and differ on
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from trainer.config import ModelConfig, ParallelConfig, RunConfig
 
 FP32 = 4
 _PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller tensors stay gathered
+_PIECE_ELEMENTS = 1_000_000_000  # DeepSpeed's sub_group_size
 
 # --------------------------------------------------------------------------------------------------------- parameters
 
 
+class _Tensor(NamedTuple):
+    elements: int
+    is_split: bool
+    """Whether each tensor-parallel rank has its own part."""
+    is_matrix: bool
+    """Matrices are decayed, which puts them into another group of the optimizer than biases and norms."""
+
+
+@lru_cache(maxsize=64)
 def num_parameters(model: ModelConfig, *, padded: bool = False) -> int:
     """Weights of the model, exactly; a matrix shared by the embedding and the output layer counts once.
 
@@ -27,54 +39,69 @@ def num_parameters(model: ModelConfig, *, padded: bool = False) -> int:
             those that stand for a token. Published counts are unpadded.
     """
     vocab_rows = model.padded_vocab_size if padded else model.vocab_size
-    return sum(elements for elements, _ in _tensors(model, vocab_rows))
+    return sum(tensor.elements for tensor in _tensors(model, vocab_rows))
 
 
 def parameters_per_rank(config: RunConfig, stage: int = 0) -> int:
     """Weights that a rank of pipeline stage `stage` holds before ZeRO splits anything."""
-    return sum(_local_tensors(config, stage))
+    return sum(elements for group in _local_groups(config, stage) for elements in group)
 
 
-def _local_tensors(config: RunConfig, stage: int) -> list[int]:
-    """Elements of each of a rank's tensors."""
+def _local_groups(config: RunConfig, stage: int) -> list[list[int]]:
+    """Elements of each of a rank's tensors, by group of the optimizer, in the model's order."""
     model, parallel = config.model, config.parallel
-    tensors = _tensors(model, model.padded_vocab_size, parallel.pipeline, stage)
-    return [elements // (parallel.tensor if split else 1) for elements, split in tensors]
+    groups: dict[bool, list[int]] = {True: [], False: []}
+    for elements, is_split, is_matrix in _tensors(model, model.padded_vocab_size, parallel.pipeline, stage):
+        groups[is_matrix].append(elements // (parallel.tensor if is_split else 1))
+    return [group for group in groups.values() if group]
 
 
-def _tensors(model: ModelConfig, vocab_rows: int, stages: int = 1, stage: int = 0) -> Iterator[tuple[int, bool]]:
-    """(elements, whether tensor-parallel ranks split it) of every tensor of a pipeline stage.
+def _tensors(model: ModelConfig, vocab_rows: int, stages: int = 1, stage: int = 0) -> Iterator[_Tensor]:
+    """Every tensor of a pipeline stage, in the order in which the module has them.
 
     With several stages the last holds its own copy of a tied embedding.
     """
     h, is_first, is_last = model.hidden_size, stage == 0, stage == stages - 1
     if is_first:
-        yield vocab_rows * h, True
+        yield _Tensor(vocab_rows * h, is_split=True, is_matrix=True)
         if model.positions == "learned":
-            yield model.seq_length * h, False
+            yield _Tensor(model.seq_length * h, is_split=False, is_matrix=True)
     for _ in range(model.num_layers // stages):
         yield from _layer_tensors(model)
     if is_last and model.norm_placement == "pre":
         yield from _norm_tensors(model)
     if is_last and not (model.tied_embeddings and is_first):
-        yield vocab_rows * h, True
+        yield _Tensor(vocab_rows * h, is_split=True, is_matrix=True)
 
 
-def _layer_tensors(model: ModelConfig) -> Iterator[tuple[int, bool]]:
-    for rows, columns in matrices(model):
-        yield rows * columns, True
-    h, ((qkv_rows, _), _, (fc1_rows, _), _) = model.hidden_size, matrices(model)
-    if model.biases == "all":
-        yield qkv_rows, True
-    if model.biases != "none":
-        yield from ((h, False), (fc1_rows, True), (h, False))
-    for _ in range(2):
-        yield from _norm_tensors(model)
+def _layer_tensors(model: ModelConfig) -> Iterator[_Tensor]:
+    """megatron-core makes the projection before queries, keys and values."""
+    qkv, projection, fc1, fc2 = matrices(model)
+    has_biases, is_pre = model.biases != "none", model.norm_placement == "pre"
+    blocks = (
+        (_linear(projection, has_biases, splits_rows=False), _linear(qkv, model.biases == "all", splits_rows=True)),
+        (_linear(fc1, has_biases, splits_rows=True), _linear(fc2, has_biases, splits_rows=False)),
+    )
+    for block in blocks:
+        if is_pre:
+            yield from _norm_tensors(model)
+        for tensors in block:
+            yield from tensors
+        if not is_pre:
+            yield from _norm_tensors(model)
 
 
-def _norm_tensors(model: ModelConfig) -> Iterator[tuple[int, bool]]:
+def _linear(shape: tuple[int, int], has_bias: bool, splits_rows: bool) -> Iterator[_Tensor]:
+    """A matrix and its bias, which is split where rows are."""
+    rows, columns = shape
+    yield _Tensor(rows * columns, is_split=True, is_matrix=True)
+    if has_bias:
+        yield _Tensor(rows, is_split=splits_rows, is_matrix=False)
+
+
+def _norm_tensors(model: ModelConfig) -> Iterator[_Tensor]:
     """A weight and, unless it is an RMS norm, a bias."""
-    yield from [(model.hidden_size, False)] * (1 if model.norm == "rms" else 2)
+    yield from [_Tensor(model.hidden_size, is_split=False, is_matrix=False)] * (1 if model.norm == "rms" else 2)
 
 
 def matrices(model: ModelConfig) -> tuple[tuple[int, int], ...]:
@@ -151,7 +178,10 @@ def activation_bytes_per_microbatch(config: RunConfig, stage: int = 0) -> int:
     it is computed: under recomputation the rest of one layer at a time.
     """
     is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
-    kept = sum(activation_bytes_per_layer(config, layer) for layer in layers_of_stage(config, stage))
+    layers = list(layers_of_stage(config, stage))
+    num_banded = sum(layer % 2 for layer in layers)
+    kept = (len(layers) - num_banded) * activation_bytes_per_layer(config, 0)
+    kept += num_banded * activation_bytes_per_layer(config, 1) if num_banded else 0
     if is_first:
         kept += activation_bytes_of_embedding(config)
     if is_last:
@@ -352,8 +382,8 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer + self.offload_buffers
 
 
-def state_bytes_per_rank(config: RunConfig, stage: int = 0) -> StateBytes:
-    """Bytes of the P weights that a rank of pipeline stage `stage` holds or shares with r - 1 others.
+def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) -> StateBytes:
+    """Bytes of the P weights that a rank of pipeline stage `stage` holds or shares with r - 1 others, exactly.
 
     Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054), section 3.1 and figure 1, with fp32 gradients:
 
@@ -362,26 +392,73 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0) -> StateBytes:
         2      e P                      4 P / r     12 P / r
         3      e P / r and small ones   4 P / r     12 P / r
 
-    "Small ones" are whole copies of tensors below 100,000 elements. Offload moves the optimizer to the host, with ZeRO
-    2 and 3 the gradients too, and adds there 4 P / r for the gradients that the optimizer reads; under ZeRO 1 and 2
-    also e P / r for weights on their way back, and a buffer as large as the largest tensor on either side.
+    Matrices are one group of the optimizer, biases and norms another. ZeRO 1 and 2 lay a group's tensors end to end
+    and fill it up to a multiple of 2 r elements; ZeRO 3 fills each tensor up to one of r. What fills up counts, save in
+    gradients that are tensors of their own. Adam counts updates (4 bytes) in every group, which ZeRO 3 cuts into
+    pieces of a billion elements a rank, and there a flag (1) says whether a gradient was not finite. "Small ones" are
+    whole copies of tensors up to 100,000 elements. In fp32, ZeRO 2 keeps gradients of tensors whole that a partition's
+    border cuts: the one thing in which the ranks of `replica`, 0 to r - 1 over data and context, differ.
 
-    Left out: what fills up partitions; in fp32 under ZeRO 2 the rest of a gradient that a partition's border cuts;
-    up to 4 P / r more for gradients while the optimizer runs, when activations are gone; DeepSpeed's bucket of 4e7
-    elements while gradients are reduced, which ZeRO 3 always keeps; under ZeRO 3 the gathered weights
-    of the layer at work, up to 1e9 elements.
+    Offload moves the optimizer to the host, with ZeRO 2 and 3 the gradients too, and adds there 4 P / r for the
+    gradients that the optimizer reads; under ZeRO 1 and 2 also e P / r for weights on their way back, and a buffer as
+    large as the largest tensor on either side.
+
+    Left out: under ZeRO 2 in fp32 the second copy of gradients that there is while a further micro-batch is added; up
+    to 4 P / r more for gradients while the optimizer runs, when activations are gone; DeepSpeed's bucket of 4e7
+    elements while gradients are reduced, which ZeRO 3 always keeps; under ZeRO 3 the gathered weights of the layer at
+    work, up to 1e9 elements.
     """
-    parallel, e, tensors = config.parallel, _element_bytes(config), _local_tensors(config, stage)
-    ranks, total, offload = parallel.data * parallel.context, sum(tensors), config.parallel.offload == "optimizer"
-    share = -(-total // ranks)
-    small = sum(size for size in tensors if size < _PERSISTENT_ELEMENTS) if ranks > 1 else 0
-    weights = e * (share + small if parallel.zero == 3 else total)
-    gradients = FP32 * (total if parallel.zero == 1 else share)
-    optimizer = 3 * FP32 * share
-    if not offload:
-        return StateBytes(weights, gradients, optimizer, 0, 0)
-    host = optimizer + FP32 * share + (gradients if parallel.zero > 1 else 0)
+    parallel, e, groups = config.parallel, _element_bytes(config), _local_groups(config, stage)
+    ranks, total = parallel.data * parallel.context, parameters_per_rank(config, stage)
     if parallel.zero == 3:
-        return StateBytes(weights, gradients, optimizer, FP32 * share, host)
-    largest = e * max(tensors)
-    return StateBytes(weights, gradients, optimizer, (FP32 + e) * share + 2 * largest, host + e * share + largest)
+        return _zero_3_bytes(groups, e, ranks, parallel.offload == "optimizer")
+    shares = [2 * _ceil(sum(group), 2 * ranks) for group in groups]
+    share = sum(shares)
+    weights, optimizer = e * ranks * share, 3 * FP32 * share + FP32 * len(groups)
+    is_flat = e < FP32 and parallel.offload == "none"
+    if parallel.zero == 1:
+        gradients = FP32 * (ranks * share if is_flat else total)
+    elif e < FP32:
+        gradients = FP32 * share
+    else:
+        gradients = FP32 * sum(
+            _touched_elements(group, of_group, replica) for group, of_group in zip(groups, shares, strict=True)
+        )
+    if parallel.offload == "none":
+        return StateBytes(weights, gradients, optimizer, 0, 0)
+    largest = e * max(max(group) for group in groups)
+    host = optimizer + (FP32 + e) * share + largest + (gradients if parallel.zero == 2 else 0)
+    return StateBytes(weights, gradients, optimizer, (FP32 + e) * share + 2 * largest, host)
+
+
+def _zero_3_bytes(groups: list[list[int]], e: int, ranks: int, offload: bool) -> StateBytes:
+    share = sum(_ceil(elements, ranks) for group in groups for elements in group)
+    small = sum(elements for group in groups for elements in group if elements <= _PERSISTENT_ELEMENTS)
+    pieces = sum(_num_pieces([_ceil(elements, ranks) for elements in group]) for group in groups)
+    gradients, optimizer = FP32 * share, 3 * FP32 * share + FP32 * pieces + 1
+    extra = FP32 * share if offload else 0
+    return StateBytes(e * (share + small), gradients, optimizer, extra, gradients + optimizer + extra if offload else 0)
+
+
+def _touched_elements(tensors: list[int], share: int, replica: int) -> int:
+    """Of all tensors of which a part lies in the partition of `replica`."""
+    start, touched = 0, 0
+    for elements in tensors:
+        if start < (replica + 1) * share and replica * share < start + elements:
+            touched += elements
+        start += elements
+    return touched
+
+
+def _num_pieces(tensors: list[int]) -> int:
+    """A piece ends with the tensor that makes it as large as `_PIECE_ELEMENTS`."""
+    pieces, filled = 0, 0
+    for elements in tensors:
+        filled += elements
+        if filled >= _PIECE_ELEMENTS:
+            pieces, filled = pieces + 1, 0
+    return pieces + (1 if filled else 0)
+
+
+def _ceil(number: int, parts: int) -> int:
+    return -(-number // parts)

@@ -13,7 +13,7 @@ from trainer.config import RunConfig, UserError
 from trainer.events import read_events
 
 _BEFORE_CONFIG = {".lock", "config.yaml.tmp"}  # what a run that was killed at once leaves
-_MAY_CHANGE = ("monitoring.", "evaluation.")  # have no part in what is computed
+_MAY_CHANGE = ("monitoring.", "evaluation.", "launch.cluster")  # have no part in what is computed
 _OWN_CONFIG = "the run wrote it when it began, and its checkpoints have it too"
 
 

@@ -51,6 +51,13 @@ class Schedule:
         after = (first_sample + phase.batch_size) * self._seq_length
         return Step(steps_done + 1, first_sample, phase.batch_size, after)
 
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """(batch size, number of steps in a row that have it), over the run."""
+        ends = [phase.steps_before for phase in self._phases[1:]] + [self.num_steps]
+        for phase, end in zip(self._phases, ends, strict=True):
+            if phase.steps_before < self.num_steps:
+                yield phase.batch_size, min(end, self.num_steps) - phase.steps_before
+
     def consumed_samples(self, steps_done: int) -> int:
         """Sequences that the first `steps_done` steps consume, all replicas together."""
         return self.step_after(steps_done).first_sample

@@ -86,7 +86,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         _panel(metrics.LOSS_SCALE, look="stat"),
     ),
     "Speed": (
-        _panel(metrics.STEP_DURATION, metrics.STEP_MEDIAN),
+        _panel(metrics.STEP_DURATION, metrics.STEP_MEDIAN, metrics.PLANNED_STEP),
         _panel(
             metrics.PHASE_TIME,
             stacked=True,
@@ -130,6 +130,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         _panel(metrics.NODE_ALLOCATED),
         _panel(metrics.NODE_RESERVED),
         _panel(metrics.NODE_RESIDENT),
+        _panel(metrics.PLANNED_MEMORY),
         _panel(metrics.NODE_RANKS),
     ),
     "Data": (

@@ -19,12 +19,11 @@ from launcher.cli import planning as planning_cli
 from launcher.cli import prepare as prepare_cli
 from launcher.cli import runs, terminal
 from launcher.cli import submit as submit_cli
-from launcher.cli.options import ConfigFile, DataOption, RayOption, RunDirOption, SetOption, run_dir_of
+from launcher.cli.options import ConfigFile, DataOption, ForceOption, RayOption, RunDirOption, SetOption, run_dir_of
 from launcher.cli.terminal import working
 from launcher.report.display import Mode
 from trainer import config_file
 from trainer.config import UserError
-from trainer.progress import counting
 from trainer.stop import Interrupted, Preempted
 
 _INTERRUPTED = 130
@@ -65,7 +64,13 @@ def _options(
 
 
 @app.command()
-def run(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None, settings: SetOption = None) -> None:
+def run(
+    path: ConfigFile,
+    run_dir: RunDirOption = None,
+    ray: RayOption = None,
+    force: ForceOption = False,
+    settings: SetOption = None,
+) -> None:
     """Do a whole run: prepare, train, evaluate, export, generate. Run it again to go on after an interruption.
 
     Example: `broadgauge run configs/quickstart.yaml --run-dir runs/fp32 --set train.precision=fp32 seed=7`
@@ -73,25 +78,25 @@ def run(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None, s
     from launcher.verbs import stages
 
     config = config_file.load(path, settings or ())
-    stages.run(config, run_dir_of(config, run_dir), working(), ray)
+    stages.run(config, run_dir_of(config, run_dir), working(), ray, force=force)
 
 
 @app.command()
-def train(path: ConfigFile, run_dir: RunDirOption = None, ray: RayOption = None, settings: SetOption = None) -> None:
+def train(
+    path: ConfigFile,
+    run_dir: RunDirOption = None,
+    ray: RayOption = None,
+    force: ForceOption = False,
+    settings: SetOption = None,
+) -> None:
     """Train on prepared data, from the newest checkpoint if there is one.
 
     Example: `broadgauge train configs/quickstart.yaml --set data.prepared=data/stdlib`
     """
-    from launcher.verbs import checks, stages
+    from launcher.verbs import stages
 
     config = config_file.load(path, settings or ())
-    where = run_dir_of(config, run_dir)
-    display = working()
-    with display.stage("check") as bar:
-        heard = counting(bar.update, "check: prepared data", "bytes")
-        checks.check_train(config, where, on_cluster=ray is not None, advance=heard)
-    with stages.claim(config, where, display, ray) as claimed:
-        stages.train(claimed)
+    stages.train_alone(config, run_dir_of(config, run_dir), working(), ray, force=force)
 
 
 @app.command()

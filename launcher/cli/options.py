@@ -18,6 +18,7 @@ DataOption = Annotated[
 RayOption = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Work on a Ray cluster instead; `auto` finds the local one.")
 ]
+ForceOption = Annotated[bool, typer.Option("--force", help="Go on though the memory there is will not be enough.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=c ...", help="Override config values; takes several at once."),

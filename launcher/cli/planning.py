@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.cli.options import SetOption
 from launcher.cli.terminal import working
 from trainer import config_file
-from trainer.config import UserError
+from trainer.config import RunConfig, UserError
+
+if TYPE_CHECKING:
+    from launcher.planning.cluster import Cluster
 
 
 def plan(
@@ -25,31 +28,75 @@ def plan(
     validate: Annotated[
         bool, typer.Option("--validate", help="Compare predictions with published measurements instead.")
     ] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look through all layouts for the fastest that fit instead.")
+    ] = False,
+    devices: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --search: how many devices there are; those of the config's layout if not given."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="With --search: how many layouts to show.")] = 10,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw a step's time and memory, stage by stage: .png, .svg or .pdf.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, for machines.")] = False,
     settings: SetOption = None,
 ) -> None:
     """Whether a run fits a cluster, how long it will take and what it will cost, before a device is touched.
 
-    Exit code 1 if it does not fit.
+    Exit code 1 if it does not fit, or with --search if nothing does.
 
     Example: `broadgauge plan configs/quickstart.yaml --cluster h100 --set preset=gpt3_13b parallel.data=8`
     """
     from launcher.planning import cluster as clusters
     from launcher.planning import planner
+    from launcher.report import plan_picture
     from launcher.report import planning as report
 
+    if plot is not None:
+        if validate or search:
+            raise UserError("--plot draws the plan of the config's own layout; leave out --validate and --search")
+        plan_picture.check_path(plot)
     if validate:
         _validate(as_json)
         return
     if path is None:
         raise UserError("a plan is of a config, and none is given; name one, or use --validate")
     config = config_file.load(path, settings or ())
-    found = planner.make_plan(config, clusters.load(cluster or clusters.named_by(config)))
+    where = clusters.load(cluster or clusters.named_by(config))
+    if search:
+        _search(config, where, devices, top, as_json)
+        return
+    if devices is not None:
+        raise UserError("--devices is for --search, and a plan is of the config's own layout; add --search")
+    found = planner.make_plan(config, where)
+    if plot is not None:
+        plan_picture.draw(found, plot)
     if as_json:
         print(json.dumps(found.as_tree(), indent=2))
     else:
         working().show(report.screen(found))
     if not found.fits:
+        raise typer.Exit(1)
+
+
+def _search(config: RunConfig, cluster: "Cluster", devices: int | None, top: int, as_json: bool) -> None:
+    from launcher.planning.search import search
+    from launcher.report import layouts_found
+
+    found = search(config, cluster, devices, top)
+    if as_json:
+        print(json.dumps(found.as_tree(), indent=2))
+    else:
+        working().show(layouts_found.screen(found))
+    if not found.best:
         raise typer.Exit(1)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from launcher.cli.options import RayOption
+from launcher.cli.options import ForceOption, RayOption
 from launcher.cli.terminal import working
 from launcher.report.display import Display
 
@@ -134,11 +134,11 @@ def stop(
     print(f"{path}: {runs.stop(path, timeout_seconds)}")
 
 
-def resume(path: _Run, ray: RayOption = None) -> None:
+def resume(path: _Run, ray: RayOption = None, force: ForceOption = False) -> None:
     """Go on with a run, by its own config: as the command that began it would.
 
     Example: `broadgauge resume runs/quickstart`
     """
     from launcher.verbs import runs
 
-    runs.resume(path, working(), ray)
+    runs.resume(path, working(), ray, force=force)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.cli.options import ConfigFile, SetOption
+from launcher.cli.options import ConfigFile, ForceOption, SetOption
 from trainer import config_file
 from trainer.config import RunConfig, UserError
 from trainer.stop import Interrupted
@@ -48,6 +48,7 @@ def submit(
     ] = "python",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="k8s: print the manifest; needs no cluster.")] = False,
     delete: Annotated[bool, typer.Option("--delete", help="Stop the run, which saves first, and remove it.")] = False,
+    force: ForceOption = False,
     settings: SetOption = None,
 ) -> None:
     """Run a config on a cluster. Submit it again to go on after it has ended; a run that is active is left alone.
@@ -56,15 +57,18 @@ def submit(
     or `--to ray://head:10001 --run-dir /shared/runs/quickstart`
     """
     if to.startswith(_RAY):
-        _submit_to_ray(config_file.load(path, settings or ()), run_dir, to, python, follow=follow, delete=delete)
+        config = config_file.load(path, settings or ())
+        _submit_to_ray(config, run_dir, to, python, follow=follow, delete=delete, force=force)
         return
     if to != KUBERNETES:
         raise UserError(f"--to {to} is no cluster; use k8s, ray://HOST:PORT, or http://HOST:PORT of Ray's dashboard")
-    wanted = _Kubernetes(context, namespace, queue, image, overlay, run_dir)
+    wanted = _Kubernetes(context, namespace, queue, image, overlay, run_dir, force)
     wanted.submit(path, settings or (), follow=follow, dry_run=dry_run, delete=delete)
 
 
-def _submit_to_ray(config: RunConfig, run_dir: str | None, to: str, python: str, *, follow: bool, delete: bool) -> None:
+def _submit_to_ray(
+    config: RunConfig, run_dir: str | None, to: str, python: str, *, follow: bool, delete: bool, force: bool
+) -> None:
     from launcher.submit import ray_jobs
 
     if run_dir is None:
@@ -72,7 +76,7 @@ def _submit_to_ray(config: RunConfig, run_dir: str | None, to: str, python: str,
     if delete:
         _say(f"{ray_jobs.stop(config, Path(run_dir), to)} has ended; submit the run again to go on")
         return
-    submitted = ray_jobs.submit(config, Path(run_dir), to, python=python)
+    submitted = ray_jobs.submit(config, Path(run_dir), to, python=python, force=force)
     _say(submitted.line)
     if follow:
         ray_jobs.follow(submitted, lambda text: print(text, end="", flush=True))
@@ -88,6 +92,7 @@ class _Kubernetes:
     image: str | None
     overlay: str | None
     run_dir: str | None
+    force: bool
 
     def submit(self, path: Path, settings: Sequence[str], *, follow: bool, dry_run: bool, delete: bool) -> None:
         from launcher.submit.kubernetes import names, template
@@ -118,7 +123,7 @@ class _Kubernetes:
         from trainer.checkpoint.huggingface.families.choice import family_of
 
         family_of(config.model)  # refuses what `run` on the cluster would refuse, when machines are there already
-        where = rayjob.Where(self.run_dir, self.image, self.namespace, self.queue)
+        where = rayjob.Where(self.run_dir, self.image, self.namespace, self.queue, self.force)
         return rayjob.render(template.load(self.overlay), config, where)
 
     def _delete(self, name: str, config: RunConfig) -> None:

@@ -22,6 +22,8 @@ class Judge:
     """One battery for many checkpoints."""
 
     battery: Battery
+    precision: str
+    """In which those who answer compute."""
     find_overlaps: Callable[[], Mapping[str, TaskOverlap]] | None = None
     """Of the tasks with the training text; None where nobody asks."""
     _overlaps: Mapping[str, TaskOverlap] | None = None
@@ -50,6 +52,7 @@ class Judge:
             battery_fingerprint=self.battery.fingerprint,
             context_tokens=self.battery.context_tokens,
             seed=self.battery.seed,
+            precision=self.precision,
             heldout=heldout,
             tasks=tuple(self.battery.grade(answers, self._overlaps)),
         )
@@ -91,10 +94,10 @@ def judge_by(
     tasks = limited(load_tasks(names, prepared, config.seed), max_examples, config.seed)
     battery = Battery.of(tasks, tokenizer, config.model.seq_length, config.seed)
     if not (contamination and tasks):
-        return Judge(battery)
+        return Judge(battery, config.train.precision)
     if prepared is None:
         raise UserError("--contamination compares tasks with training text, and no data is known; name it by --data")
-    return Judge(battery, lambda: find_overlaps(tasks, prepared, advance))
+    return Judge(battery, config.train.precision, lambda: find_overlaps(tasks, prepared, advance))
 
 
 def limited(tasks: Sequence[LoadedTask], max_examples: int | None, seed: int) -> list[LoadedTask]:

@@ -76,6 +76,8 @@ class EvaluationResults(_Record):
     battery_fingerprint: str
     context_tokens: int
     seed: int
+    precision: str | None = None
+    """Of the arithmetic; None of results that older versions have kept."""
     heldout: dict[str, Any] | None = None
     """Loss on held-out text, whole and in parts (`trainer.evaluate.heldout.HeldoutResult`), where it was measured."""
     tasks: tuple[TaskResult, ...]
@@ -103,9 +105,14 @@ class EvaluationResults(_Record):
 
 def check_comparable(results: Sequence[EvaluationResults]) -> None:
     """Raises:
-    UserError: they answer different questions.
+    UserError: they answer different questions, or were computed differently.
     """
     for one in results[1:]:
+        if one.precision != results[0].precision:
+            raise UserError(
+                f"{one.checkpoint} was judged in {one.precision} and {results[0].checkpoint} in "
+                f"{results[0].precision}, which alone changes scores; evaluate both in one precision"
+            )
         if one.battery_fingerprint != results[0].battery_fingerprint:
             raise UserError(
                 f"{one.checkpoint} and {results[0].checkpoint} were asked different things (battery "

@@ -56,6 +56,10 @@ class RunHistory:
         """Machines."""
         self.training: Event | None = None
         """The last `training_started`."""
+        self.planned: Event | None = None
+        """Of the layout that has trained last."""
+        self.plan_checked: Event | None = None
+        """What came of that."""
         self.began: float | None = None
         """When training first began (Unix time)."""
         self.ranks: list[Event] = []
@@ -185,6 +189,10 @@ class RunHistory:
                 self._step_skipped(event)
             case "training_started":
                 self._training_started(event)
+            case "planned" | "unplanned":
+                self.planned, self.plan_checked = (event if kind == "planned" else None), None
+            case "plan_checked":
+                self.plan_checked = event
             case "rolled_back":
                 self._void_after(event["to_step"])
                 self.rollbacks.append(event)

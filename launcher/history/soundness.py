@@ -63,6 +63,8 @@ def _is_scored(value: Any) -> bool:
     )
 
 
+_PLANNED = ("step_seconds", "tokens_per_second", "mfu", "memory_bytes")
+
 _FIELDS: dict[str, dict[str, Check]] = {
     "step": {
         **dict.fromkeys(("step", "tokens", "num_samples"), is_count),
@@ -72,6 +74,13 @@ _FIELDS: dict[str, dict[str, Check]] = {
     },
     "step_skipped": {"step": is_count, "num_samples": is_count, "reason": is_text},
     "training_started": {"step": is_count, "ranks": _or_none(is_count), "device": _or_none(is_text)},
+    "planned": dict.fromkeys(_PLANNED, is_duration),
+    "plan_checked": {
+        "num_steps": is_count,
+        **dict.fromkeys(("step_seconds", "tokens_per_second", "mfu"), is_duration),
+        **dict.fromkeys((f"planned_{name}" for name in _PLANNED), is_duration),
+        "memory_bytes": _or_none(is_duration),
+    },
     "rolled_back": {"to_step": is_count},
     "evaluated": {
         "step": is_count,

@@ -148,10 +148,12 @@ def _speed(history: RunHistory, facts: Facts) -> Values:
     steps = history.steps
     rate = history.tokens_per_second(facts.seq_length, history.recent) if len(steps) else None
     num_ranks = (history.training or {}).get("ranks")
-    ranks = history.ranks[-1] if history.ranks else None
+    ranks, planned = history.ranks[-1] if history.ranks else None, history.planned
     return {
         metrics.STEP_DURATION: _one(steps["seconds"][-1] if len(steps) else None),
         metrics.STEP_MEDIAN: _one(history.recent_median("seconds")),
+        metrics.PLANNED_STEP: _one(planned["step_seconds"] if planned else None),
+        metrics.PLANNED_MEMORY: _one(planned["memory_bytes"] if planned else None),
         metrics.STEP_TIME: _one(history.step_seconds),
         metrics.PHASE_TIME: {(_word(phase),): history.phase_seconds[phase] for phase in STEP_PHASES},
         metrics.RANK_STEP: {(stat,): ranks[stat] if ranks else math.nan for stat in STATISTICS},

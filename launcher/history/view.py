@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from launcher.history import foresight
 from launcher.history.history import RunHistory
 from launcher.history.values import Facts, mfu, state_of
 from trainer.events import Event
@@ -42,6 +43,7 @@ def view_of(history: RunHistory, facts: Facts, now: float) -> dict[str, Any]:
         "goodput": times["productive"] / total if total else None,
         "times": times,
         "remaining_seconds": _remaining(history, facts),
+        "plan": foresight.of(history),
         "curves": _curves(history, facts),
         "evaluations": [_some(event, "step", "time", "loss", "uniform_loss") for event in history.evaluated],
         "judgements": [_some(event, "step", "time", "heldout_loss", "scores") for event in history.judged],

@@ -33,6 +33,7 @@ def embedded_ray(folder: Path, labels: Mapping[str, str] | None = None, num_jobs
     with isolated():
         try:
             _init(folder, labels or {}, num_jobs, on_sigterm)
+            _end_autoscaler()
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's would print a stack
             yield
         finally:
@@ -60,6 +61,12 @@ def _init(
         raise
 
 
+def _end_autoscaler() -> None:
+    """It has no machines to add, and at the end Ray would give it a second, as SIGTERM does not end it."""
+    node = ray._private.worker._global_node
+    node.kill_monitor(check_alive=False)
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """A Ray started from this process has a token of its own, binds to 127.0.0.1 only and knows of no other Ray.
@@ -71,6 +78,9 @@ def isolated() -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_memory_monitor_refresh_ms": "0",  # short of memory, Ray would kill the agent; the kernel picks better
+        # A raylet that finds its own object store not yet listening asks again after this long, and not after a second.
+        "RAY_raylet_client_connect_timeout_milliseconds": "20",
+        "RAY_raylet_client_num_connect_attempts": "500",  # for the ten seconds that they were
     }
     _replace_environment(theirs, ours)
     try:

@@ -25,6 +25,7 @@ from launcher.node.stacks import RankReport
 from launcher.placement import Machine, Placement, in_order, place
 from trainer.checkpoint.service.room import Room
 from trainer.config import RunConfig
+from trainer.heartbeat import Beat
 from trainer.rank_spec import Task
 
 _PLACEMENT_SECONDS = 60.0  # the cluster has what is asked for, but another job may hold it
@@ -83,6 +84,12 @@ class Life:
     def ask_for_beats(self) -> list[Any]:
         """Of every machine: refer to what its ranks said last, by rank."""
         return [agent.beats.remote() for agent in self._agents]
+
+    def beats(self) -> dict[int, Beat]:
+        """What all ranks said last, of machines that answer at once."""
+        asked = self.ask_for_beats()
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_SECONDS)
+        return {rank: beat for ref in answered for rank, beat in (answer_of(ref) or {}).items()}
 
     def reports(self) -> list[RankReport]:
         """Where all ranks are in their code, of machines that answer in time."""

@@ -5,7 +5,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray._common.utils import get_system_memory
@@ -16,7 +16,7 @@ from launcher.job.fleet import Fleet, fleet_of
 from launcher.job.session import memory_folder, session
 from launcher.node import fork_server, ownership
 from launcher.node.agent import Job
-from launcher.placement import Machine, check_beside, place
+from launcher.placement import ACCELERATOR, Machine, check_beside, place
 from launcher.sizing import service_config, sizes
 from trainer.checkpoint.format import store
 from trainer.config import RunConfig, UserError
@@ -120,8 +120,18 @@ def this_machine(config: RunConfig) -> Machine:
         from trainer.device import num_gpus  # imports torch, which only those who have asked for GPUs wait for
 
         gpus = num_gpus()
-    cpus = float(_num_jobs(config))
-    return Machine({"CPU": cpus, "GPU": float(gpus), "memory": float(get_system_memory())}, config.launch.labels)
+    resources = {"CPU": float(_num_jobs(config)), "GPU": float(gpus), "memory": float(get_system_memory())}
+    return Machine(resources, {**_labels_of_gpus(), **config.launch.labels})
+
+
+def _labels_of_gpus() -> dict[str, str]:
+    """Their model, as the driver calls it, if all are alike."""
+    models = set()
+    for path in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        with suppress(OSError):
+            told = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+            models.add(told.get("Model", "").strip())
+    return {ACCELERATOR: models.pop()} if len(models) == 1 else {}
 
 
 def _num_jobs(config: RunConfig) -> int:

@@ -10,6 +10,7 @@ from statistics import median
 from launcher.planning.cluster import Cluster
 from launcher.planning.rank_memory import fullest, with_recompute
 from launcher.planning.step_time import StepModel, StepTime
+from launcher.planning.wall_time import WallTime
 from trainer.config import RunConfig
 
 _GIB = 2**30
@@ -19,7 +20,10 @@ _FEW_TOKENS = 1024  # likewise, of a micro-batch on a rank
 _IMBALANCE = 1.5  # of the slowest stage over the one in the middle
 _PADDING_SHARE = 0.02
 _DATA_SHARE = 0.15
+_SAVING_SHARE = 0.02
 _ROOM_SHARE = 0.9  # of memory, up to which one may plan
+_TIGHT_SHARE = 0.05  # of memory, what estimates may be off by
+_TILE = 64  # elements: kernels of matrix products work in multiples of it
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,55 @@ def advice(config: RunConfig, cluster: Cluster, model: StepModel) -> list[Advice
     ]
 
 
+def advice_on_saving(wall: WallTime) -> Iterator[Advice]:
+    """Where checkpoints at other times would save a fiftieth of the run and more."""
+    if not wall.knows_failures or wall.goodput >= (1 - _SAVING_SHARE) * wall.best_goodput:
+        return
+    steps = wall.best_interval_steps
+    yield Advice(
+        f"a checkpoint every {wall.interval_steps:,} steps leaves {wall.goodput:.1%} of the time to training, where "
+        f"{wall.best_goodput:.1%} is possible",
+        f"set checkpoint.every_steps to {steps}",
+    )
+
+
+def roomier(config: RunConfig) -> list[str]:
+    """Settings with which a rank takes less memory, on as many devices."""
+    parallel, train = config.parallel, config.train
+    ways = []
+    if train.recompute != "full":
+        ways.append(f"train.recompute={'selective' if train.recompute == 'none' else 'full'}")
+    if train.micro_batch_size > 1:
+        ways.append(f"train.micro_batch_size={train.micro_batch_size // 2}")
+    if parallel.tensor > 1 and not parallel.sequence:
+        ways.append("parallel.sequence=true")
+    if parallel.data > 1 and parallel.zero < 3:
+        ways.append(f"parallel.zero={parallel.zero + 1}")
+    return ways
+
+
 def _memory(config: RunConfig, cluster: Cluster) -> Iterator[Advice]:
     parallel, train = config.parallel, config.train
-    fits = fullest(config, cluster).memory.total <= cluster.memory_bytes
-    if not fits:
-        ways = []
-        if train.recompute != "full":
-            ways.append(f"train.recompute={'selective' if train.recompute == 'none' else 'full'}")
-        if train.micro_batch_size > 1:
-            ways.append(f"train.micro_batch_size={train.micro_batch_size // 2}")
-        if parallel.tensor > 1 and not parallel.sequence:
-            ways.append("parallel.sequence=true")
-        if parallel.data > 1 and parallel.zero < 3:
-            ways.append(f"parallel.zero={parallel.zero + 1}")
-        ways.append("more parallel.tensor or parallel.pipeline")
+    free = cluster.memory_bytes - fullest(config, cluster).memory.total
+    if free < 0:
+        ways = [*roomier(config), "more parallel.tensor or parallel.pipeline"]
         yield Advice("the fullest rank has no room", f"try {', '.join(ways)}")
         return
+    if free < _TIGHT_SHARE * cluster.memory_bytes:
+        ways = [*roomier(config), "more parallel.tensor or parallel.pipeline"]
+        yield Advice(
+            f"the fullest rank leaves {free / _GIB:.1f} of {cluster.memory_bytes / _GIB:.1f} GiB free, less than this "
+            "plan may be off by",
+            f"try {', '.join(ways)}",
+        )
+    if parallel.offload == "optimizer" and cluster.kind == "cuda":
+        need = fullest(_with_parallel(config, offload="none"), cluster).memory.total
+        if need <= _ROOM_SHARE * cluster.memory_bytes:
+            yield Advice(
+                f"parallel.offload sends the optimizer to slower memory without need: beside it a rank takes "
+                f"{need / _GIB:.1f} of {cluster.memory_bytes / _GIB:.1f} GiB",
+                "set it to none",
+            )
     cheaper = ("none", "selective") if train.recompute == "full" else ("none",)
     for recompute in cheaper if train.recompute != "none" else ():
         need = fullest(with_recompute(config, recompute), cluster).memory.total
@@ -74,6 +111,10 @@ def _memory(config: RunConfig, cluster: Cluster) -> Iterator[Advice]:
             f"parallel.tensor {parallel.tensor} without parallel.sequence: every rank keeps norms and residuals whole",
             "set parallel.sequence to true",
         )
+
+
+def _with_parallel(config: RunConfig, **changes: object) -> RunConfig:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
 
 
 def _links(config: RunConfig, cluster: Cluster) -> Iterator[Advice]:
@@ -113,7 +154,14 @@ def _time(config: RunConfig, cluster: Cluster, step: StepTime) -> Iterator[Advic
             f"{step.bubble / step.seconds:.0%} of the step",
             f"use{smaller} less parallel.data, more parallel.virtual_pipeline, or {wanted} micro-batches",
         )
-    if step.data > _DATA_SHARE * step.seconds:
+    if parallel.zero > 1 and parallel.pipeline > 1 and num > 1 and parallel.data * parallel.context > 1:
+        yield Advice(
+            f"parallel.zero {parallel.zero} with parallel.pipeline {parallel.pipeline} sends gradients "
+            f"{'and weights ' if parallel.zero == 3 else ''}between replicas {num} times a step, once for each "
+            "micro-batch, where ZeRO 1 does so once",
+            "set parallel.zero to 1, with more parallel.tensor or pipeline if memory then is short",
+        )
+    elif step.data > _DATA_SHARE * step.seconds:
         every = " in every micro-batch" if parallel.zero > 1 and num > 1 else ""
         fix = "parallel.zero=1, or a larger batch" if every else "a larger batch, or fewer replicas of more ranks"
         yield Advice(
@@ -161,6 +209,19 @@ def _shapes(config: RunConfig, cluster: Cluster) -> Iterator[Advice]:
             f"{model.hidden_size // parallel.tensor} elements, too thin to be fast",
             "use less parallel.tensor, and more parallel.data or pipeline",
         )
+    split = {
+        "model.hidden_size": (model.hidden_size, model.hidden_size),
+        "model.ffn_hidden_size": (model.ffn_size, model.ffn_size // parallel.tensor),
+    }
+    for name, (whole, side) in split.items():
+        if side % _TILE:
+            over = f" over {parallel.tensor} tensor-parallel ranks" if side != whole else ""
+            multiple = _TILE * whole // side
+            yield Advice(
+                f"{name} {whole}{over} makes matrices with sides of {side}, not a multiple of {_TILE}, for which "
+                "kernels fill up tiles",
+                f"use {max(1, round(whole / multiple)) * multiple} if you may",
+            )
     if model.head_size % 64:
         yield Advice(
             f"heads of {model.head_size} elements are slower than multiples of 64", "change model.num_heads if you may"

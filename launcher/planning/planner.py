@@ -1,12 +1,14 @@
 """A run on a cluster, planned: whether it fits, how long it takes, what it costs, what is likely to be wrong."""
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
-from launcher.planning.advice import Advice, advice
+from launcher.planning.advice import Advice, advice, advice_on_saving
 from launcher.planning.cluster import Cluster
 from launcher.planning.rank_memory import RankMemory, fullest
 from launcher.planning.step_time import StepModel, StepTime
+from launcher.planning.wall_time import WallTime, wall_time
 from trainer import plan
 from trainer.config import RunConfig
 
@@ -21,6 +23,8 @@ class Plan:
     """Which that is."""
     step: StepTime
     """Of a step with the full batch."""
+    wall: WallTime
+    """Of the whole run, with its failures."""
     advice: list[Advice]
 
     @property
@@ -61,12 +65,19 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, as if every batch were full and nothing failed or was saved."""
-        return self.config.train.total_tokens / self.tokens_per_second
+        """Of the whole run, its ramp and its saves included, if nothing fails."""
+        return self.wall.seconds
+
+    @property
+    def expected_seconds(self) -> float:
+        """With failures, where the cluster's rate of them is known."""
+        return self.wall.expected_seconds
 
     @property
     def device_hours(self) -> float:
-        return self.num_devices * self.seconds / 3600
+        """Of the expected time, spares included."""
+        spares = self.config.launch.spares * self.cluster.devices_per_node
+        return (self.num_devices + spares) * self.expected_seconds / 3600
 
     @property
     def price(self) -> float | None:
@@ -106,9 +117,11 @@ class Plan:
             "hfu": self.hfu,
             "total_tokens": self.config.train.total_tokens,
             "run_seconds": self.seconds,
-            "device_hours": self.device_hours,
-            "price": self.price,
-            "energy_kwh": self.energy_kwh,
+            "expected_seconds": _finite(self.expected_seconds),
+            "failures": self.wall.as_tree(),
+            "device_hours": _finite(self.device_hours),
+            "price": _finite(self.price),
+            "energy_kwh": _finite(self.energy_kwh),
             "warnings": [asdict(each) for each in self.advice],
         }
 
@@ -118,4 +131,12 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     config = config.model_copy(update={"launch": config.launch.model_copy(update={"device": cluster.kind})})
     found = fullest(config, cluster)
     model = StepModel(config, cluster)
-    return Plan(config, cluster, found.memory, found.stage, model.step(), advice(config, cluster, model))
+    step = model.step()
+    wall = wall_time(model, step)
+    found_advice = [*advice(config, cluster, model), *advice_on_saving(wall)]
+    return Plan(config, cluster, found.memory, found.stage, step, wall, found_advice)
+
+
+def _finite(number: float | None) -> float | None:
+    """What JSON can say: a run that fails more often than it saves never ends."""
+    return number if number is not None and isfinite(number) else None

@@ -30,6 +30,8 @@ class Practice(Section):
     """Whether weights' gradients are added up by the matrix product that makes them."""
     fuses_loss: bool = False
     """Whether the loss goes over the logits in few kernels."""
+    uses_storage: bool = True
+    """Whether steps wait for data and for saves; published times have neither."""
     layers_of_stages: Annotated[tuple[int, ...], Field(strict=False)] | None = None
     """Layers of each pipeline stage; empty: equally many."""
 

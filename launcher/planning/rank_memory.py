@@ -20,28 +20,57 @@ _GATHERED_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: weights that ZeRO 3 leaves gathered from one use to the next."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankMemory:
     """Bytes on the device of a rank; the sum of all parts is its peak."""
 
-    weights: float
-    gradients: float
-    optimizer: float
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
     """fp32 master weights and two moments, unless they are offloaded."""
-    activations: float
+    activations: float = 0.0
     """Kept from the forward to the backward pass, of all micro-batches in flight, and what recomputation makes anew."""
-    logits: float
+    logits: float = 0.0
     """The output layer and the loss, on the last stage."""
-    communication: float
+    communication: float = 0.0
     """Of gradients on their way, of gathered weights, of the communication library: what they add at the peak."""
-    context: float
+    context: float = 0.0
     """The process itself."""
-    fragmentation: float
+    fragmentation: float = 0.0
     """A margin."""
 
     @property
     def total(self) -> float:
         return sum(getattr(self, each.name) for each in fields(self))
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What neither the micro-batch nor chunks, sequence parallelism and recomputation change."""
+
+    memory: RankMemory
+    """All that is always there."""
+    on_gpu: bool
+    begin: float
+    """Buffers beside all activations, when a backward pass begins."""
+    reducing: float
+    """When so many gradients have come that they are reduced."""
+    updating: float
+    """In the optimizer's update."""
+    consumed_share: float | None
+    """Of a micro-batch's activations: what is gone when gradients are reduced; None: it is done after the last."""
+    in_threads: float
+    """gloo's two threads keep a heap each, and either comes to copy weights, or under ZeRO 3 gradients."""
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What neither ZeRO nor offload changes."""
+
+    activations: float
+    logits: float
+    of_microbatch: float
+    """Activations of one micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -54,39 +83,89 @@ class StageMemory:
 
 def fullest(config: RunConfig, cluster: Cluster) -> StageMemory:
     """Of the stages the one whose ranks hold most."""
-    stages = [StageMemory(stage, rank_memory(config, cluster, stage)) for stage in range(config.parallel.pipeline)]
+    stages = [StageMemory(stage, rank_memory(config, cluster, stage)) for stage in candidates(config.parallel.pipeline)]
     return max(stages, key=lambda stage: stage.memory.total)
+
+
+def candidates(num_stages: int) -> list[int]:
+    """Stages of which one is the fullest: the first, the second, the last.
+
+    Any other has as many layers of each kind as the one two before it, and never more micro-batches in flight.
+    """
+    return sorted({*range(num_stages)[:2], num_stages - 1})
 
 
 def rank_memory(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:
     """On a CPU what is offloaded counts too: it is the same memory."""
-    state = plan.state_bytes_per_rank(config, stage)
-    on_gpu = cluster.kind == "cuda"
-    is_offloaded = on_gpu and config.parallel.offload == "optimizer"
-    optimizer = 0 if is_offloaded else state.optimizer
-    gradients = 0 if is_offloaded and config.parallel.zero > 1 else state.gradients
-    on_device = state.total - (state.host if on_gpu else 0)
-    offload_buffers = on_device - state.weights - gradients - optimizer
-    activations, logits = _activation_bytes(config, stage)
-    moments = _moments(config, stage, activations, logits, on_gpu)
-    libraries = _library_bytes(config) if on_gpu else 0.0
-    buffers = offload_buffers + libraries + max(moments) - activations - logits
-    held = state.weights + gradients + optimizer + activations + logits + buffers
-    if on_gpu:
-        fragmentation = _FRAGMENTATION_SHARE * (activations + logits + buffers)
+    return together(standing(config, cluster, stage), passing(config, stage))
+
+
+def together(stays: Standing, passes: Passing) -> RankMemory:
+    """At the fullest of a step's moments.
+
+    Activations are there in full when the backward pass begins. As it goes on they make room for gradients, until
+    those are so many that they are reduced. In the update they are gone.
+    """
+    beside = passes.activations + passes.logits
+    share = stays.consumed_share
+    remaining = 0.0 if share is None else max(0.0, passes.activations - share * passes.of_microbatch)
+    moments = (beside + stays.begin, remaining + stays.reducing, stays.updating)
+    always = stays.memory
+    buffers = max(moments) - beside
+    if stays.on_gpu:
+        margin = _FRAGMENTATION_SHARE * (always.communication + max(moments))
     else:
-        again = sum(moments) - max(moments) + _gathered_by_threads(config, stage)
-        fragmentation = again + _HEAP_SHARE * (held + again)
+        again = sum(moments) - max(moments) + stays.in_threads
+        margin = again + _HEAP_SHARE * (always.total - always.context + max(moments) + again)
     return RankMemory(
+        weights=always.weights,
+        gradients=always.gradients,
+        optimizer=always.optimizer,
+        activations=passes.activations,
+        logits=passes.logits,
+        communication=always.communication + buffers,
+        context=always.context,
+        fragmentation=margin,
+    )
+
+
+def standing(config: RunConfig, cluster: Cluster, stage: int) -> Standing:
+    """On a rank of the stage."""
+    parallel, on_gpu = config.parallel, cluster.kind == "cuda"
+    state = plan.state_bytes_per_rank(config, stage)
+    is_offloaded = on_gpu and parallel.offload == "optimizer"
+    optimizer = 0 if is_offloaded else state.optimizer
+    gradients = 0 if is_offloaded and parallel.zero > 1 else state.gradients
+    on_device = state.total - (state.host if on_gpu else 0)
+    buffers = on_device - state.weights - gradients - optimizer + (_library_bytes(config) if on_gpu else 0.0)
+    weights = plan.parameters_per_rank(config, stage)
+    reduced = min(_BUCKET_ELEMENTS, weights)
+    bucket = _bucket_bytes(config, weights, on_gpu)
+    always = bucket if parallel.zero == 3 else 0.0
+    while_backward = bucket - always
+    gathered = _gathered_by_gloo(config, weights) if not on_gpu else 0.0
+    memory = RankMemory(
         weights=state.weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=activations,
-        logits=logits,
-        communication=buffers,
+        communication=buffers + always,
         context=_CONTEXT_BYTES[cluster.kind],
-        fragmentation=fragmentation,
     )
+    return Standing(
+        memory=memory,
+        on_gpu=on_gpu,
+        begin=while_backward + _gathered_bytes(config, weights),
+        reducing=while_backward + _reduced_bytes(config, weights, reduced, on_gpu),
+        updating=gathered,
+        consumed_share=reduced / weights if parallel.zero > 1 else None,
+        in_threads=gathered if on_gpu or parallel.zero < 3 else 4 * reduced,
+    )
+
+
+def passing(config: RunConfig, stage: int) -> Passing:
+    """On a rank of the stage."""
+    activations, logits = _activation_bytes(config, stage)
+    return Passing(activations, logits, plan.activation_bytes_per_microbatch(config, stage) - logits)
 
 
 def with_recompute(config: RunConfig, recompute: str) -> RunConfig:
@@ -120,37 +199,18 @@ def _library_bytes(config: RunConfig) -> float:
     return _COMMUNICATOR_BYTES * sum(size > 1 for size in sizes)
 
 
-def _moments(
-    config: RunConfig, stage: int, activations: float, logits: float, on_gpu: bool
-) -> tuple[float, float, float]:
-    """Bytes that come and go, at the three moments of a step of which one is the fullest.
-
-    Activations are there in full when the backward pass begins. As it goes on they make room for gradients of b
-    weights, until those are so many that they are reduced. In the update they are gone.
-    """
-    weights = plan.parameters_per_rank(config, stage)
-    reduced = min(_BUCKET_ELEMENTS, weights)
-    remaining = activations - plan.activation_bytes_per_microbatch(config, stage) * reduced / weights
-    bucket = _bucket_bytes(config, weights, on_gpu)
-    remaining = max(0.0, remaining) if config.parallel.zero > 1 else 0.0
-    return (
-        activations + logits + _gathered_bytes(config, weights) + bucket,
-        remaining + _reduced_bytes(config, weights, reduced, on_gpu) + bucket,
-        _update_bytes(config, weights, on_gpu) + (bucket if config.parallel.zero == 3 else 0.0),
-    )
-
-
 def _bucket_bytes(config: RunConfig, weights: int, on_gpu: bool) -> float:
     """DeepSpeed's bucket, as long as it is there.
 
     Under ZeRO 3 always, in fp32, under the others in a backward pass. A CPU gives it memory as it is written to, which
-    under ZeRO 1 and 2 is once activations go. Under ZeRO 1 in bf16 there is none: gradients are flat already
-    (`trainer.engine.zero`).
+    under ZeRO 1 and 2 is once activations go. Under ZeRO 1 in bf16 there is none, unless the optimizer is
+    offloaded: gradients are flat already (`trainer.engine.zero`).
     """
     zero, e = config.parallel.zero, _element_bytes(config)
     if zero == 3:
         return 4 * (_BUCKET_ELEMENTS if on_gpu else min(_BUCKET_ELEMENTS, weights))
-    return e * _BUCKET_ELEMENTS if on_gpu and not (zero == 1 and e == 2) else 0.0
+    is_flat = zero == 1 and e == 2 and config.parallel.offload != "optimizer"
+    return e * _BUCKET_ELEMENTS if on_gpu and not is_flat else 0.0
 
 
 def _gathered_bytes(config: RunConfig, weights: int) -> float:
@@ -184,19 +244,10 @@ def _reduced_bytes(config: RunConfig, weights: int, reduced: int, on_gpu: bool) 
     return reduced * (4 if on_gpu else 8)
 
 
-def _update_bytes(config: RunConfig, weights: int, on_gpu: bool) -> float:
-    """gloo gathers new weights in a copy."""
+def _gathered_by_gloo(config: RunConfig, weights: int) -> float:
+    """A copy of new weights, as replicas gather them."""
     parallel = config.parallel
-    is_copied = not on_gpu and parallel.zero < 3 and parallel.data * parallel.context > 1
-    return _element_bytes(config) * weights if is_copied else 0.0
-
-
-def _gathered_by_threads(config: RunConfig, stage: int) -> float:
-    """gloo's two threads keep a heap each, and gather new weights in either."""
-    parallel = config.parallel
-    if parallel.zero == 3 or parallel.data * parallel.context == 1:
-        return 0.0
-    return _element_bytes(config) * plan.parameters_per_rank(config, stage)
+    return _element_bytes(config) * weights if parallel.zero < 3 and parallel.data * parallel.context > 1 else 0.0
 
 
 def _element_bytes(config: RunConfig) -> int:

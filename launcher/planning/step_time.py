@@ -4,13 +4,16 @@ Legend as in `trainer.plan`: h hidden size, f feed-forward size, s sequence leng
 c context, p pipeline, v virtual pipeline. T = micro-batch x s / c tokens of a micro-batch on a rank.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Hashable
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from launcher.planning.cluster import Cluster
 from launcher.planning.constants import CONSTANTS, Constants
 from launcher.planning.practice import OURS, Practice
 from launcher.planning.rates import Group, Rates
+from launcher.planning.saving import SaveTimes
+from launcher.planning.shared import Shared
 from trainer import plan
 from trainer.config import RunConfig
 
@@ -36,10 +39,22 @@ class Work:
     context: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        return Work(
+            self.matrix + other.matrix,
+            self.attention + other.attention,
+            self.memory + other.memory,
+            self.tensor + other.tensor,
+            self.context + other.context,
+        )
 
     def times(self, factor: float) -> "Work":
-        return Work(*(factor * getattr(self, each.name) for each in fields(self)))
+        return Work(
+            factor * self.matrix,
+            factor * self.attention,
+            factor * self.memory,
+            factor * self.tensor,
+            factor * self.context,
+        )
 
     @property
     def seconds(self) -> float:
@@ -57,6 +72,9 @@ class Passes:
 
     def __add__(self, other: "Passes") -> "Passes":
         return Passes(self.forward + other.forward, self.backward + other.backward, self.repeated + other.repeated)
+
+    def times(self, factor: float) -> "Passes":
+        return Passes(self.forward.times(factor), self.backward.times(factor), self.repeated.times(factor))
 
     @property
     def seconds(self) -> float:
@@ -86,6 +104,10 @@ class StepTime:
     data: float
     """Gradients and weights between data-parallel replicas, not hidden."""
     optimizer: float
+    input: float = 0.0
+    """Reading the next step's data, beyond what the step itself hides."""
+    checkpoint: float = 0.0
+    """For which saving holds training up, spread over all steps."""
 
     @property
     def seconds(self) -> float:
@@ -100,20 +122,30 @@ class StepModel:
     cluster: Cluster
     practice: Practice = OURS
     constants: Constants = CONSTANTS
+    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+    """With models of other layouts, which differ in `parallel`, micro-batch and recomputation alone."""
 
     @cached_property
     def rates(self) -> Rates:
         return Rates(self.cluster, self.constants, 2 if self.config.train.precision == "bf16" else 4)
 
     def step(self) -> StepTime:
+        """Of the full batch, with what storage adds to it."""
+        step = self.without_storage()
+        if not self.practice.uses_storage:
+            return step
+        step = replace(step, input=max(0.0, self._reading_seconds() - step.seconds))
+        return replace(step, checkpoint=SaveTimes(self.config, self.cluster).seconds_per_step(step.seconds))
+
+    def without_storage(self) -> StepTime:
         """Of the full batch.
 
         1F1B: the slowest stage works on all micro-batches, and waits once for each other stage, a v-th of that when
         interleaved (Narayanan et al. 2021, arXiv:2104.04473, section 2.2).
         """
-        parallel, num, stages = self.config.parallel, self.config.num_microbatches, self.stages
-        slowest = max(stages, key=lambda stage: stage.seconds)
-        bubble = (sum(stage.seconds for stage in stages) - slowest.seconds) / parallel.virtual_pipeline
+        parallel, num = self.config.parallel, self.config.num_microbatches
+        slowest, seconds = self.shared.get(self._slowest, "slowest", *self._computation_key)
+        bubble = (seconds - slowest.seconds) / parallel.virtual_pipeline
         both = (slowest.forward + slowest.backward).times(num)
         return StepTime(
             matrix=both.matrix,
@@ -128,25 +160,69 @@ class StepModel:
             optimizer=self._optimizer_seconds(),
         )
 
+    def _reading_seconds(self) -> float:
+        """A machine reads the sequences of each replica that it has ranks of once, while the step before is done."""
+        model, parallel = self.config.model, self.config.parallel
+        here = min(parallel.num_ranks, self.cluster.devices_per_node)
+        replicas = min(parallel.data, -(-here // (parallel.tensor * parallel.context)))
+        tokens = replicas * self.config.tokens_per_step / parallel.data
+        token_bytes = 2 if model.vocab_size <= 2**16 else 4
+        return tokens * token_bytes / self.cluster.storage_bytes_per_second
+
     # ---------------------------------------------------------------------------------------------------- computation
 
     @cached_property
     def stages(self) -> list[Passes]:
         """One micro-batch on each pipeline stage."""
-        return [self._stage(stage) for stage in range(self.config.parallel.pipeline)]
-
-    def _stage(self, stage: int) -> Passes:
-        parallel = self.config.parallel
-        is_first, is_last = stage == 0, stage == parallel.pipeline - 1
-        counts = self.practice.layers_of_stages
-        layers = range(counts[stage]) if counts else plan.layers_of_stage(self.config, stage)
-        passes = sum((self._kinds_of_layers[layer % 2] for layer in layers), Passes())
-        return passes + (self._embedding() if is_first else Passes()) + (self._output() if is_last else Passes())
+        last = self.config.parallel.pipeline - 1
+        return [self._piece(self._layers(stage), stage == 0, stage == last) for stage in range(last + 1)]
 
     @cached_property
-    def _kinds_of_layers(self) -> tuple[Passes, Passes]:
-        """Dense, and banded where there is a window: every second layer."""
-        return self._layer(0), self._layer(1)
+    def chunks(self) -> list[list[Passes]]:
+        """The same for each chunk of a stage: the first holds the embedding, the very last the output layer."""
+        parallel = self.config.parallel
+        return [
+            [self._chunk(stage, chunk) for chunk in range(parallel.virtual_pipeline)]
+            for stage in range(parallel.pipeline)
+        ]
+
+    def _chunk(self, stage: int, chunk: int) -> Passes:
+        parallel = self.config.parallel
+        is_first = stage == chunk == 0
+        is_last = (stage, chunk) == (parallel.pipeline - 1, parallel.virtual_pipeline - 1)
+        layers = self._layers(stage)
+        share = len(layers) / parallel.virtual_pipeline
+        return self._piece(layers[round(chunk * share) : round((chunk + 1) * share)], is_first, is_last)
+
+    def _slowest(self) -> tuple[Passes, float]:
+        """Of the stages, and the seconds of all of them together."""
+        return max(self.stages, key=lambda stage: stage.seconds), sum(stage.seconds for stage in self.stages)
+
+    def _layers(self, stage: int) -> list[int]:
+        counts = self.practice.layers_of_stages
+        return list(range(counts[stage]) if counts else plan.layers_of_stage(self.config, stage))
+
+    def _piece(self, layers: list[int], is_first: bool, is_last: bool) -> Passes:
+        """Of as many layers of each kind as it has: dense, and banded where there is a window, every second one."""
+        banded = sum(layer % 2 for layer in layers)
+        key = ("piece", *self._piece_key, len(layers), banded, is_first, is_last)
+        return self.shared.get(lambda: self._passes(len(layers) - banded, banded, is_first, is_last), *key)
+
+    def _passes(self, num_dense: int, num_banded: int, is_first: bool, is_last: bool) -> Passes:
+        dense, banded = self.shared.get(lambda: (self._layer(0), self._layer(1)), "layers", *self._piece_key)
+        layers = dense.times(num_dense) + banded.times(num_banded)
+        return layers + (self._embedding() if is_first else Passes()) + (self._output() if is_last else Passes())
+
+    @cached_property
+    def _piece_key(self) -> tuple[Hashable, ...]:
+        """What the time of a layer depends on."""
+        parallel, train = self.config.parallel, self.config.train
+        return parallel.tensor, parallel.sequence, parallel.context, train.micro_batch_size, train.recompute
+
+    @cached_property
+    def _computation_key(self) -> tuple[Hashable, ...]:
+        """What the times of all stages depend on."""
+        return (*self._piece_key, self.config.parallel.pipeline, self.config.parallel.virtual_pipeline)
 
     def _layer(self, layer: int) -> Passes:
         products = self._products()
@@ -272,7 +348,14 @@ class StepModel:
         return sum(self.rates.exchange_seconds(self._tokens * width * size, group) for width in widths)
 
     def _pipeline_seconds(self, num: int) -> float:
-        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for.
+        """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for."""
+        parallel = self.config.parallel
+        steady = 0.0 if self.practice.hides_pipeline else 2 * num * parallel.virtual_pipeline * self.message_seconds
+        return steady + 2 * (parallel.pipeline - 1) * self.message_seconds
+
+    @cached_property
+    def message_seconds(self) -> float:
+        """A micro-batch's activations, or their gradients, from one stage to the next.
 
         Once a run takes more than one machine, the slowest of them go between machines.
         """
@@ -285,8 +368,7 @@ class StepModel:
         message = self.rates.send_seconds(whole / (parallel.tensor if is_split else 1), crosses)
         if is_split and not parallel.sequence:
             message += self.rates.gather_seconds(whole, self._tensor_group)
-        steady = 0.0 if self.practice.hides_pipeline else 2 * num * parallel.virtual_pipeline * message
-        return steady + 2 * (parallel.pipeline - 1) * message
+        return message
 
     def _data_seconds(self, slowest: Passes, num: int) -> float:
         """Adding up gradients, and weights to and from the ranks that own them.
@@ -299,7 +381,7 @@ class StepModel:
         group = Group.of(parallel.context * parallel.data, parallel.tensor, self.cluster)
         if group.size == 1:
             return 0.0
-        weights = max(plan.parameters_per_rank(self.config, stage) for stage in (0, parallel.pipeline - 1))
+        weights = self._most_weights
         scatter = self.rates.gather_seconds(self.practice.reduced_bytes * weights, group)
         gather = self.rates.gather_seconds(e * weights, group)
         if not self.practice.shards_optimizer:
@@ -316,12 +398,22 @@ class StepModel:
     def _optimizer_seconds(self) -> float:
         """Offloaded, gradients go to the machine (4 bytes) and weights come back (e)."""
         parallel = self.config.parallel
-        weights = max(plan.parameters_per_rank(self.config, stage) for stage in (0, parallel.pipeline - 1))
         share = parallel.data * parallel.context if self.practice.shards_optimizer else 1
-        mine = weights / share
+        mine = self._most_weights / share
         if parallel.offload == "optimizer":
             return self.rates.offloaded_seconds(_OPTIMIZER_BYTES * mine, (4 + self.rates.element_bytes) * mine)
         return self.rates.moving_seconds(_OPTIMIZER_BYTES * mine, 10)
+
+    @cached_property
+    def _most_weights(self) -> int:
+        """Of a rank of any stage: the first or the last has a matrix of the vocabulary besides its layers."""
+        config, last = self.config, self.config.parallel.pipeline - 1
+        return self.shared.get(
+            lambda: max(plan.parameters_per_rank(config, stage) for stage in (0, last)),
+            "weights",
+            config.parallel.tensor,
+            config.parallel.pipeline,
+        )
 
     def _exposed(self, communication: float, beside: float) -> float:
         """What of it takes time although it may run beside so much computation."""

@@ -14,7 +14,7 @@ _MEMORY_LIMITS = (
 
 
 def cpu_cluster(ranks: int, threads_per_rank: int | None = None) -> Cluster:
-    """As many devices as `ranks`, which share its cores and memory evenly; how fast a core is says `cpu.yaml`."""
+    """As many devices as `ranks`, which share the machine's cores and memory evenly; `cpu.yaml` has a core's speed."""
     return shared_by(ranks, num_cores(), memory_bytes(), threads_per_rank)
 
 

@@ -160,7 +160,7 @@ def _row(system: System, cells: dict[str, Any]) -> Row:
         name in system.fitted,
         config_file.from_tree(tree),
         cluster,
-        system.practice,
+        system.practice.model_copy(update={"uses_storage": False}),
     )
 
 

@@ -9,6 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from launcher.report import foresight
 from launcher.report.display import Display, printable
 from launcher.verbs.runs import Status
 
@@ -28,6 +29,8 @@ def lines_of(status: Status) -> Iterator[str]:
     if status.step_seconds is not None and status.tokens_per_second is not None:
         use = f", MFU {status.mfu:.1%}" if status.mfu is not None else ""
         yield f"speed       {status.step_seconds:.3g} s a step, {status.tokens_per_second:,.0f} tokens/s{use}"
+    if status.plan is not None:
+        yield f"plan        {foresight.line(status.plan)}"
     if status.rank_seconds is not None:
         found = status.rank_seconds
         yield (

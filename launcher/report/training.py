@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rich.table import Table
 
+from launcher.history import foresight as planned_and_measured
 from launcher.history.history import RunHistory
+from launcher.report import foresight
 from trainer.config import RunConfig
 from trainer.events import Event
 from trainer.plan import model_flops_per_token, num_parameters
@@ -84,6 +86,7 @@ def summary(config: RunConfig, run_dir: RunDir, history: RunHistory) -> Table:
         f"{perplexity(after['uniform_loss'])}, unigram {perplexity(after['unigram_loss'])})",
         **_heldout_rows(before, after),
         "speed": f"{rate:,.0f} tokens/s, {rate * model_flops_per_token(config.model) / 1e9:,.1f} model GFLOP/s",
+        **({"plan": foresight.line(found)} if (found := planned_and_measured.of(history)) else {}),
         "saves": str(history.saves),
         "time": ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in history.stage_seconds.items()),
     }

@@ -25,6 +25,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from launcher.job.failures import JobFailed
+from launcher.planning.cluster import with_its_facts
 from launcher.submit.attempts import Attempt, check_end, id_of, newest
 from launcher.submit.package import CONFIG_NAME, check_paths, write_package
 from trainer.config import RunConfig, UserError
@@ -61,17 +62,19 @@ class Submitted:
         return f"submitted as {self.attempt.id}{again}, to {self.cluster.url}"
 
 
-def submit(config: RunConfig, run_dir: Path, to: str, *, python: str = "python") -> Submitted:
+def submit(config: RunConfig, run_dir: Path, to: str, *, python: str = "python", force: bool = False) -> Submitted:
     """Have a cluster do the whole run, or go on with it.
 
     Args:
         run_dir: absolute, on a file system that all machines of the cluster share, the head too.
         to: `ray://HOST:PORT`, or `http://HOST:PORT` of the dashboard.
         python: interpreter on the cluster's head; a name alone is looked for on the PATH of its `ray start`.
+        force: whether to go on where memory will not be enough.
 
     Raises:
         UserError: there is no such cluster, it does not let us in, or the run is at work there.
     """
+    config = with_its_facts(config)
     check_paths(config, run_dir)
     cluster = Cluster.connect(to)
     with cluster.answering():
@@ -80,10 +83,11 @@ def submit(config: RunConfig, run_dir: Path, to: str, *, python: str = "python")
             raise _is_at_work(cluster, last)
         if last is not None and last.job.status == JobStatus.SUCCEEDED:
             return Submitted(cluster, last, had_succeeded=True)
-        return _start(cluster, config, run_dir, last.number + 1 if last is not None else 1, python)
+        number = last.number + 1 if last is not None else 1
+        return _start(cluster, config, run_dir, number, _entrypoint(python, run_dir, force))
 
 
-def _start(cluster: "Cluster", config: RunConfig, run_dir: Path, number: int, python: str) -> Submitted:
+def _start(cluster: "Cluster", config: RunConfig, run_dir: Path, number: int, entrypoint: str) -> Submitted:
     """Make the run's n-th attempt.
 
     Raises:
@@ -94,7 +98,7 @@ def _start(cluster: "Cluster", config: RunConfig, run_dir: Path, number: int, py
         write_package(config, Path(folder))
         try:
             cluster.client.submit_job(
-                entrypoint=_entrypoint(python, run_dir),
+                entrypoint=entrypoint,
                 submission_id=job_id,
                 runtime_env={"working_dir": folder, "env_vars": _stop_env(config)},
                 metadata={"run": config.name, "run_dir": str(run_dir)},
@@ -209,9 +213,9 @@ def stop(config: RunConfig, run_dir: Path, to: str) -> str:
         return last.id
 
 
-def _entrypoint(python: str, run_dir: Path) -> str:
+def _entrypoint(python: str, run_dir: Path, force: bool) -> str:
     """A shell's command line. `exec`, so that signals and the exit code are those of the run."""
-    arguments = ["run", CONFIG_NAME, "--run-dir", str(run_dir), "--ray", "auto"]
+    arguments = ["run", CONFIG_NAME, "--run-dir", str(run_dir), "--ray", "auto", *(["--force"] if force else [])]
     return f"exec {shlex.join([python, '-c', _PROGRAM, *arguments])}"
 
 

@@ -14,6 +14,7 @@ from launcher.node.agent import NodeEnd
 from launcher.sizing import sizes
 from launcher.supervise import hang, machine, rank_times
 from launcher.supervise.budget import Failure
+from launcher.supervise.foresight import Foresight
 from launcher.supervise.looks import Looks
 from launcher.supervise.machine import (
     AskRanks,
@@ -72,6 +73,7 @@ class Supervisor:
         """When it was last recorded how long ranks work, and what they had said then."""
         self._cause: Exception | None = None
         """What ended the last life that failed."""
+        self._foresight = Foresight(log.write, read_events(run_dir.events_path), on_gpus=fleet.where.gpus_per_node > 0)
         self._events = EventReader(run_dir.events_path)
         self._events.skip_to_end()
 
@@ -144,6 +146,7 @@ class Supervisor:
         if self._preemption.is_late() and self._life is not None:
             yield from self._too_late(self._life)
         if self._life is not None:
+            self._check_plan(self._life)
             yield from self._watched(self._life)
         yield Tick()
 
@@ -163,10 +166,12 @@ class Supervisor:
         for event in self._events.new_events():
             if event["kind"] == "training_started":
                 self._step = event["step"]
+                self._foresight.began(self._configs[len(self._state.life)], event.get("device") or "")
                 yield Started(event["step"])
             elif event["kind"] in ("step", "step_skipped"):
                 self._step = event["step"]
                 if event["kind"] == "step":
+                    self._foresight.step_done(event)
                     self._watch.step_took(event["seconds"], time.monotonic())
 
     def _notices(self) -> Iterator[Event]:
@@ -191,6 +196,11 @@ class Supervisor:
         else:
             yield Failed(Failure("machine", f"{self._state.why}: {text}", "", self._step))
 
+    def _check_plan(self, life: Life) -> None:
+        if self._foresight.is_due:
+            self._foresight.saw(life.beats())
+            self._foresight.check()
+
     # ---------------------------------------------------------------------------------------------------- signs of life
 
     def _watched(self, life: Life) -> Iterator[Event]:
@@ -200,6 +210,7 @@ class Supervisor:
         if (beats := self._looks.look(now)) is None:
             return
         self._tell_times(beats, now)
+        self._foresight.saw(beats)
         for slow in self._watch.saw(beats, now):
             node = self._node_of(slow.rank)
             self._log.write("straggler", rank=slow.rank, node=node, phase=slow.phase, ratio=round(slow.ratio, 3))
@@ -242,6 +253,7 @@ class Supervisor:
         if any(end.went_wrong for end in ends.values()):
             yield from self._failed(ends)
             return
+        self._foresight.check()
         events = read_events(self._run_dir.events_path)
         last = next(event for event in reversed(events) if event["kind"] in ("training_started", "preempted"))
         if last["kind"] == "training_started":

@@ -7,8 +7,8 @@ from data_pipeline.pipeline import TOKENIZER_FOLDER, check_same_tokenizer, find_
 from data_pipeline.settings import Settings
 from data_pipeline.tokenization import Tokenizer
 from launcher.evaluation.finding import check_tasks
+from launcher.fitting import OnShortage, check_memory, refuse
 from launcher.job.ranks import check_embedded, this_machine
-from launcher.placement import check_memory
 from trainer.checkpoint.format import compatibility, store
 from trainer.checkpoint.format.manifest import read_manifest
 from trainer.checkpoint.remote.copies import Remote
@@ -19,8 +19,19 @@ from trainer.progress import Advance, unheard
 from trainer.run_dir import RunDir
 
 
-def check_run(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False, advance: Advance = unheard) -> None:
-    """Everything that a whole run needs; `advance` hears of prepared data that is read, in bytes.
+def check_run(
+    config: RunConfig,
+    run_dir: RunDir,
+    *,
+    on_cluster: bool = False,
+    advance: Advance = unheard,
+    on_shortage: OnShortage = refuse,
+) -> None:
+    """Everything that a whole run needs.
+
+    Args:
+        advance: hears of prepared data that is read, in bytes.
+        on_shortage: hears why the run does not fit this machine, if it does not.
 
     Raises:
         UserError: says what and how to mend it.
@@ -28,7 +39,7 @@ def check_run(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False, a
     from trainer.checkpoint.huggingface import export
 
     export.check_exportable(config)
-    check_start(config, run_dir, on_cluster=on_cluster)
+    check_start(config, run_dir, on_cluster=on_cluster, on_shortage=on_shortage)
     if config.data.prepared:
         check_prepared(config, run_dir, advance)
     else:
@@ -38,25 +49,34 @@ def check_run(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False, a
         check_prompt(config, run_dir)
 
 
-def check_train(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False, advance: Advance = unheard) -> None:
-    """What training alone needs; `advance` as in `check_run`.
+def check_train(
+    config: RunConfig,
+    run_dir: RunDir,
+    *,
+    on_cluster: bool = False,
+    advance: Advance = unheard,
+    on_shortage: OnShortage = refuse,
+) -> None:
+    """What training alone needs; arguments as of `check_run`.
 
     Raises:
         UserError: says what and how to mend it.
     """
-    check_start(config, run_dir, on_cluster=on_cluster)
+    check_start(config, run_dir, on_cluster=on_cluster, on_shortage=on_shortage)
     check_prepared(config, run_dir, advance)
     check_start_from(config, run_dir)
 
 
-def check_start(config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False) -> None:
+def check_start(
+    config: RunConfig, run_dir: RunDir, *, on_cluster: bool = False, on_shortage: OnShortage = refuse
+) -> None:
     """Raises:
     UserError: this machine cannot hold the layout, the folder belongs to another run, a task is wrong, or checkpoints
         cannot be uploaded to where they should be.
     """
     if not on_cluster:  # `launcher.verbs.stages.claim` asks the cluster
         check_embedded(config)
-        check_memory(config, [this_machine(config)])
+        check_memory(config, [this_machine(config)], on_shortage)
     run_dir.check(config)
     check_tasks(config.evaluation.tasks, config.checkpoint.best_by)
     if config.checkpoint.upload_to:

@@ -24,6 +24,7 @@ from trainer.checkpoint.format import store
 from trainer.checkpoint.format.manifest import Manifest
 from trainer.checkpoint.format.results import RESULTS_PATTERN, read_evaluation, read_results, write_results
 from trainer.config import RunConfig, UserError
+from trainer.events import read_events, void_checkpoints
 from trainer.inference.requests import Answer, Request, read_answers, write_requests
 from trainer.progress import ProgressFile, Update, counting, unheard
 from trainer.run_dir import RunDir
@@ -129,8 +130,8 @@ def save(evaluation: Evaluation) -> Path:
 
 
 def results_of(path: Path) -> tuple[list[EvaluationResults], list[str]]:
-    """What was found of a run's checkpoints, by steps, as far as it answers the same questions as the newest; and why
-    others are left out.
+    """What was found of a run's checkpoints, by steps, as far as it is of the history that counts and answers the same
+    questions as the newest; and why others are left out.
 
     Raises:
         UserError: nothing was found of any, or a file holds something else.
@@ -141,12 +142,30 @@ def results_of(path: Path) -> tuple[list[EvaluationResults], list[str]]:
         raise UserError(
             f"{path} has no results of evaluations; set evaluation.tasks for its run, or `broadgauge eval --save`"
         )
-    read = [EvaluationResults.of(tree, file) for file, tree in found]
+    gone = {store.folder_name(step) for step in void_checkpoints(read_events(RunDir(folder.parent).events_path))}
+    void = [f"{name} is left out: the run went back before it" for file, _ in found if (name := _of(file)) in gone]
+    read = [EvaluationResults.of(tree, file) for file, tree in found if _of(file) not in gone]
+    if not read:
+        raise UserError(f"{path} has results only of steps that the run has gone back before; let it go on")
     newest = max(read, key=lambda each: each.step or 0)
-    alike = [each for each in read if each.battery_fingerprint == newest.battery_fingerprint]
-    others = [each for each in read if each.battery_fingerprint != newest.battery_fingerprint]
-    reasons = [f"{each.checkpoint} is left out: it was asked other things than {newest.checkpoint}" for each in others]
-    return sorted(alike, key=lambda each: each.step or 0), reasons
+    reasons = {each.checkpoint: _unlike(each, newest) for each in read}
+    alike = [each for each in read if reasons[each.checkpoint] is None]
+    left_out = [f"{name} is left out: {reason}" for name, reason in reasons.items() if reason is not None]
+    return sorted(alike, key=lambda each: each.step or 0), void + left_out
+
+
+def _of(results: Path) -> str:
+    """The name of their checkpoint."""
+    return results.name.partition(".")[0]
+
+
+def _unlike(one: EvaluationResults, newest: EvaluationResults) -> str | None:
+    """Why it cannot be compared."""
+    if one.battery_fingerprint != newest.battery_fingerprint:
+        return f"it was asked other things than {newest.checkpoint}"
+    if one.precision != newest.precision:
+        return f"it was judged in {one.precision or 'a precision that is not known'}, not in {newest.precision}"
+    return None
 
 
 # -------------------------------------------------------------------------------------------------- what is evaluated

@@ -1,10 +1,12 @@
 """Judging the checkpoints of a run while it trains: what is needed for it, started and ended."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from launcher.evaluation.judge import judge_of
+from launcher.evaluation.own_ranks import OwnRanksService
 from launcher.evaluation.service import EvaluationService
+from launcher.evaluation.training_ranks import TrainingRanksService
 from launcher.history.history import RunHistory
 from launcher.job.ranks import Ranks, ready_ranks
 from launcher.sizing import service_config
@@ -45,16 +47,20 @@ def service(
         yield None
         return
     judge = judge_of(config, run_dir.data_for(config))
-    with ExitStack() as resources:
-        fleet = None
-        if config.evaluation.has_service:
-            ranks()  # Ray is there now, and they have their places
-            own, prepared = RunDir(run_dir.evaluation), str(run_dir.data_for(config).resolve())
-            own.logs.mkdir(parents=True, exist_ok=True)
-            laid_out = service_config(config)
-            laid_out = laid_out.model_copy(update={"data": laid_out.data.model_copy(update={"prepared": prepared})})
-            fleet = resources.enter_context(ready_ranks(laid_out, own, on_cluster=True)).fleet
-        yield resources.enter_context(EvaluationService(run_dir, judge, config.evaluation.when_behind, record, fleet))
+    if not config.evaluation.has_service:
+        with TrainingRanksService(run_dir, judge, record) as found:
+            yield found
+        return
+    ranks()  # Ray is there now, and they have their places
+    own, prepared = RunDir(run_dir.evaluation), str(run_dir.data_for(config).resolve())
+    own.logs.mkdir(parents=True, exist_ok=True)
+    laid_out = service_config(config)
+    laid_out = laid_out.model_copy(update={"data": laid_out.data.model_copy(update={"prepared": prepared})})
+    with (
+        ready_ranks(laid_out, own, on_cluster=True) as its_own,
+        OwnRanksService(run_dir, judge, record, its_own.fleet, config.evaluation.when_behind) as found,
+    ):
+        yield found
 
 
 def summary(run_dir: RunDir) -> str:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.history.foresight import Comparison
 from launcher.history.history import RunHistory
 from launcher.history.values import Facts, mfu
 from launcher.history.view import view_of
 from launcher.report.display import Display
-from launcher.verbs import checks, stages
+from launcher.verbs import stages
 from trainer.config import UserError
 from trainer.events import KINDS, Event, EventReader, read_events
 from trainer.metrics import STATISTICS
@@ -50,6 +51,8 @@ class Status:
     """Until the last step, at the pace of the last ones."""
     tokens_per_second: float | None
     mfu: float | None
+    plan: Comparison | None
+    """Step time, speed, MFU and memory, planned and measured, if a plan was made."""
     heldout_loss: float | None
     rank_seconds: dict[str, float] | None
     """In which ranks work in a step: min, mean, max, and the number of the slowest."""
@@ -110,6 +113,7 @@ class Observer:
             remaining_seconds=seen["remaining_seconds"],
             tokens_per_second=rate,
             mfu=mfu(history, facts, rate) if rate is not None else None,
+            plan=seen["plan"],
             heldout_loss=evaluation["loss"] if evaluation else None,
             rank_seconds={name: ranks[name] for name in (*STATISTICS, "slowest")} if ranks else None,
             saves=str(history.saves),
@@ -203,17 +207,15 @@ def stop(path: Path, timeout_seconds: float | None) -> str:
     return now.state + (f": {now.detail}" if now.detail else "")
 
 
-def resume(path: Path, display: Display, ray: str | None) -> None:
+def resume(path: Path, display: Display, ray: str | None, *, force: bool = False) -> None:
     """Go on with what the last command did: the whole run, or its training."""
     run_dir = open_run(path)
     config = run_dir.config()
     is_whole = any(event["kind"] == "run_started" for event in read_events(run_dir.events_path))
     if is_whole or not config.data.prepared:
-        stages.run(config, run_dir, display, ray)
+        stages.run(config, run_dir, display, ray, force=force)
         return
-    checks.check_train(config, run_dir, on_cluster=ray is not None)
-    with stages.claim(config, run_dir, display, ray) as claimed:
-        stages.train(claimed)
+    stages.train_alone(config, run_dir, display, ray, force=force)
 
 
 # ---------------------------------------------------------------------------------------------------------------- logs

@@ -15,6 +15,8 @@ from typing import Any
 from data_pipeline.manifest import DatasetManifest, Manifest
 from data_pipeline.pipeline import TOKENIZER_FOLDER, prepare
 from data_pipeline.tasks import Workers
+from launcher.fitting import OnShortage, check_memory, refuse
+from launcher.history.foresight import compared
 from launcher.history.history import RunHistory
 from launcher.job import cluster
 from launcher.job.failures import JobFailed, NodeFailed, RankFailed
@@ -24,8 +26,9 @@ from launcher.job.ray_workers import WORKER_ENV, RayWorkers
 from launcher.job.recovery import fetch_newer
 from launcher.monitor.monitor import Monitor
 from launcher.monitor.sinks import sink
-from launcher.placement import check_beside, check_memory
+from launcher.placement import check_beside
 from launcher.report import data as data_report
+from launcher.report import foresight
 from launcher.report import training as report
 from launcher.report.display import Display, StageBar
 from launcher.sizing import service_config
@@ -101,11 +104,14 @@ class ClaimedRun:
 
 
 @contextmanager
-def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = None) -> Iterator[ClaimedRun]:
+def claim(
+    config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = None, on_shortage: OnShortage = refuse
+) -> Iterator[ClaimedRun]:
     """Claim the run's folder for this process; what it started is stopped when it ends.
 
     Args:
         ray: address of the cluster on which the run's ranks are to live; without one, on this machine.
+        on_shortage: hears why the run does not fit that cluster, if it does not.
 
     Raises:
         UserError: the folder belongs to another run, another process works in it, or the cluster is not there or too
@@ -117,7 +123,7 @@ def claim(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None 
     with run_dir.locked(), listening(preemption), ExitStack() as resources:
         if ray is not None:
             resources.enter_context(cluster.connected(ray, WORKER_ENV))
-            check_memory(config, cluster.machines())
+            check_memory(config, cluster.machines(), on_shortage)
             if config.evaluation.has_service:
                 check_beside(config, service_config(config), cluster.machines())
         run_dir.create(config)
@@ -151,12 +157,14 @@ def _log_of(error: Exception) -> str | None:
 # ----------------------------------------------------------------------------------------------------------- whole run
 
 
-def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = None) -> None:
-    """Raw text to a trained, evaluated, exported, sampled model; `ray` as for `claim`."""
-    with display.stage("check") as bar:
-        heard = counting(bar.update, "check: prepared data", "bytes")
-        checks.check_run(config, run_dir, on_cluster=ray is not None, advance=heard)
-    with claim(config, run_dir, display, ray) as claimed:
+def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = None, *, force: bool = False) -> None:
+    """Raw text to a trained, evaluated, exported, sampled model.
+
+    Args:
+        ray: as for `claim`.
+        force: whether to go on where memory will not be enough.
+    """
+    with _checked(checks.check_run, config, run_dir, display, ray, force=force) as claimed:
         if is_finished(run_dir):
             if config.evaluation.has_service and judging.is_behind(config, run_dir) and is_trained(config, run_dir):
                 started = time.monotonic()
@@ -175,6 +183,27 @@ def run(config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = 
         generate_sample(claimed)
         claimed.log.write("run_finished", seconds=round(time.monotonic() - started, 3))
         display.show(report.summary(config, run_dir, RunHistory.read(run_dir.events_path)))
+
+
+def train_alone(
+    config: RunConfig, run_dir: RunDir, display: Display, ray: str | None = None, *, force: bool = False
+) -> None:
+    """Training on data that was prepared before; arguments as of `run`."""
+    with _checked(checks.check_train, config, run_dir, display, ray, force=force) as claimed:
+        train(claimed)
+
+
+@contextmanager
+def _checked(
+    check: Callable[..., None], config: RunConfig, run_dir: RunDir, display: Display, ray: str | None, *, force: bool
+) -> Iterator[ClaimedRun]:
+    """Claim the run, once all is seen to be there that it needs."""
+    on_shortage = display.warn if force else refuse
+    with display.stage("check") as bar:
+        heard = counting(bar.update, "check: prepared data", "bytes")
+        check(config, run_dir, on_cluster=ray is not None, advance=heard, on_shortage=on_shortage)
+    with claim(config, run_dir, display, ray, on_shortage) as claimed:
+        yield claimed
 
 
 def is_finished(run_dir: RunDir) -> bool:
@@ -260,6 +289,19 @@ def _warn(claimed: ClaimedRun, events: Iterable[Event]) -> None:
             claimed.display.warn(WARNINGS[event["kind"]].format_map(event))
 
 
+def _tell_of_plan(claimed: ClaimedRun, event: Event) -> None:
+    if event["kind"] == "unplanned":
+        claimed.display.line(f"plan      none: {event['reason']}")
+    elif event["kind"] == "plan_checked":
+        claimed.display.line(f"plan      {foresight.short_line(compared(event))}")
+        if event["slow"]:
+            claimed.display.warn(
+                f"steps take {event['step_seconds'] / event['planned_step_seconds']:.1f} times as long as planned; "
+                f"`broadgauge profile {claimed.run_dir.path} --steps A:B` shows what ranks do meanwhile, `broadgauge "
+                "doctor CONFIG` whether machines and network are well"
+            )
+
+
 def _train_to_the_end(claimed: ClaimedRun, events: EventReader) -> None:
     config, run_dir = claimed.config, claimed.run_dir
     schedule = Schedule(config)
@@ -278,6 +320,7 @@ def _train_to_the_end(claimed: ClaimedRun, events: EventReader) -> None:
                 elif event["kind"] == "evaluated":
                     bar.update(f"train: held-out loss {event['loss']:.3f}", event["step"], schedule.num_steps, "steps")
                 else:
+                    _tell_of_plan(claimed, event)
                     _warn(claimed, [event])
 
         bar.update("train: starting ranks", 0, schedule.num_steps, "steps")

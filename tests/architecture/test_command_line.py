@@ -7,12 +7,12 @@ import typer
 from launcher.cli.main import app, first_of_all, spread_settings
 
 SURFACE = {
-    "run": ["CONFIG", "--run-dir", "--ray", "--set"],
+    "run": ["CONFIG", "--run-dir", "--ray", "--force", "--set"],
     "prepare corpus": ["CONFIG", "--out", "--run-dir", "--workers", "--ray", "--set"],
     "prepare inspect": ["DIR", "--dataset", "--heldout", "--dropped", "--first", "--count"],
     "prepare train-classifier": ["--positive", "--negative", "--out", "--text-field", "--seed"],
-    "train": ["CONFIG", "--run-dir", "--ray", "--set"],
-    "plan": ["CONFIG", "--cluster", "--validate", "--json", "--set"],
+    "train": ["CONFIG", "--run-dir", "--ray", "--force", "--set"],
+    "plan": ["CONFIG", "--cluster", "--validate", "--search", "--devices", "--top", "--plot", "--json", "--set"],
     "doctor": ["CONFIG", "--run-dir", "--ray", "--json", "--set"],
     "status": ["RUN", "--watch", "--json"],
     "events": ["RUN", "--since", "--kind", "--json"],
@@ -20,7 +20,7 @@ SURFACE = {
     "report": ["RUN", "--out", "--compare"],
     "profile": ["RUN", "--steps", "--rank"],
     "stop": ["RUN", "--timeout"],
-    "resume": ["RUN", "--ray"],
+    "resume": ["RUN", "--ray", "--force"],
     "eval": [
         *("PATH", "--tasks", "--max-examples", "--contamination", "--harness", "--harness-folder"),
         *("--heldout", "--precision", "--out", "--save", "--data", "--set"),
@@ -40,7 +40,7 @@ SURFACE = {
     "checkpoint diff": ["A", "B", "--weights-only", "--json"],
     "submit": [
         *("CONFIG", "--to", "--run-dir", "--follow", "--context", "--namespace", "--queue", "--image", "--overlay"),
-        *("--python", "--dry-run", "--delete", "--set"),
+        *("--python", "--dry-run", "--delete", "--force", "--set"),
     ],
     "config show": ["CONFIG", "--set"],
     "config schema": [],

@@ -33,7 +33,7 @@ def test_every_setting_is_documented() -> None:
     assert not undocumented
 
 
-@pytest.mark.parametrize("page", ["configuration", "events", "layouts", "metrics"])
+@pytest.mark.parametrize("page", ["configuration", "costs", "events", "layouts", "metrics"])
 def test_generated_page_is_up_to_date(page: str) -> None:
     spec = importlib.util.spec_from_file_location(page, ROOT / "docs" / f"{page}.py")
     assert spec is not None and spec.loader is not None

@@ -28,8 +28,10 @@ def test_planning_a_run_imports_nothing_heavy() -> None:
     """Arithmetic for a laptop: a plan is there in a fraction of a second."""
     code = (
         "import sys\n"
+        "from pathlib import Path\n"
         "from launcher.cli.main import main\n"
-        "for words in (['plan', 'configs/quickstart.yaml'], ['plan', '--validate']):\n"
+        "runs = [str(path) for path in Path('configs').glob('*.yaml')]\n"
+        "for words in (*(['plan', run] for run in runs), ['plan', '--validate']):\n"
         "    try:\n"
         "        main(words)\n"
         "    except SystemExit as end:\n"

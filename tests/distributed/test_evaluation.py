@@ -58,6 +58,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "CP2 x TP2 SP": {"context": 2, "tensor": 2, "sequence": True},
     "CP2 x PP2 interleaved": {"context": 2, "pipeline": 2, "virtual_pipeline": 2},
 }
+# Of which larger ones hold every part.
+SLOW = {"PP2 interleaved", "CP4", "CP2 x TP2"}
 
 
 def config_of(layout: str, precision: str = "fp32", max_sequences: int | None = None) -> RunConfig:
@@ -202,7 +204,9 @@ def evaluate_all_ways(checkpoint: Path, data: Path, tokens: Tensor) -> Callable[
     return rank
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(each, marks=pytest.mark.slow) if each in SLOW else each for each in LAYOUTS]
+)
 def test_every_layout_evaluates_as_the_plain_model_does(
     layout: str, checkpoint: Path, data: Path, reference: ReferenceGPT
 ) -> None:

@@ -78,13 +78,9 @@ def trace(engine: Engine, between: Sequence[Callable[[Engine], None]]) -> list[A
     ("layout", "precision"),
     [
         ("DP2 ZeRO-1", "fp32"),
-        ("DP2 ZeRO-3", "fp32"),
-        *((layout, "bf16") for layout in LAYOUTS),
-        *(
-            pytest.param(layout, "fp32", marks=pytest.mark.slow)
-            for layout in LAYOUTS
-            if layout not in ("DP2 ZeRO-1", "DP2 ZeRO-3")
-        ),
+        *((layout, "bf16") for layout in LAYOUTS if layout != "DP2 ZeRO-2"),
+        pytest.param("DP2 ZeRO-2", "bf16", marks=pytest.mark.slow),  # with offload, and in a pipeline, it is fast
+        *(pytest.param(layout, "fp32", marks=pytest.mark.slow) for layout in LAYOUTS if layout != "DP2 ZeRO-1"),
     ],
 )
 def test_a_dropped_step_leaves_no_trace(layout: str, precision: str) -> None:

@@ -174,6 +174,7 @@ def webhook(tmp_path: Path) -> Iterator["queue.Queue[dict[str, Any]]"]:
                 f"--config.file={prometheus_config(tmp_path, port, alertmanager_port)}",
                 f"--storage.tsdb.path={tmp_path / 'prometheus'}",
                 f"--web.listen-address=127.0.0.1:{prometheus_port}",
+                "--scrape.discovery-reload-interval=100ms",
                 ready=f"http://127.0.0.1:{prometheus_port}/-/ready",
             )
         )

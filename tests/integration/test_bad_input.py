@@ -46,6 +46,12 @@ SETTINGS = {
     "resume_from": (["checkpoint.resume_from=nowhere"], ["nowhere is no checkpoint"]),
     "prepared": (["data.prepared=nowhere"], ["nowhere holds no prepared data"]),
     "nodes": (["launch.nodes=2"], ["launch.nodes"]),
+    "cluster": (["launch.cluster=h10"], ["no cluster h10 comes along", "did you mean h100?"]),
+    "cluster file": (["launch.cluster=nowhere.yaml"], ["cannot read the cluster nowhere.yaml"]),
+    "memory": (
+        ["model.hidden_size=16384", "model.num_layers=96", "model.num_heads=128"],
+        ["4 rank(s) take", "optimizer ", "(snapshots", "GiB; try train.recompute=selective", "--search", "--force"],
+    ),
     "task": (["evaluation.tasks=copyin"], ["there is no task 'copyin'", "did you mean copying?"]),
     "score": (
         ["evaluation.tasks=copying", "checkpoint.best_by=copying/0-shot/f2"],
@@ -115,6 +121,21 @@ def test_folder_that_is_no_run(config_file: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "holds no config.yaml" in refused(capsys, "run", config_file, "--run-dir", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_that_is_forced_is_warned_of_its_memory_and_goes_on(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As far as to the next thing that is wrong."""
+    large = ("model.hidden_size=16384", "model.num_layers=96", "model.num_heads=128")
+    settings = (*large, "data.prepared=nowhere")
+    for verb in ("run", "train"):
+        with pytest.raises(SystemExit) as end:
+            main([verb, str(config_file), "--run-dir", str(tmp_path / "run"), "--force", "--set", *settings])
+        said = capsys.readouterr()
+        assert end.value.code == 2 and "nowhere holds no prepared data" in said.err
+        assert "warning: 4 rank(s) take" in said.out
+    assert not (tmp_path / "run").exists()
 
 
 CHECKPOINTS = {

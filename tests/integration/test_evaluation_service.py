@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
+from launcher.cli.main import main
 from made_tasks import write_task
 from small_run import NUM_STEPS, broadgauge, write_config
 from trainer.checkpoint.format import store
@@ -53,7 +54,18 @@ def write_judged(folder: Path, tasks: list[str], **evaluation: Any) -> Path:
     )
 
 
-def test_every_checkpoint_is_judged_beside_training_as_its_export_is_by_hand(tmp_path: Path) -> None:
+def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
+    """By a command in this process, which has imported what it needs."""
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, arguments)))
+    printed = capsys.readouterr()
+    assert end.value.code == 0, printed.err
+    return orjson.loads(printed.out)
+
+
+def test_every_checkpoint_is_judged_beside_training_as_its_export_is_by_hand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config, run_dir = write_judged(tmp_path, write_tasks(tmp_path / "tasks")), tmp_path / "run"
     outcome = broadgauge("run", config, "--run-dir", run_dir)
     assert outcome.returncode == 0, outcome.stderr
@@ -71,15 +83,12 @@ def test_every_checkpoint_is_judged_beside_training_as_its_export_is_by_hand(tmp
     results = read_results(last, read_manifest(last))
     assert results is not None and results["scores"] == judged[-1]["scores"]
 
-    listed = broadgauge("results", run_dir, "--json", "--plot", tmp_path / "scores.png")
-    assert listed.returncode == 0, listed.stderr
-    assert [each["step"] for each in orjson.loads(listed.stdout)] == [8, 16, 24]  # removed ones too
+    listed = told(capsys, "results", run_dir, "--json", "--plot", tmp_path / "scores.png")
+    assert [each["step"] for each in listed] == [8, 16, 24]  # removed ones too
     assert (tmp_path / "scores.png").stat().st_size > 1000
 
     tasks = [option for name in ("choosing", "going_on") for option in ("--tasks", tmp_path / "tasks" / f"{name}.yaml")]
-    by_hand = broadgauge("eval", run_dir / "export", *tasks)
-    assert by_hand.returncode == 0, by_hand.stderr
-    found, measured = orjson.loads(by_hand.stdout), results["evaluation"]
+    found, measured = told(capsys, "eval", run_dir / "export", *tasks), results["evaluation"]
     assert found["battery_fingerprint"] == measured["battery_fingerprint"]
     assert found["loss"] == pytest.approx(measured["heldout"]["loss"], abs=1e-4)
     assert found["bits_per_byte"] == pytest.approx(measured["heldout"]["bits_per_byte"], abs=1e-4)

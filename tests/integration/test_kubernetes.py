@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightkube.types import PatchType
 from kubernetes_tools import OVERLAYS, ApiServer, api_server, kustomized, overlay_template
 from launcher.cli.main import main
 from launcher.submit.kubernetes.cluster import FIELD_MANAGER, Cluster, RayJob
+from launcher.submit.kubernetes.pace import Pace
 from launcher.submit.kubernetes.rayjob import Where, render
 from small_run import write_config
 from trainer import config_file
@@ -110,8 +112,11 @@ Submit = Callable[..., Outcome]
 
 
 @pytest.fixture
-def submit(operator: Operator, config_path: Path, capsys: pytest.CaptureFixture[str]) -> Submit:
-    """Run the command in this process: exit code, output, errors."""
+def submit(
+    operator: Operator, config_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Submit:
+    """Run the command in this process, which asks the server more often: exit code, output, errors."""
+    monkeypatch.setattr("launcher.submit.kubernetes.pace.Pace", partial(Pace, seconds=0.1))
 
     def run(*options: str) -> Outcome:
         arguments = [

@@ -132,6 +132,8 @@ def test_a_run_shrinks_to_the_machines_there_are_and_grows_with_them(small_job: 
             ],
         )
     assert lives(run) == [(2, 2), (1, 1), (2, 2)]
+    assert [event["nodes"] for event in run.events("planned")] == [2, 1, 2] and not run.events("unplanned")
+    assert run.events("plan_checked")
     assert losses(run) == pytest.approx(undisturbed_losses(small_job, tmp_path / "undisturbed", num_steps), rel=1e-3)
 
 

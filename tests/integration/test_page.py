@@ -250,6 +250,8 @@ def test_a_token_opens_the_page_and_is_not_left_in_the_address(page: Page, brows
 
 def test_a_report_needs_no_server_and_compares_runs(page: Page, tmp_path: Path) -> None:
     first = made_record.run_of(tmp_path / "first", 300, name="lion")
+    of_plan = {"step_seconds": 0.5, "tokens_per_second": 64e3, "mfu": 0.25, "memory_bytes": 3e9}
+    made_record.append(first, [{"time": 2000.0, "kind": "planned", "nodes": 1, "layout": "", "device": "X", **of_plan}])
     second = made_record.run_of(tmp_path / "second", 200, name="tiger")
     path = reporting.write(first.path, tmp_path / "out.html", [second.path])
     page.open(path.as_uri())
@@ -261,4 +263,6 @@ def test_a_report_needs_no_server_and_compares_runs(page: Page, tmp_path: Path) 
     compared = text_of(page, "#compared")
     assert "lion" in compared and "tiger" in compared and "300 of 300" in compared and "200 of 200" in compared
     assert text_of(page, "#state") == "cut off"
+    (planned,) = (text.split() for text in text_of(page, "#plan tbody").splitlines() if text.startswith("step time"))
+    assert planned[2:] == ["0.5", "s", "\N{EN DASH}", "\N{EN DASH}"]
     assert page.problems == [] and page.requests == [path.as_uri()]

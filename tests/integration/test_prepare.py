@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -16,6 +17,7 @@ from data_pipeline.manifest import DatasetManifest, Manifest
 from data_pipeline.sources import plan_splits
 from prepare_command import (
     COMMAND,
+    asked,
     content_of,
     environment,
     prepare_command,
@@ -27,7 +29,7 @@ from prepare_command import (
 )
 from trainer.config import DataConfig
 
-NUM_KILLS = 3  # of the driver, a worker, the driver
+NUM_KILLS = 2  # of the driver, a worker
 COPIES: dict[str, object] = {"dedup": {"fuzzy": "standard", "paragraphs": True}}
 
 
@@ -110,49 +112,80 @@ def parts_of(out: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in out.glob(".work/*/clean/*/part.json")}
 
 
-def half_done(corpus: Path, folder: Path) -> tuple[Path, Path]:
-    """A copy of the corpus and a folder in which one split has failed and all others are done."""
-    source, out = folder / "corpus", folder / "out"
+@dataclass(frozen=True)
+class HalfDone:
+    """A copy of the corpus, its config, and a folder in which one split has failed and all others are done."""
+
+    folder: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.folder / "corpus"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+
+@pytest.fixture(scope="module")
+def half_done_once(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[HalfDone, Path]:
+    """And a copy of it, as it was."""
+    made = HalfDone(tmp_path_factory.mktemp("half-done") / "run")
+    made.folder.mkdir()
+    source, out = made.corpus, made.out
     shutil.copytree(corpus, source)
     (source / "bad.parquet").write_bytes(b"PAR1 and then nothing")
-    config = write_config(folder / "config.yaml", sources=[str(source)], **COPIES)
+    config = write_config(made.config, sources=[str(source)], **COPIES)
     done = prepare_command(config, "--out", out, "--workers", 2)
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
     assert "1 of 7 splits failed and data.max_bad_splits allows 0" in line and "bad.parquet" in line
     assert len(parts_of(out)) == 6
-    return config, out
+    return made, Path(shutil.copytree(made.folder, made.folder.with_name("as-it-was")))
 
 
-def test_a_split_that_always_fails_is_named_and_may_be_allowed(corpus: Path, tmp_path: Path) -> None:
-    config, out = half_done(corpus, tmp_path)
+@pytest.fixture
+def half_done(half_done_once: tuple[HalfDone, Path]) -> HalfDone:
+    """Where it was made: a config and a manifest name their sources by their paths."""
+    made, as_it_was = half_done_once
+    shutil.rmtree(made.folder)
+    shutil.copytree(as_it_was, made.folder)
+    return made
+
+
+def test_a_split_that_always_fails_is_named_and_may_be_allowed(half_done: HalfDone, tmp_path: Path) -> None:
+    config, out = half_done.config, half_done.out
     before = parts_of(out)
     assert prepare_command(config, "--out", out, "--workers", 2).returncode == 1
     assert parts_of(out) == before, "what was done stays"
     done = prepare_command(config, "--out", out, "--workers", 2, "--set", "data.max_bad_splits=1")
     assert done.returncode == 0, done.stderr
-    assert f"warning: {tmp_path}/corpus/bad.parquet is not in the data" in done.stdout
+    assert f"warning: {half_done.corpus}/bad.parquet is not in the data" in done.stdout
     (bad,) = Manifest.load(out).bad_splits
-    assert bad.place == f"{tmp_path}/corpus/bad.parquet" and "arquet" in bad.reason
+    assert bad.place == f"{half_done.corpus}/bad.parquet" and "arquet" in bad.reason
     assert not (out / ".work").exists()
 
 
-def test_a_mended_split_joins_what_was_done(corpus: Path, tmp_path: Path) -> None:
+def test_a_mended_split_joins_what_was_done(half_done: HalfDone, tmp_path: Path) -> None:
     """Decisions over the corpus without it, and a tokenizer trained on less, must not be taken for those with it."""
-    config, out = half_done(corpus, tmp_path)
+    config, out = half_done.config, half_done.out
     allowed = ("--set", "data.max_bad_splits=1", "model.vocab_size=100000")  # fails after the decisions
     assert prepare_command(config, "--out", out, *allowed[:2], "model.vocab_size=300").returncode == 0
-    (tmp_path / "corpus/bad.parquet").unlink()
-    write_jsonl(tmp_path / "corpus/mended.jsonl", [text(0), text(10_000)])  # a copy, which goes, and a new one
+    (half_done.corpus / "bad.parquet").unlink()
+    write_jsonl(half_done.corpus / "mended.jsonl", [text(0), text(10_000)])  # a copy, which goes, and a new one
     again = prepared(config, tmp_path / "again")
     assert Manifest.load(again).dropped == {"duplicate": 1}
     assert Manifest.load(again).portions["train"].documents + Manifest.load(again).portions["heldout"].documents == 361
 
 
-def test_of_an_edited_corpus_only_what_has_changed_is_done_again(corpus: Path, tmp_path: Path) -> None:
-    config, out = half_done(corpus, tmp_path)
+def test_of_an_edited_corpus_only_what_has_changed_is_done_again(half_done: HalfDone, tmp_path: Path) -> None:
+    config, out = half_done.config, half_done.out
     before = parts_of(out)
-    edited = tmp_path / "corpus/03.jsonl"
+    edited = half_done.corpus / "03.jsonl"
     edited.write_bytes(edited.read_bytes().replace(b'"text"', b'"text" ', 1) + orjson.dumps({"text": text(20_000)}))
     assert prepare_command(config, "--out", out, "--workers", 2).returncode == 1
     after = parts_of(out)
@@ -164,10 +197,10 @@ def test_of_an_edited_corpus_only_what_has_changed_is_done_again(corpus: Path, t
 
 
 @pytest.mark.slow
-def test_a_corpus_that_has_moved_is_not_read_again(corpus: Path, tmp_path: Path) -> None:
-    config, out = half_done(corpus, tmp_path)
+def test_a_corpus_that_has_moved_is_not_read_again(half_done: HalfDone, tmp_path: Path) -> None:
+    config, out = half_done.config, half_done.out
     before = parts_of(out)
-    (tmp_path / "corpus").rename(tmp_path / "elsewhere")
+    half_done.corpus.rename(tmp_path / "elsewhere")
     moved = ("--set", f"data.sources={tmp_path}/elsewhere")
     assert prepare_command(config, "--out", out, *moved).returncode == 1
     assert parts_of(out) == before
@@ -177,8 +210,10 @@ def test_a_corpus_that_has_moved_is_not_read_again(corpus: Path, tmp_path: Path)
         assert (out / name).read_bytes() == (fresh / name).read_bytes()
 
 
-def test_another_config_on_a_half_done_folder_gives_what_it_gives_elsewhere(corpus: Path, tmp_path: Path) -> None:
-    config, out = half_done(corpus, tmp_path)
+def test_another_config_on_a_half_done_folder_gives_what_it_gives_elsewhere(
+    half_done: HalfDone, tmp_path: Path
+) -> None:
+    config, out = half_done.config, half_done.out
     before = parts_of(out)
     other = ("--set", "data.max_bad_splits=1", "data.heldout_fraction=0.3")
     prepared(config, out, *other)
@@ -309,7 +344,7 @@ def test_everything_at_once_gives_the_same_bytes_with_any_number_of_workers(web:
         assert read == kept - pieces + sum(count.count for count in dataset.dropped.values())
 
 
-@pytest.mark.parametrize("names", [("books", "crawl"), ("crawl", "books")])
+@pytest.mark.parametrize("names", [("books", "crawl"), pytest.param(("crawl", "books"), marks=pytest.mark.slow)])
 def test_of_texts_in_two_data_sets_the_copy_in_the_first_is_kept(
     names: tuple[str, str], web: Path, tmp_path: Path
 ) -> None:
@@ -321,7 +356,7 @@ def test_of_texts_in_two_data_sets_the_copy_in_the_first_is_kept(
     other = write_config(
         tmp_path / "other.yaml", datasets={name: {"sources": [str(web / name)]} for name in reversed(names)}
     )
-    refused = prepare_command(other, "--out", out)
+    refused = asked(other, "--out", out)
     assert refused.returncode == 2
     assert "the order of data.datasets" in refused.stderr, "its copies would be kept elsewhere"
 
@@ -335,7 +370,7 @@ def test_a_data_set_that_ends_up_empty_is_noted(web: Path, tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         assert "note: data set copies has no training text left, and cannot be drawn from" in done.stdout
         assert Manifest.load(tmp_path / f"{number}").datasets["copies"]["train"].tokens == 0
-        shown = prepare_command("inspect", tmp_path / f"{number}", "--dataset", "copies")
+        shown = asked("inspect", tmp_path / f"{number}", "--dataset", "copies")
         assert shown.returncode == 0 and "--- " not in shown.stdout
 
 
@@ -363,7 +398,7 @@ def test_a_sentencepiece_tokenizer_end_to_end(web: Path, tmp_path: Path) -> None
     )
     out = prepared(config, tmp_path / "out", "--set", "model.vocab_size=400")
     assert (out / "tokenizer/tokenizer.model").exists() and Manifest.load(out).vocab_size == 400
-    shown = prepare_command("inspect", out, "--count", 1).stdout
+    shown = asked("inspect", out, "--count", 1).stdout
     first = orjson.loads((web / "books/a.jsonl").read_bytes().splitlines()[0])["text"]
     assert "text, train, document 0" in shown
     assert any(text_of in shown for text_of in (first, first.splitlines()[0]))
@@ -374,13 +409,13 @@ def test_a_sentencepiece_tokenizer_end_to_end(web: Path, tmp_path: Path) -> None
 def test_inspect_shows_documents_and_a_sample_of_what_was_dropped(web: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", sources=[str(web / "books"), str(web / "crawl")])
     out = prepared(config, tmp_path / "out")
-    shown = prepare_command("inspect", out, "--first", 1, "--count", 2).stdout
+    shown = asked("inspect", out, "--first", 1, "--count", 2).stdout
     assert "document 1 (" in shown and "document 2 (" in shown and "document 0 (" not in shown
-    assert "heldout, document 0" in prepare_command("inspect", out, "--heldout", "--count", 1).stdout
-    dropped = prepare_command("inspect", out, "--dropped", "duplicate").stdout
+    assert "heldout, document 0" in asked("inspect", out, "--heldout", "--count", 1).stdout
+    dropped = asked("inspect", out, "--dropped", "duplicate").stdout
     assert dropped.count(": duplicate") == 5 and f"--- {web}/crawl/a.jsonl@0: duplicate" in dropped
     assert orjson.loads((web / "crawl/a.jsonl").read_bytes().splitlines()[0])["text"] in dropped
-    refused = prepare_command("inspect", out, "--dropped", "boredom")
+    refused = asked("inspect", out, "--dropped", "boredom")
     assert refused.returncode == 2 and "no document is dropped for 'boredom'" in refused.stderr
 
 

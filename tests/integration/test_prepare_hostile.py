@@ -17,6 +17,7 @@ from data_pipeline.manifest import DatasetManifest, Manifest
 from data_pipeline.tokenization import train_bpe
 from prepare_command import (
     COMMAND,
+    asked,
     content_of,
     environment,
     prepare_command,
@@ -107,7 +108,7 @@ def test_a_corpus_of_everything_bad_ends_well_and_every_loss_is_counted(tmp_path
         prepared(config, tmp_path / "one", "--set", f"data.max_bad_splits={len(BAD_SPLITS)}", workers=1)
     )
     for reason in dropped:
-        shown = prepare_command("inspect", out, "--dropped", reason)
+        shown = asked("inspect", out, "--dropped", reason)
         assert shown.returncode == 0, shown.stderr
         assert not set(shown.stdout) & set(map(chr, range(9))), "no control character reaches the terminal"
 

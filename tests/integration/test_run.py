@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import orjson
 import pytest
@@ -66,6 +67,10 @@ def said_by_main(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return printed.out
 
 
+def status_of(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    return said_by_main(capsys, "status", run_dir)
+
+
 class TestUndisturbed:
     def test_leaves_what_it_promises(self, finished: tuple[Path, str]) -> None:
         run_dir, _ = finished
@@ -91,6 +96,24 @@ class TestUndisturbed:
         before, after = evaluations
         assert before["loss"] == pytest.approx(before["uniform_loss"], abs=0.2)  # knows nothing yet
         assert after["loss"] < after["unigram_loss"] < after["uniform_loss"]
+
+    def test_the_plan_stands_beside_what_came(
+        self, finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        run_dir, printed = finished
+        kinds = [event["kind"] for event in events_of(run_dir)]
+        assert kinds.count("planned") == kinds.count("plan_checked") == 1 and "unplanned" not in kinds
+        planned, found = (next(e for e in events_of(run_dir) if e["kind"] == k) for k in ("planned", "plan_checked"))
+        steps = [event["seconds"] for event in events_of(run_dir) if event["kind"] == "step"]
+        assert (found["step"], found["step_seconds"]) == (10, median(steps[1:10]))
+        assert found["planned_step_seconds"] == planned["step_seconds"] > 0
+        assert 1e8 < found["memory_bytes"] < 4e9 and 1e8 < planned["memory_bytes"] < 4e9
+        (line,) = (line for line in printed.splitlines() if line.startswith("plan "))
+        assert re.fullmatch(r"plan      step \S+ m?s, predicted \S+ m?s \(.*%\); memory \S+ GiB, predicted .*\)", line)
+        assert "predicted" in printed[printed.index("run small") :]
+        assert re.search(r"^plan +step .* predicted .*; tokens/s .*; MFU .*; memory ", status_of(run_dir, capsys), re.M)
+        report = Path(said_by_main(capsys, "report", run_dir).strip())
+        assert f'"planned":{planned["step_seconds"]}' in report.read_text()
 
     def test_records_every_step_once(self, finished: tuple[Path, str]) -> None:
         steps = [event for event in events_of(finished[0]) if event["kind"] == "step"]

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import drill
 from deeds import Deed, Doer, find, kill
 from drilled_run import DrilledRun, SmallJob, expect_as_if_undisturbed, processes_of
+from launcher.cli.main import main
 from small_run import broadgauge
 from trainer.events import EventLog
 
@@ -99,33 +101,55 @@ def test_ctrl_c_twice_ends_at_once(small_job: SmallJob, tmp_path: Path) -> None:
     assert not processes_of(run)
 
 
-def test_logs_are_gathered_and_the_first_error_is_found(small_job: SmallJob, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Said:
+    code: int | str | None
+    out: str
+    err: str
+
+
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """`broadgauge ...` in this process, which has imported all that it needs."""
+
+    def run(*arguments: object) -> Said:
+        with pytest.raises(SystemExit) as end:
+            main(list(map(str, arguments)))
+        return Said(end.value.code, *capsys.readouterr())
+
+    return run
+
+
+def test_logs_are_gathered_and_the_first_error_is_found(small_job: SmallJob, command: Command, tmp_path: Path) -> None:
     run = small_job.new_run(tmp_path)
     logs = run.run_dir.logs
     for rank in range(2):
         (logs / f"rank-{rank}.log").write_text(f"old\nTraceback of long ago\nfirst {rank}\nsecond {rank}\n")
-    shown = broadgauge("logs", run.run_dir.path, "--tail", 2).stdout.splitlines()
+    shown = command("logs", run.run_dir.path, "--tail", 2).out.splitlines()
     assert shown == ["rank 0 | first 0", "rank 0 | second 0", "rank 1 | first 1", "rank 1 | second 1"]
-    assert broadgauge("logs", run.run_dir.path, "--rank", 1, "--tail", 1).stdout == "rank 1 | second 1\n"
-    assert broadgauge("logs", run.run_dir.path, "--error").stdout == "no failure is recorded\n"
+    assert command("logs", run.run_dir.path, "--rank", 1, "--tail", 1).out == "rank 1 | second 1\n"
+    assert command("logs", run.run_dir.path, "--error").out == "no failure is recorded\n"
     (logs / "rank-1.log").write_text("Traceback 1\nof before\nTraceback (most recent call last):\nValueError: no\n")
     log = EventLog(run.run_dir.events_path)
     path, error = str(logs / "rank-1.log"), "rank 1 raised ValueError: no"
     log.write("life_failed", what="rank", error=error, machine="", step=3, log=path)
     log.write("failed", error=f"JobFailed: {error}", log=None)
     log.close()
-    shown = broadgauge("logs", run.run_dir.path, "--error").stdout.splitlines()
+    shown = command("logs", run.run_dir.path, "--error").out.splitlines()
     assert shown[1:] == ["Traceback (most recent call last):", "ValueError: no"] and shown[0].startswith(
         "rank 1 raised"
     )
-    wrong = broadgauge("logs", run.run_dir.path, "--rank", 7)
-    assert wrong.returncode == 2 and "has no log of rank 7" in wrong.stderr
+    wrong = command("logs", run.run_dir.path, "--rank", 7)
+    assert wrong.code == 2 and "has no log of rank 7" in wrong.err
 
 
-def test_what_is_no_run_or_not_at_work_is_refused(small_job: SmallJob, tmp_path: Path) -> None:
-    nothing = broadgauge("status", tmp_path)
-    assert nothing.returncode == 2 and "holds no config.yaml of a run" in nothing.stderr
+def test_what_is_no_run_or_not_at_work_is_refused(small_job: SmallJob, command: Command, tmp_path: Path) -> None:
+    nothing = command("status", tmp_path)
+    assert nothing.code == 2 and "holds no config.yaml of a run" in nothing.err
     run = small_job.new_run(tmp_path / "idle")
-    idle = broadgauge("stop", run.run_dir.path)
-    assert idle.returncode == 2 and "no command of this machine works on" in idle.stderr
-    assert json.loads(broadgauge("status", run.run_dir.path, "--json").stdout)["state"] == "not begun"
+    idle = command("stop", run.run_dir.path)
+    assert idle.code == 2 and "no command of this machine works on" in idle.err
+    assert json.loads(command("status", run.run_dir.path, "--json").out)["state"] == "not begun"

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from rich.filesize import decimal
 
-from launcher import memory
 from launcher.doctor.finding import Finding, ok, skipped
-from launcher.placement import Machine, check_memory, place
+from launcher.fitting import check_memory, least_bytes
+from launcher.placement import Machine, place
 from trainer.config import RunConfig
 
 NAME = "layout"
@@ -21,7 +21,7 @@ def judge(config: RunConfig | None, machines: Sequence[Machine]) -> Finding:
     check_memory(config, machines)
     where = place(config, machines)
     on = f"{where.gpus_per_node} GPUs" if where.gpus_per_node else "CPUs"
-    least = decimal(memory.least_bytes(config, with_gpus=where.gpus_per_node > 0))
+    least = decimal(int(least_bytes(config, on_gpus=where.gpus_per_node > 0)))
     return ok(
         NAME,
         f"{config.parallel.describe()}: {where.ranks_per_node} ranks on {on} of each of {where.nodes} machine(s), "

@@ -189,6 +189,7 @@ function fill(id, rows) {
 const number = (value) => ({ number: typeof value === "number" ? value.toLocaleString() : value });
 
 function showTables(view) {
+  showPlan(view.plan);
   fill("events", [...view.marks].reverse().map((mark) => [clock(mark.time), mark.kind.replaceAll("_", " "), number(mark.step ?? ""), mark.text]));
   fill("checkpoints", [...view.checkpoints].reverse().map((each) => [number(each.step), clock(each.time), number(`${short(each.bytes)}B`), number(duration(each.seconds))]));
   byId("saves").textContent = view.saves;
@@ -213,6 +214,20 @@ function showTables(view) {
     number(source.tokens ?? ""),
     Object.entries(source.dropped ?? {}).map(([reason, count]) => `${reason} ${count.toLocaleString()}`).join(", "),
   ]));
+}
+
+const QUANTITIES = {
+  step_seconds: ["step time", (value) => `${short(value)} s`],
+  tokens_per_second: ["tokens/s", short],
+  mfu: ["MFU", percent],
+  memory_bytes: ["memory of the fullest rank", (value) => `${short(value)}B`],
+};
+
+function showPlan(plan) {
+  fill("plan", Object.entries(plan ?? {}).map(([name, { planned, measured }]) => {
+    const [told, shown] = QUANTITIES[name], has = measured !== null;
+    return [told, number(shown(planned)), number(has ? shown(measured) : "–"), number(has && planned > 0 ? percent(measured / planned - 1) : "–")];
+  }));
 }
 
 function showCompared(views) {

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from launcher.fitting import refuse, shortage_of_devices
+from launcher.planning.cluster import with_its_facts
+from launcher.planning.recognition import cluster_of
 from launcher.sizing import service_config
 from launcher.submit.kubernetes import names, rules, sizes
 from launcher.submit.kubernetes.sizes import PodSize
@@ -42,6 +45,8 @@ class Where:
     namespace: str | None = None
     queue: str | None = None
     """A LocalQueue of Kueue; without one, nobody is asked."""
+    force: bool = False
+    """Whether to go on where memory will not be enough."""
 
 
 def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict[str, Any]:
@@ -54,14 +59,18 @@ def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict
     rules.check_template(job)
     name = names.object_name(config)
     job["metadata"] = _metadata(job.get("metadata", {}), name, config, where)
-    config = _reachable(config)
+    config = _reachable(with_its_facts(config))
     run_dir = where.run_dir or f"/runs/{config.name}"
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     head, worker = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
-    spec["entrypoint"] = f"broadgauge run {CONFIG_PATH} --run-dir {_checked(run_dir)} --ray auto"
+    spec["entrypoint"] = (
+        f"broadgauge run {CONFIG_PATH} --run-dir {_checked(run_dir)} --ray auto" + " --force" * where.force
+    )
     cluster["rayVersion"] = version("ray")
     worker["replicas"] = worker["minReplicas"] = worker["maxReplicas"] = _num_machines(config)
     with_gpus = wants_gpus(worker["template"], config)
+    if with_gpus and not where.force:
+        _check_devices(config)
     _fill(head, names.labels(name), sizes.head(config), config, run_dir)
     _fill(worker, names.labels(name), sizes.machine(config, with_gpus), config, run_dir)
     head["template"]["metadata"].setdefault("annotations", {})[names.CONFIG_ANNOTATION] = config_text(config)
@@ -76,6 +85,15 @@ def render(template: Mapping[str, Any], config: RunConfig, where: Where) -> dict
     rules.check(job)
     rules.check_run_dir(job, run_dir)
     return job
+
+
+def _check_devices(config: RunConfig) -> None:
+    """Raises:
+    UserError: the cluster that the config names has too little memory on its devices.
+    """
+    known = cluster_of(config, (), on_gpus=True)
+    if known is not None and (short := shortage_of_devices(config, known)) is not None:
+        refuse(short)
 
 
 def _num_machines(config: RunConfig) -> int:

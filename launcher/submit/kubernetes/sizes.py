@@ -39,7 +39,8 @@ def machine(config: RunConfig, with_gpus: bool) -> PodSize:
     ranks = config.ranks_per_node
     cpus = ranks * (config.launch.threads_per_rank or 1) + 1  # one for the agent and the checkpoint service
     shared = OBJECT_STORE_BYTES + memory.snapshots_bytes(config) + ranks * _TRANSPORT_BYTES_PER_RANK
-    training = ranks * ((_CUDA_RANK_BYTES if with_gpus else _CPU_RANK_BYTES) + memory.rank_bytes(config, with_gpus))
+    besides = _CUDA_RANK_BYTES if with_gpus else _CPU_RANK_BYTES
+    training = ranks * (besides + memory.rank_bytes(config, on_gpus=with_gpus))
     total = _MACHINE_BYTES + max(training, cpus * _TASK_BYTES) + _whole_gib(shared)
     return PodSize(cpus, _whole_gib(total), _whole_gib(shared), ranks if with_gpus else 0)
 

@@ -4,11 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.placement import Machine, Placement, check_beside, check_memory, in_order, place, threads_per_rank
+from launcher.placement import Machine, Placement, check_beside, in_order, place, threads_per_rank
 from launcher.sizing import service_config
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
-from trainer.plan import num_parameters
 
 LAPTOP = Machine({"CPU": 1.0, "memory": 8e9})
 GPU_NODE = Machine({"CPU": 64.0, "GPU": 8.0})
@@ -77,50 +76,6 @@ def test_machines_without_the_labels_do_not_count() -> None:
     )
     with pytest.raises(UserError, match="on 0 of 1 machines, and 1 are needed; the cluster has no such labels;"):
         place(config(labels=labels), [LAPTOP])
-
-
-# ---------------------------------------------------------------------------------------------------------- memory
-
-BILLION = {"hidden_size": 2048, "num_layers": 16, "num_heads": 16}
-"""Of parameters, a little less; its state takes 16 bytes each."""
-
-
-def large(zero: int = 1, nodes: int = 1, **sections: dict[str, object]) -> RunConfig:
-    launch = {"nodes": nodes, "device": "cpu", **sections.pop("launch", {})}
-    return from_tree({"model": BILLION, "parallel": {"data": 4, "zero": zero}, "launch": launch, **sections})
-
-
-def test_what_cannot_be_held_is_refused_with_the_numbers() -> None:
-    """ZeRO-1 shares the optimizer alone: weights and gradients (6 bytes in bf16) are on every rank."""
-    parameters = num_parameters(large().model, padded=True)
-    on_each = [4 * 6 + 12 + 12, 2 * 6 + 6 + 6]  # bytes a parameter: ranks, their optimizer, a snapshot
-    for nodes, bytes_each in zip((1, 2), on_each, strict=True):
-        machine = Machine({"CPU": 2.0, "memory": 1.001 * bytes_each * parameters})
-        check_memory(large(nodes=nodes), [machine] * nodes)
-        little = Machine({"CPU": 2.0, "memory": 0.999 * bytes_each * parameters})
-        with pytest.raises(UserError) as refusal:
-            check_memory(large(nodes=nodes), [machine, little][-nodes:])
-        gib = bytes_each * parameters / 2**30
-        assert f"take {gib:.1f} GiB of memory on each of {nodes} machine(s)" in str(refusal.value)
-        assert f"the cluster's have {', '.join([f'{gib:.1f}'] * nodes)} GiB; use more" in str(refusal.value)
-
-
-def test_spares_must_hold_as_much_and_gpus_hold_it_themselves() -> None:
-    little, enough = Machine({"CPU": 2.0, "memory": 8e9}), Machine({"CPU": 2.0, "memory": 80e9})
-    check_memory(large(), [little, enough])
-    with pytest.raises(UserError, match=r"on each of 2 machine\(s\), and the cluster's have 74.5, 7.5 GiB"):
-        check_memory(large(launch={"spares": 1}), [little, enough])
-    with_gpus = Machine({"CPU": 2.0, "GPU": 8.0, "memory": 16e9})  # for the snapshot
-    check_memory(large(launch={"device": "cuda"}), [with_gpus])
-    check_memory(large(), [Machine({"CPU": 2.0})])  # not counted there
-
-
-def test_snapshots_on_disk_take_no_memory() -> None:
-    parameters = num_parameters(large().model, padded=True)
-    machine = Machine({"CPU": 2.0, "memory": 37 * parameters})
-    check_memory(large(checkpoint={"snapshots_in": "/scratch/snapshots"}), [machine])
-    with pytest.raises(UserError, match="a snapshot of them"):
-        check_memory(large(), [machine])
 
 
 # ------------------------------------------------------------------------------------------------- near and far

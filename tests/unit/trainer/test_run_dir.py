@@ -53,11 +53,12 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path: Path, place: str) -> None:
         pass
 
 
-def test_who_watches_and_judges_may_change_while_a_run_goes_on_and_nothing_else(run_dir: RunDir) -> None:
+def test_who_watches_judges_and_plans_may_change_while_a_run_goes_on_and_nothing_else(run_dir: RunDir) -> None:
     EventLog(run_dir.events_path).write("training_started", step=0)
-    watched = from_tree({"name": "lion", "monitoring": {"listen": "network"}})
-    run_dir.create(watched)
-    assert run_dir.config() == watched
+    for cluster in ("h100", {"device": "X", "bf16_flops": 1e12}, None):
+        tree = {"name": "lion", "monitoring": {"listen": "network"}, "launch": {"cluster": cluster}}
+        run_dir.create(from_tree(tree))
+        assert run_dir.config() == from_tree(tree)
     judged = from_tree({"name": "lion", "evaluation": {"tasks": ["copying"]}})
     run_dir.create(judged)
     assert run_dir.config() == judged

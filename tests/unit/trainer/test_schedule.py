@@ -170,3 +170,12 @@ def test_every_layout_has_the_same_steps() -> None:
 def test_ramps_that_cannot_be_are_refused(train: dict[str, Any], parallel: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_tree({"train": {"global_batch_size": 24} | train, "parallel": parallel})
+
+
+@pytest.mark.parametrize("total_tokens", [1, 5000, 40_000])
+def test_batches_are_those_of_all_steps(total_tokens: int) -> None:
+    """Also where the run ends before its ramp."""
+    train = {"total_tokens": total_tokens, "global_batch_size": 6, "ramp_start_batch_size": 2, "ramp_tokens": 20_000}
+    schedule = Schedule(from_tree({"model": {"seq_length": 512}, "train": train}))
+    steps = [schedule.step_after(done).batch_size for done in range(schedule.num_steps)]
+    assert [size for size, num in schedule.batches() for _ in range(num)] == steps

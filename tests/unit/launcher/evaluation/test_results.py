@@ -31,3 +31,5 @@ def test_what_was_asked_otherwise_cannot_be_compared() -> None:
     check_comparable([results_at(1), results_at(2)])
     with pytest.raises(UserError, match="were asked different things"):
         check_comparable([results_at(1), results_at(2).model_copy(update={"battery_fingerprint": "other"})])
+    with pytest.raises(UserError, match="was judged in bf16"):
+        check_comparable([results_at(1), results_at(2).model_copy(update={"precision": "bf16"})])

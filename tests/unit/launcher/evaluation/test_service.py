@@ -13,8 +13,9 @@ from launcher.evaluation.battery import Battery
 from launcher.evaluation.contamination import TaskOverlap
 from launcher.evaluation.finding import load_tasks
 from launcher.evaluation.judge import Judge
-from launcher.evaluation.service import EvaluationService
+from launcher.evaluation.own_ranks import OwnRanksService
 from launcher.evaluation.tokens import FolderTokenizer
+from launcher.evaluation.training_ranks import TrainingRanksService
 from launcher.job.fleet import Fleet
 from launcher.placement import Placement
 from made_tasks import write_task
@@ -60,7 +61,7 @@ def judge_by(folder: Path, tokenizer: FolderTokenizer, *choices: str) -> Judge:
     """Of one question with these choices."""
     records = [{"question": "the quick", "options": choices, "label": 0}]
     task = write_task(folder, records, kind="multiple_choice", prompt="{question}", choices="options")
-    return Judge(Battery.of(load_tasks([str(task)]), tokenizer, 64))
+    return Judge(Battery.of(load_tasks([str(task)]), tokenizer, 64), "fp32")
 
 
 def commit(run_dir: RunDir, step: int) -> None:
@@ -102,7 +103,7 @@ class BrokenFleet(ArrivingFleet):
 def test_checkpoints_are_not_lost_in_silence_where_all_fails(run_dir: RunDir, log: EventLog, judge: Judge) -> None:
     for step in range(1, 9):
         commit(run_dir, step)
-    with EvaluationService(run_dir, judge, "queue", log.write, cast(Fleet, BrokenFleet())) as service:
+    with OwnRanksService(run_dir, judge, log.write, cast(Fleet, BrokenFleet()), "queue") as service:
         service.finish()
     failed = of_kind(run_dir, "evaluation_failed")
     assert [event["step"] for event in failed] == [1, 2, 3, 4, 5]
@@ -113,7 +114,7 @@ def test_checkpoints_are_not_lost_in_silence_where_all_fails(run_dir: RunDir, lo
 
 def test_what_is_under_way_is_given_up_where_the_run_goes_back(run_dir: RunDir, log: EventLog, judge: Judge) -> None:
     fleet = cast(Fleet, ArrivingFleet())
-    with EvaluationService(run_dir, judge, "queue", log.write, fleet) as service:
+    with OwnRanksService(run_dir, judge, log.write, fleet, "queue") as service:
         commit(run_dir, 20)
         log.write("checkpoint_saved", step=20)
         until(lambda: service._work is not None)
@@ -136,14 +137,14 @@ def test_a_search_for_overlaps_keeps_no_command_from_beginning_or_ending(
 
     commit(run_dir, 1)
     answered(run_dir, judge, 1)
-    searching = EvaluationService(run_dir, Judge(judge.battery, find_overlaps), "skip", log.write, end_seconds=0.1)
+    searching = TrainingRanksService(run_dir, Judge(judge.battery, "fp32", find_overlaps), log.write, end_seconds=0.1)
     with searching:
         until(is_searching.is_set)
     assert not is_over.is_set() and searching._thread.is_alive()
     is_over.set()
     searching._thread.join()
     assert not of_kind(run_dir, "checkpoint_evaluated")  # the record may be closed by then
-    with EvaluationService(run_dir, judge, "skip", log.write) as again:
+    with TrainingRanksService(run_dir, judge, log.write) as again:
         again.finish()
     assert [event["step"] for event in of_kind(run_dir, "checkpoint_evaluated")] == [1]
 
@@ -152,14 +153,14 @@ def test_answers_to_other_tasks_are_not_graded(
     run_dir: RunDir, log: EventLog, tmp_path: Path, tokenizer: FolderTokenizer, judge: Judge
 ) -> None:
     """A command left them, and the tasks were changed before the next one."""
-    with EvaluationService(run_dir, judge, "skip", log.write):
+    with TrainingRanksService(run_dir, judge, log.write):
         pass
     commit(run_dir, 1)
     answered(run_dir, judge, 1)
     other = judge_by(tmp_path, tokenizer, "fox jumps", "the dog")
     assert len(other.requests) == len(judge.requests)
     for _ in range(2):  # nor by a third
-        with EvaluationService(run_dir, other, "skip", log.write) as service:
+        with TrainingRanksService(run_dir, other, log.write) as service:
             service.finish()
     assert not of_kind(run_dir, "checkpoint_evaluated")
 
@@ -171,7 +172,7 @@ def test_answers_whose_checkpoint_is_gone_are_recorded_and_none_is_kept(
     for step in (1, 2):
         answered(run_dir, judge, step)
     for _ in range(2):
-        with EvaluationService(run_dir, judge, "skip", log.write) as service:
+        with TrainingRanksService(run_dir, judge, log.write) as service:
             service.finish()
     assert [event["step"] for event in of_kind(run_dir, "evaluation_skipped")] == [1]
     assert [event["step"] for event in of_kind(run_dir, "checkpoint_evaluated")] == [2]

@@ -6,6 +6,7 @@ from itertools import count, pairwise
 
 import pytest
 
+from launcher.history import foresight
 from launcher.history.history import RunHistory
 from launcher.history.values import Facts, state_of
 from launcher.history.view import view_of
@@ -102,6 +103,40 @@ def test_restarts_are_counted_by_what_had_ended_the_life_before(
 ) -> None:
     history = RunHistory.of([*began(0), step(1), *before, *began(0, number, nodes)])
     assert history.restarts == {reason: 1} and history.num_lives == 2
+
+
+PLANNED = {"step_seconds": 0.5, "tokens_per_second": 64.0, "mfu": 0.25, "memory_bytes": 100.0}
+MEASURED = {"step_seconds": 0.625, "tokens_per_second": 51.2, "mfu": 0.2, "memory_bytes": 110}
+
+
+def planned(**changes: float) -> Event:
+    return event("planned", nodes=1, layout="any", device="any", **PLANNED | changes)
+
+
+def checked(memory_bytes: int | None = 110) -> Event:
+    of_plan = {f"planned_{name}": value for name, value in PLANNED.items()}
+    return event("plan_checked", num_steps=9, **of_plan, **MEASURED | {"memory_bytes": memory_bytes})
+
+
+def test_a_plan_stands_beside_what_came_until_there_is_another() -> None:
+    facts = Facts.of(from_tree({"name": "lion"}))
+    history = RunHistory.of(began(0))
+    assert foresight.of(history) is None and view_of(history, facts, 1e6)["plan"] is None
+    history.add(planned())
+    assert foresight.of(history) == {name: {"planned": value, "measured": None} for name, value in PLANNED.items()}
+    history.add(checked())
+    both = {name: {"planned": value, "measured": MEASURED[name]} for name, value in PLANNED.items()}
+    assert foresight.of(history) == both == view_of(history, facts, 1e6)["plan"]
+    history.add(planned(step_seconds=2.0))
+    found = foresight.of(history)
+    assert found is not None and found["step_seconds"] == {"planned": 2.0, "measured": None}
+    history.add(checked(memory_bytes=None))
+    found = foresight.of(history)
+    assert found is not None and found["memory_bytes"]["measured"] is None
+    history.add(event("unplanned", nodes=1, layout="any", reason="any"))
+    assert foresight.of(history) is None and not history.num_unreadable
+    history.add(event("planned", step_seconds=None))
+    assert history.num_unreadable == 1 and foresight.of(history) is None
 
 
 def test_what_ended_a_life_is_not_the_end_of_the_run() -> None:

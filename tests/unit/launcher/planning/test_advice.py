@@ -9,6 +9,7 @@ import pytest
 from launcher.planning.cluster import load
 from launcher.planning.planner import make_plan
 from trainer import config_file
+from trainer.config import UserError
 
 ROOT = Path(__file__).parents[4]
 SOUND: dict[str, Any] = {
@@ -76,6 +77,42 @@ CASES = {
     "thin matrices": Case(
         {"preset": "gpt2_medium", "parallel.tensor": 4}, "too thin", {"parallel.tensor": 1, "parallel.sequence": False}
     ),
+    "tight": Case(
+        {"train.micro_batch_size": 8, "model.num_layers": 44},
+        "less than this plan may be off by",
+        {"train.micro_batch_size": 4},
+    ),
+    "needless offload": Case(
+        {"parallel.offload": "optimizer"}, "slower memory without need", {"parallel.offload": "none"}
+    ),
+    "ZeRO 2 in a pipeline": Case(
+        {"parallel.zero": 2, "parallel.pipeline": 4, "parallel.data": 16},
+        "sends gradients between replicas 32 times",
+        {"parallel.zero": 1},
+    ),
+    "ZeRO 3 in a pipeline": Case(
+        {"parallel.zero": 3, "parallel.pipeline": 4, "parallel.data": 16},
+        "sends gradients and weights between replicas 32 times",
+        {"parallel.zero": 1},
+    ),
+    "too small a batch for so many devices": Case(
+        {"train.global_batch_size": 64}, "gradients and weights travel for", {"train.global_batch_size": 1024}
+    ),
+    "odd width": Case(
+        {"model.hidden_size": 4128, "model.num_heads": 48},
+        "model.hidden_size 4128 makes",
+        {"model.hidden_size": 4096, "model.num_heads": 32},
+    ),
+    "odd feed-forward width": Case(
+        {"model.ffn_hidden_size": 11008, "parallel.tensor": 8, "parallel.data": 8},
+        "model.ffn_hidden_size 11008 over 8 tensor-parallel ranks",
+        {"model.ffn_hidden_size": 11264},
+    ),
+    "seldom saved": Case(
+        {"checkpoint.every_steps": 100_000, "launch.spares": 2},
+        "a checkpoint every 100,000 steps",
+        {"checkpoint.every_steps": 400},
+    ),
     "odd heads": Case({"preset": "gpt3_2_7b"}, "heads of 80", {"preset": "gpt3_6_7b"}),
 }
 
@@ -97,6 +134,27 @@ def test_each_mistake_is_named_until_it_is_mended(name: str) -> None:
     case = CASES[name]
     assert [each for each in warnings(SOUND | case.wrong) if case.problem in each]
     assert not [each for each in warnings(SOUND | case.wrong | case.fixed) if case.problem in each]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "heads over ranks": ({"parallel.tensor": 3, "parallel.sequence": False}, "model.num_heads 32 is not divisible"),
+    "layers over stages": ({"parallel.pipeline": 5}, "model.num_layers 32 is not divisible"),
+    "groups of micro-batches": (
+        {"parallel.pipeline": 4, "parallel.virtual_pipeline": 2, "parallel.data": 1, "train.global_batch_size": 1022},
+        "parallel.virtual_pipeline",
+    ),
+    "pieces of sequences": ({"parallel.context": 2, "model.seq_length": 2046}, "model.seq_length 2046 is not"),
+    "sequence parallel alone": ({"parallel.tensor": 1, "parallel.sequence": True}, "parallel.sequence"),
+    "batch over replicas": ({"parallel.data": 48}, "train.global_batch_size 1024 is not divisible"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_with_its_fix(name: str) -> None:
+    wrong, problem = REFUSED[name]
+    with pytest.raises(UserError) as refused:
+        warnings(SOUND | wrong)
+    assert problem in str(refused.value) and "; use " in str(refused.value)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)

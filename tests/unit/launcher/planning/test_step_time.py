@@ -13,6 +13,7 @@ from launcher.planning.constants import CONSTANTS
 from launcher.planning.practice import Practice
 from launcher.planning.rates import Group, Rates
 from launcher.planning.step_time import StepModel
+from trainer import plan
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 
@@ -70,7 +71,7 @@ def test_pipelines_take_as_long_as_their_schedule_played_through(pipeline: int, 
     model = StepModel(config, FASTEST_LINKS)
     forwards = [stage.forward.seconds for stage in model.stages]
     backwards = [stage.backward.seconds for stage in model.stages]
-    step = model.step()
+    step = model.without_storage()
     predicted = step.seconds - step.optimizer - step.pipeline
     assert predicted == pytest.approx(play_1f1b(forwards, backwards, num))
     equal = play_1f1b([forwards[0]] * pipeline, [backwards[0]] * pipeline, num)
@@ -130,11 +131,47 @@ def test_full_recomputation_repeats_the_forward_pass_of_layers() -> None:
 
 def test_an_offloaded_optimizer_is_bound_by_the_machine() -> None:
     stays, leaves = (
-        StepModel(config_of(train={"global_batch_size": 2}, parallel={"offload": offload}), H100).step()
+        StepModel(config_of(train={"global_batch_size": 2}, parallel={"offload": offload}), H100).without_storage()
         for offload in ("none", "optimizer")
     )
     assert leaves.optimizer > 10 * stays.optimizer
     assert leaves.seconds - stays.seconds == pytest.approx(leaves.optimizer - stays.optimizer)
+
+
+def test_saves_are_spread_over_the_steps_between_them() -> None:
+    often, seldom, waiting = (
+        StepModel(config_of(checkpoint=checkpoint, train={"global_batch_size": 64}), H100).step()
+        for checkpoint in ({"every_steps": 10}, {"every_steps": 100}, {"every_steps": 100, "asynchronous": False})
+    )
+    state = 12 * plan.num_parameters(config_of().model, padded=True)
+    copied = state / 6e9 + state / H100.host_link_bytes_per_second
+    assert often.checkpoint == pytest.approx(copied / 10)
+    assert seldom.checkpoint == pytest.approx(copied / 100)
+    written = 2 * state / H100.storage_bytes_per_second + state / H100.host_link_bytes_per_second
+    assert waiting.checkpoint == pytest.approx(written / 100)
+    with_snapshots = config_of(
+        checkpoint={"every_steps": 100, "snapshot_every_steps": 10}, train={"global_batch_size": 64}
+    )
+    assert StepModel(with_snapshots, H100).step().checkpoint == pytest.approx(often.checkpoint)
+
+
+def test_a_checkpoint_waits_for_the_one_before() -> None:
+    step = StepModel(config_of(checkpoint={"every_steps": 1}, train={"global_batch_size": 1}), H100).step()
+    state = 12 * plan.num_parameters(config_of().model, padded=True)
+    written = 2 * state / H100.storage_bytes_per_second + state / H100.host_link_bytes_per_second
+    copied = state / 6e9 + state / H100.host_link_bytes_per_second
+    assert step.seconds == pytest.approx(copied + written)
+
+
+def test_reading_costs_what_the_step_before_does_not_hide() -> None:
+    """A machine has ranks of four replicas, each of 16 sequences of 2 bytes a token."""
+    config = config_of(train={"global_batch_size": 128}, parallel={"tensor": 2, "data": 8})
+    slow = H100.model_copy(update={"storage_bytes_per_second": 1e5})
+    step = StepModel(config, slow).step()
+    read = 4 * 16 * 2048 * 2 / 1e5
+    assert step.input == pytest.approx(read - StepModel(config, slow).without_storage().seconds)
+    assert StepModel(config, H100).step().input == 0
+    assert StepModel(config, slow, Practice(uses_storage=False)).step().seconds < step.seconds - step.input
 
 
 def test_what_a_practice_hides_costs_less() -> None:

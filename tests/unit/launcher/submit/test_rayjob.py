@@ -3,6 +3,7 @@
 import copy
 import math
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 
 from kubernetes_tools import OVERLAYS, overlay_template
 from launcher import memory
+from launcher.fitting import check_memory
+from launcher.placement import Machine
+from launcher.planning import cluster as clusters
 from launcher.submit.kubernetes import names, rules, sizes, template
 from launcher.submit.kubernetes.rayjob import CONFIG_PATH, GPU, Where, render
 from trainer import config_file
@@ -225,6 +229,40 @@ def test_shared_memory_holds_the_snapshots_of_the_documentation() -> None:
     assert snapshots(replicate=True) == 4 * once
     assert snapshots(snapshot_every_steps=50, replicate=True) == 6 * once
     assert snapshots(asynchronous=False) == snapshots(snapshots_in="/tmp/snapshots") == 0
+
+
+@settings(max_examples=40)
+@given(runs)
+def test_a_pod_has_the_memory_without_which_the_run_in_it_is_refused(run: RunConfig) -> None:
+    """KubeRay tells Ray of a container's limit."""
+    run = run.model_copy(update={"launch": run.launch.model_copy(update={"device": "cpu"})})
+    _, worker = groups(rendered(run))
+    pod = Machine({"CPU": 2.0, "memory": float(rules.amount(container(worker)["resources"]["limits"]["memory"]))})
+    check_memory(run, [pod] * (run.launch.nodes + run.launch.spares))
+
+
+def test_what_a_file_says_of_the_cluster_travels_in_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((clusters.FOLDER / "h100.yaml").read_text().replace("H100 80GB SXM", "mine"))
+    head, _ = groups(rendered(config(launch={"cluster": str(path)})))
+    sent = config_file.from_tree(yaml.safe_load(head["template"]["metadata"]["annotations"][names.CONFIG_ANNOTATION]))
+    path.unlink()
+    assert isinstance(sent.launch.cluster, dict)
+    assert clusters.load(sent.launch.cluster) == clusters.load("h100").model_copy(update={"device": "mine"})
+    assert clusters.with_its_facts(sent) == sent  # as when it is submitted again
+    by_name = config(launch={"cluster": "h100"})
+    assert clusters.with_its_facts(by_name) == by_name
+    with pytest.raises(UserError, match="No such file"):
+        rendered(config(launch={"cluster": str(path)}))
+
+
+def test_devices_that_cannot_hold_the_run_are_refused_before_they_are_asked_for() -> None:
+    large = {"preset": "gpt3_13b", "launch": {"device": "cuda", "cluster": "h100"}}
+    with pytest.raises(UserError, match=r"the fullest rank takes .* GiB .*, and each H100 .*--force goes on all the"):
+        rendered(config(**large))
+    forced = rendered(config(**large), where=Where(image="made:here", force=True))
+    assert forced["spec"]["entrypoint"].endswith(" --ray auto --force")
+    rendered(config(**large | {"launch": {"device": "cuda"}}))  # of which nothing is known
 
 
 def test_memory_of_cpu_ranks_grows_with_what_they_hold() -> None:
