@@ -23,6 +23,9 @@ This page is made from the planner by `make docs`.
 """
 
 LEGEND = """
+Time, device-hours and energy are those expected with failures; goodput is the share of the time that goes into steps
+whose result is kept.
+
 Layouts are the sizes of `parallel`, a pipeline's with its chunks where it is interleaved. Without another word replicas
 split the optimizer's state (ZeRO 1), and nothing is recomputed. Memory is that of the fullest rank.
 """
@@ -76,6 +79,7 @@ COSTS: list[Column] = [
     ("tokens", lambda plan: f"{plan.config.train.total_tokens / 1e9:,.0f}B"),
     ("devices", lambda plan: f"{plan.num_devices:,} x {plan.cluster.device}"),
     ("time", lambda plan: duration(plan.expected_seconds)),
+    ("goodput", lambda plan: f"{plan.wall.goodput:.1%}"),
     ("device-hours", lambda plan: f"{plan.device_hours:,.0f}"),
     ("energy", lambda plan: f"{(plan.energy_kwh or 0) / 1e3:,.1f} MWh"),
 ]

@@ -85,8 +85,8 @@ def machines(number: int) -> Iterator[Machines]:
         os.environ["RAY_TMPDIR"] = str(folder)  # `isolated` removes it at its end
         cluster = Machines(folder)
         try:
-            for name in [cluster.start() for _ in range(number)]:
-                cluster.wait_for(name)
+            for _ in range(number):
+                cluster.wait_for(cluster.start())
             yield cluster
         finally:
             cluster.end()

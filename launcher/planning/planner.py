@@ -23,6 +23,8 @@ class Plan:
     """Which that is."""
     step: StepTime
     """Of a step with the full batch."""
+    hidden_share: float | None
+    """Of what data-parallel replicas send each other: what computation hides; None where they send nothing."""
     wall: WallTime
     """Of the whole run, with its failures."""
     advice: list[Advice]
@@ -54,14 +56,23 @@ class Plan:
         return self.config.tokens_per_step / self.step.seconds
 
     @property
+    def model_flops_per_token(self) -> int:
+        return plan.model_flops_per_token(self.config.model)
+
+    @property
+    def hardware_flops_per_token(self) -> int:
+        """With those that recomputation repeats."""
+        return plan.hardware_flops_per_token(self.config)
+
+    @property
     def mfu(self) -> float:
         """Operations that the model needs, over the devices' peak."""
-        return plan.model_flops_per_token(self.config.model) * self._tokens_per_peak_flop
+        return self.model_flops_per_token * self._tokens_per_peak_flop
 
     @property
     def hfu(self) -> float:
         """The same with those that recomputation repeats."""
-        return plan.hardware_flops_per_token(self.config) * self._tokens_per_peak_flop
+        return self.hardware_flops_per_token * self._tokens_per_peak_flop
 
     @property
     def seconds(self) -> float:
@@ -104,13 +115,14 @@ class Plan:
             "num_devices": self.num_devices,
             "num_nodes": self.num_nodes,
             "num_parameters": self.num_parameters,
-            "model_flops_per_token": plan.model_flops_per_token(self.config.model),
-            "hardware_flops_per_token": plan.hardware_flops_per_token(self.config),
+            "model_flops_per_token": self.model_flops_per_token,
+            "hardware_flops_per_token": self.hardware_flops_per_token,
             "fits": self.fits,
             "memory_bytes": asdict(self.memory) | {"total": self.memory.total},
             "device_memory_bytes": self.cluster.memory_bytes,
             "fullest_stage": self.stage,
             "step_seconds": asdict(self.step) | {"total": self.step.seconds},
+            "hidden_share_of_data": self.hidden_share,
             "tokens_per_step": self.config.tokens_per_step,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
@@ -134,7 +146,7 @@ def make_plan(config: RunConfig, cluster: Cluster) -> Plan:
     step = model.step()
     wall = wall_time(model, step)
     found_advice = [*advice(config, cluster, model), *advice_on_saving(wall)]
-    return Plan(config, cluster, found.memory, found.stage, step, wall, found_advice)
+    return Plan(config, cluster, found.memory, found.stage, step, model.hidden_share, wall, found_advice)
 
 
 def _finite(number: float | None) -> float | None:

@@ -156,7 +156,7 @@ class StepModel:
             context=both.context,
             pipeline=self._pipeline_seconds(num),
             bubble=bubble,
-            data=self._data_seconds(slowest, num),
+            data=self._exposed(*self._data_seconds(slowest, num)),
             optimizer=self._optimizer_seconds(),
         )
 
@@ -370,8 +370,15 @@ class StepModel:
             message += self.rates.gather_seconds(whole, self._tensor_group)
         return message
 
-    def _data_seconds(self, slowest: Passes, num: int) -> float:
-        """Adding up gradients, and weights to and from the ranks that own them.
+    @property
+    def hidden_share(self) -> float | None:
+        """Of what replicas send each other in a step: what computation hides; None where they send nothing."""
+        slowest, _ = self.shared.get(self._slowest, "slowest", *self._computation_key)
+        communication, beside = self._data_seconds(slowest, self.config.num_microbatches)
+        return 1 - self._exposed(communication, beside) / communication if communication else None
+
+    def _data_seconds(self, slowest: Passes, num: int) -> tuple[float, float]:
+        """Adding up gradients, and weights to and from the ranks that own them; and for how long it may be hidden.
 
         ZeRO 1 and none: once a step, beside the last backward pass and the next first forward pass where it is hidden;
         beside those of p micro-batches when interleaved, as chunks are done one after the other.
@@ -380,7 +387,7 @@ class StepModel:
         parallel, e = self.config.parallel, self.rates.element_bytes
         group = Group.of(parallel.context * parallel.data, parallel.tensor, self.cluster)
         if group.size == 1:
-            return 0.0
+            return 0.0, 0.0
         weights = self._most_weights
         scatter = self.rates.gather_seconds(self.practice.reduced_bytes * weights, group)
         gather = self.rates.gather_seconds(e * weights, group)
@@ -393,7 +400,7 @@ class StepModel:
             all_of_it, beside = num * scatter + gather, num * one
         else:
             all_of_it, beside = scatter + gather, together * one
-        return self._exposed(all_of_it, beside if self.practice.hides_data else 0.0)
+        return all_of_it, beside if self.practice.hides_data else 0.0
 
     def _optimizer_seconds(self) -> float:
         """Offloaded, gradients go to the machine (4 bytes) and weights come back (e)."""

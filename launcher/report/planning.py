@@ -37,9 +37,12 @@ def screen(plan: Plan) -> Group:
         else Text(f"does not fit: {-plan.free_bytes / _GIB:.1f} GiB too much", style="red")
     )
     where = f", fullest on stage {plan.stage}" if config.parallel.pipeline > 1 else ""
+    hidden = (
+        [] if plan.hidden_share is None else [Text(f"computation hides {plan.hidden_share:.0%} of data's exchange")]
+    )
     lines: list[RenderableType] = [
         Text(
-            f"{config.name}: {counted(plan.num_parameters)} parameters on {plan.num_devices} x {plan.cluster.device} "
+            f"{config.name}: {plan.num_parameters:,} parameters on {plan.num_devices:,} x {plan.cluster.device} "
             f"({plan.num_nodes} machine{'s' if plan.num_nodes > 1 else ''})",
             style="bold",
         ),
@@ -52,6 +55,7 @@ def screen(plan: Plan) -> Group:
         Text(f"time of a step: {duration(plan.step.seconds)} for {counted(config.tokens_per_step)} tokens"),
         bar(step, plan.step.seconds),
         legend(step, duration),
+        *hidden,
         Text(""),
         _numbers(plan),
     ]
@@ -116,7 +120,11 @@ def _numbers(plan: Plan) -> Table:
     condition = " if nothing fails" if plan.wall.knows_failures else ""
     rows = [
         ("speed", f"{counted(speed)} tokens/s, {counted(speed / plan.num_devices)} a device"),
-        ("use of the peak", f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}"),
+        (
+            "use of the peak",
+            f"MFU {plan.mfu:.1%} at {counted(plan.model_flops_per_token)} operations a token, HFU {plan.hfu:.1%} at "
+            f"{counted(plan.hardware_flops_per_token)}",
+        ),
         ("the run", f"{counted(tokens)} tokens in {duration(plan.seconds)}{condition}"),
         *_failures(plan),
         ("device-hours", f"{plan.device_hours:,.{0 if plan.device_hours > 10 else 1}f}"),

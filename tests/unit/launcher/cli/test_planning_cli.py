@@ -36,7 +36,7 @@ def outcome(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 def test_a_screen_shows_memory_time_numbers_and_warnings(capsys: pytest.CaptureFixture[str], gpt3: Path) -> None:
     code, out, _ = outcome(capsys, "plan", gpt3, "--cluster", "h200")
     assert code == 0
-    assert "12.9B parameters on 64 x H200 141GB SXM (8 machines)" in out
+    assert "12,852,771,840 parameters on 64 x H200 141GB SXM (8 machines)" in out
     assert len([line for line in out.splitlines() if set(line) <= {"█", "░"} and len(line) == 72]) == 2
     for word in (
         "memory of a rank",

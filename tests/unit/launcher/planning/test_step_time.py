@@ -228,3 +228,13 @@ def test_time_is_positive_in_every_part_and_grows_with_the_work(
     assert seconds(num_layers=16) > base
     assert seconds(seq_length=4096) > base
     assert seconds(batch=128) > base
+
+
+def test_what_replicas_exchange_and_computation_hides_is_told_as_a_share() -> None:
+    """Work enough to hide all of it, of which a share of time is lost all the same."""
+    config = config_of(train={"global_batch_size": 64}, parallel={"data": 8})
+    shown, hidden = (StepModel(config, H100, Practice(hides_data=hides)) for hides in (False, True))
+    assert shown.hidden_share == 0
+    assert hidden.hidden_share == pytest.approx(CONSTANTS.overlap_share)
+    assert hidden.step().data == pytest.approx(shown.step().data * (1 - CONSTANTS.overlap_share))
+    assert StepModel(config_of(train={"global_batch_size": 8}), H100).hidden_share is None
