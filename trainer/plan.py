@@ -47,13 +47,17 @@ def parameters_per_rank(config: RunConfig, stage: int = 0) -> int:
     return sum(elements for group in _local_groups(config, stage) for elements in group)
 
 
-def _local_groups(config: RunConfig, stage: int) -> list[list[int]]:
-    """Elements of each of a rank's tensors, by group of the optimizer, in the model's order."""
+def _local_groups(config: RunConfig, stage: int, chunks: int | None = None) -> tuple[list[int], list[int]]:
+    """Elements of each of a rank's matrices, and of its other tensors, in the model's order; of its first `chunks`."""
     model, parallel = config.model, config.parallel
-    groups: dict[bool, list[int]] = {True: [], False: []}
-    for elements, is_split, is_matrix in _tensors(model, model.padded_vocab_size, parallel.pipeline, stage):
-        groups[is_matrix].append(elements // (parallel.tensor if is_split else 1))
-    return [group for group in groups.values() if group]
+    matrices: list[int] = []
+    vectors: list[int] = []
+    for chunk in range(parallel.virtual_pipeline if chunks is None else chunks):
+        pieces, piece = parallel.pipeline * parallel.virtual_pipeline, chunk * parallel.pipeline + stage
+        for elements, is_split, is_matrix in _tensors(model, model.padded_vocab_size, pieces, piece):
+            group = matrices if is_matrix else vectors
+            group.append(elements // (parallel.tensor if is_split else 1))
+    return matrices, vectors
 
 
 def _tensors(model: ModelConfig, vocab_rows: int, stages: int = 1, stage: int = 0) -> Iterator[_Tensor]:
@@ -396,7 +400,7 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     and fill it up to a multiple of 2 r elements; ZeRO 3 fills each tensor up to one of r. What fills up counts, save in
     gradients that are tensors of their own. Adam counts updates (4 bytes) in every group, which ZeRO 3 cuts into
     pieces of a billion elements a rank, and there a flag (1) says whether a gradient was not finite. "Small ones" are
-    whole copies of tensors up to 100,000 elements. In fp32, ZeRO 2 keeps gradients of tensors whole that a partition's
+    whole and filled up copies of tensors up to 100,000 elements. In fp32, ZeRO 2 keeps gradients of tensors whole that a partition's
     border cuts: the one thing in which the ranks of `replica`, 0 to r - 1 over data and context, differ.
 
     Offload moves the optimizer to the host, with ZeRO 2 and 3 the gradients too, and adds there 4 P / r for the
@@ -421,8 +425,11 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     elif e < FP32:
         gradients = FP32 * share
     else:
+        early = _local_groups(config, stage, parallel.virtual_pipeline - 1)
         gradients = FP32 * sum(
-            _touched_elements(group, of_group, replica) for group, of_group in zip(groups, shares, strict=True)
+            _touched_elements(group, of_group, replica)
+            for tensors in (groups, early)
+            for group, of_group in zip(tensors, shares, strict=True)
         )
     if parallel.offload == "none":
         return StateBytes(weights, gradients, optimizer, 0, 0)
@@ -431,9 +438,11 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     return StateBytes(weights, gradients, optimizer, (FP32 + e) * share + 2 * largest, host)
 
 
-def _zero_3_bytes(groups: list[list[int]], e: int, ranks: int, offload: bool) -> StateBytes:
+def _zero_3_bytes(groups: tuple[list[int], ...], e: int, ranks: int, offload: bool) -> StateBytes:
     share = sum(_ceil(elements, ranks) for group in groups for elements in group)
-    small = sum(elements for group in groups for elements in group if elements <= _PERSISTENT_ELEMENTS)
+    small = sum(
+        ranks * _ceil(elements, ranks) for group in groups for elements in group if elements <= _PERSISTENT_ELEMENTS
+    )
     pieces = sum(_num_pieces([_ceil(elements, ranks) for elements in group]) for group in groups)
     gradients, optimizer = FP32 * share, 3 * FP32 * share + FP32 * pieces + 1
     extra = FP32 * share if offload else 0

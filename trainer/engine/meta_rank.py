@@ -112,7 +112,7 @@ def _with_gradients(config: RunConfig) -> tuple[Zero, int]:
         state.refresh_weights()
         if config.parallel.zero < 3:
             zero.begin_step()
-            for index in range(len(chunks)):
+            for index in reversed(range(len(chunks))):
                 zero.forward(index).backward()
             zero.finalize_gradients()
     return zero, num_parameters

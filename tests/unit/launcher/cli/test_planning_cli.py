@@ -168,11 +168,11 @@ def test_what_a_search_tells_to_set_is_the_best_plan(capsys: pytest.CaptureFixtu
 
 def test_a_search_may_find_nothing(capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny.yaml"
-    tiny.write_text(dump_tree(load("h100").model_dump(mode="json") | {"memory_bytes": 2.2e9}))
+    tiny.write_text(dump_tree(load("h100").model_dump(mode="json") | {"memory_bytes": 2.4e9}))
     code, out, _ = outcome(capsys, "plan", small, "--search", "--devices", 1, "--cluster", tiny)
     out = " ".join(out.split())
     assert code == 1
-    assert "nothing fits 1 device of 2.0 GiB; the nearest takes 3." in out and "2 devices would do" in out
+    assert "nothing fits 1 device of 2.2 GiB; the nearest takes 3." in out and "2 devices would do" in out
     code, out, _ = outcome(capsys, "plan", small, "--search", "--devices", 7, "--cluster", "h100")
     assert code == 1 and "there are some for 6 or 8" in " ".join(out.split())
     code, out, _ = outcome(capsys, "plan", small, "--search", "--devices", 7, "--cluster", "h100", "--json")
