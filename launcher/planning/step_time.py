@@ -125,7 +125,10 @@ class StepModel:
     practice: Practice = OURS
     constants: Constants = CONSTANTS
     shared: Shared = field(default_factory=Shared, compare=False, repr=False)
-    """With models of other layouts, which differ in `parallel`, micro-batch and recomputation alone."""
+    """With models of other layouts, which differ in `parallel`, batch and recomputation alone."""
+
+    def __post_init__(self) -> None:
+        self.shared.claim(self.config.model, self.cluster, self.practice, self.constants)
 
     @cached_property
     def rates(self) -> Rates:
