@@ -123,7 +123,8 @@ class StepModel:
     config: RunConfig
     cluster: Cluster
     practice: Practice = OURS
-    constants: Constants = CONSTANTS
+    constants: Constants | None = None
+    """None: those of the cluster's kind."""
     shared: Shared = field(default_factory=Shared, compare=False, repr=False)
     """With models of other layouts, which differ in `parallel`, batch and recomputation alone."""
 
@@ -132,7 +133,11 @@ class StepModel:
 
     @cached_property
     def rates(self) -> Rates:
-        return Rates(self.cluster, self.constants, 2 if self.config.train.precision == "bf16" else 4)
+        return Rates(self.cluster, self._constants, 2 if self.config.train.precision == "bf16" else 4)
+
+    @cached_property
+    def _constants(self) -> Constants:
+        return self.constants or CONSTANTS[self.cluster.kind]
 
     def step(self) -> StepTime:
         """Of the full batch, with what storage adds to it."""
@@ -277,7 +282,7 @@ class StepModel:
         # batched over heads and sequences: the shape of one, the time of all
         num = heads * queries / model.seq_length
         pair = [(model.seq_length, keys, model.head_size), (model.seq_length, model.head_size, keys)]
-        kernel = self.constants.kernel_seconds
+        kernel = self._constants.kernel_seconds
         products = num * sum(self.rates.product_seconds(*shape) - kernel for shape in pair) + 2 * kernel
         # an element of a matrix of scores: read and written by the masked softmax (2 e), read and written by dropout
         # with its mask (2 e + 1); backwards both again, the softmax's with its output as well
@@ -449,7 +454,7 @@ class StepModel:
 
     def _exposed(self, communication: float, beside: float) -> float:
         """What of it takes time although it may run beside so much computation."""
-        return communication - self.constants.overlap_share * min(communication, beside)
+        return communication - self._constants.overlap_share * min(communication, beside)
 
     @property
     def _tensor_group(self) -> Group:

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.planning.cluster import Cluster, load
-from launcher.planning.constants import CONSTANTS
+from launcher.planning.constants import GPU
 from launcher.planning.practice import Practice
 from launcher.planning.rates import Group, Rates
 from launcher.planning.step_time import StepModel
@@ -43,23 +43,23 @@ def test_interleaving_divides_the_bubble() -> None:
 
 
 def test_a_large_product_is_bound_by_operations_and_a_thin_one_by_memory() -> None:
-    rates = Rates(H100, CONSTANTS, 2)
+    rates = Rates(H100, GPU, 2)
     size = 16384
-    best = 2 * size**3 / (H100.bf16_flops * H100.achievable_share * CONSTANTS.matrix_share)
+    best = 2 * size**3 / (H100.bf16_flops * H100.achievable_share * GPU.matrix_share)
     assert rates.product_seconds(size, size, size) == pytest.approx(best, rel=0.03)
-    thin = 2 * size**2 / (H100.memory_bytes_per_second * CONSTANTS.memory_share)
-    assert rates.product_seconds(1, size, size) == pytest.approx(thin + CONSTANTS.kernel_seconds, rel=0.01)
+    thin = 2 * size**2 / (H100.memory_bytes_per_second * GPU.memory_share)
+    assert rates.product_seconds(1, size, size) == pytest.approx(thin + GPU.kernel_seconds, rel=0.01)
 
 
 def test_collectives_follow_rings() -> None:
-    rates = Rates(H100, CONSTANTS, 2)
+    rates = Rates(H100, GPU, 2)
     num_bytes = 10e9
     in_node = Group.of(8, 1, H100)
     assert (in_node.num_nodes, Group.of(16, 1, H100).num_nodes, Group.of(4, 8, H100).num_nodes) == (1, 2, 4)
-    link = num_bytes * 7 / 8 / (H100.link_bytes_per_second * CONSTANTS.link_share)
+    link = num_bytes * 7 / 8 / (H100.link_bytes_per_second * GPU.link_share)
     assert rates.gather_seconds(num_bytes, in_node) == pytest.approx(link, rel=0.01)
     assert rates.reduce_seconds(num_bytes, in_node) == 2 * rates.gather_seconds(num_bytes, in_node)
-    one_adapter = num_bytes * 3 / 4 / (H100.network_bytes_per_second * CONSTANTS.network_share)
+    one_adapter = num_bytes * 3 / 4 / (H100.network_bytes_per_second * GPU.network_share)
     assert rates.gather_seconds(num_bytes, Group.of(4, 8, H100)) == pytest.approx(one_adapter, rel=0.01)
     assert rates.gather_seconds(num_bytes, Group(1, 1)) == 0.0
 
@@ -238,6 +238,6 @@ def test_what_replicas_exchange_and_computation_hides_is_told_as_a_share() -> No
     config = config_of(train={"global_batch_size": 64}, parallel={"data": 8})
     shown, hidden = (StepModel(config, H100, Practice(hides_data=hides)) for hides in (False, True))
     assert shown.hidden_share == 0
-    assert hidden.hidden_share == pytest.approx(CONSTANTS.overlap_share)
-    assert hidden.step().data == pytest.approx(shown.step().data * (1 - CONSTANTS.overlap_share))
+    assert hidden.hidden_share == pytest.approx(GPU.overlap_share)
+    assert hidden.step().data == pytest.approx(shown.step().data * (1 - GPU.overlap_share))
     assert StepModel(config_of(train={"global_batch_size": 8}), H100).hidden_share is None
