@@ -315,9 +315,9 @@ class StepModel:
     def _unfused(self) -> tuple[float, float, int]:
         """What kernels apart move besides, for a token forward and backward; and how many more they are.
 
-        To add a bias reads and writes what it is added to, and its gradient reads it once; dropout reads and writes too.
-        Of a gated activation the gate reads and writes, its other half is copied, and both are multiplied: 7 passes of
-        its width for 3 forward, 12 for 4.5 backward.
+        A bias reads and writes what it is added to, and its gradient reads that once; dropout reads and writes too. Of
+        a gated activation the gate reads and writes, its other half is copied, and both are multiplied: 7 passes of its
+        width for 3 forward, 12 for 4.5 backward.
         """
         model, parallel, e = self.config.model, self.config.parallel, self.rates.element_bytes
         t, split = parallel.tensor, parallel.tensor if parallel.sequence else 1
