@@ -1,5 +1,6 @@
 """What saving and loading take: from bytes and bandwidths, by how `docs/checkpoints.md` says that a state is saved."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,7 +58,7 @@ class SaveTimes:
         seconds = policy.every_seconds
         if seconds == "auto":
             seconds = optimal_seconds(FailureHistory(stall_seconds=(self.stall_seconds,)), self._num_ranks)
-        return min(steps, max(1.0, seconds / step_seconds))
+        return min(steps, max(1.0, math.ceil(seconds / step_seconds)))
 
     def num_snapshots(self, interval_steps: float) -> int:
         """From one checkpoint to the next, which counts as one of them."""

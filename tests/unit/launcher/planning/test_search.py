@@ -204,6 +204,11 @@ def test_other_devices_take_as_many_machines() -> None:
     assert search.settings(found.config, found.best[0])["launch.nodes"] == 4
 
 
+def test_more_ranks_than_a_machine_has_devices_are_spread() -> None:
+    found = search.search(from_tree(TIGHT | {"launch": {"nodes": 1}}), SMALL_NODES)
+    assert search.settings(found.config, found.best[0])["launch.nodes"] == 2
+
+
 def test_machines_of_cpus_offload_nothing() -> None:
     cpu = load("cpu")
     config = on_devices(from_tree(TIGHT), cpu, 4)
