@@ -19,6 +19,7 @@ from trainer.data.batches import MicroBatch
 from trainer.engine.engine import Engine
 
 MODEL = {"num_layers": 8, "hidden_size": 384, "num_heads": 6, "vocab_size": 4096, "seq_length": 256}
+NO_MODEL = {"hidden_size": 48, "vocab_size": 128, "seq_length": 32}
 LLAMA: dict[str, Any] = {
     "model.num_kv_heads": 2,
     "model.positions": "rotary",
@@ -89,6 +90,25 @@ def measure(config: RunConfig, num_steps: int, *, returns_memory: bool) -> list[
         return Measured(before, _peak_bytes(), seconds)
 
     return run_on_ranks(config, on_rank)
+
+
+def in_use_bytes(config: RunConfig) -> float:
+    """At the peak of the rank that needs most, beyond what the same layout takes without a model worth speaking of."""
+    return _most_grown(config) - _most_grown(without_model(config))
+
+
+def without_model(config: RunConfig) -> RunConfig:
+    return override(config.model_dump(mode="json"), [f"model.{name}={size}" for name, size in NO_MODEL.items()])
+
+
+def _most_grown(config: RunConfig) -> float:
+    ranks = measure(config, 1, returns_memory=True)
+    return max(rank.peak_bytes - rank.before_bytes for rank in ranks)
+
+
+def resident_bytes(ranks: list[Measured]) -> float:
+    """Of the rank that holds most, at the peak."""
+    return max(rank.peak_bytes for rank in ranks)
 
 
 def _steps(config: RunConfig, device: torch.device, num_steps: int) -> list[float]:

@@ -71,6 +71,10 @@ class Cluster(Section):
     """From a failure until ranks that were begun anew start to load their state. Default: an assumption for GPUs; on
     CPUs it takes seconds (docs/supervision.md)."""
 
+    def num_nodes(self, num_devices: int) -> int:
+        """Machines that so many devices fill, the last one perhaps in part."""
+        return -(-num_devices // self.devices_per_node)
+
     @property
     def node_failure_seconds(self) -> float | None:
         """Mean time between failures of one machine, where it is known."""

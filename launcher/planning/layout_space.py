@@ -40,7 +40,8 @@ class Layout(NamedTuple):
         return self[:4]
 
     @property
-    def zero_and_sequence(self) -> tuple[bool, int, str]:
+    def sharding(self) -> tuple[bool, int, str]:
+        """What is split or moved on the same grid: sequence parallelism, ZeRO, offload."""
         return self.sequence, self.zero, self.offload
 
     @property
@@ -71,8 +72,7 @@ def on_devices(config: RunConfig, cluster: Cluster, num_devices: int) -> RunConf
     """
     launch = config.launch.model_copy(update={"device": cluster.kind})
     if num_devices != config.parallel.num_ranks or config.ranks_per_node > cluster.devices_per_node:
-        nodes = -(-num_devices // cluster.devices_per_node)
-        launch = launch.model_copy(update={"nodes": nodes, "ranks_per_node": None})
+        launch = launch.model_copy(update={"nodes": cluster.num_nodes(num_devices), "ranks_per_node": None})
     return config.model_copy(update={"launch": launch})
 
 

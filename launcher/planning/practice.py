@@ -22,6 +22,9 @@ class Practice(Section):
     """Whether gradients and weights of data-parallel replicas travel while ranks compute."""
     shards_optimizer: bool = True
     """Whether data-parallel replicas share the optimizer's work (ZeRO)."""
+    scatters_gradients: bool = False
+    """Whether replicas get the sums of the gradients alone that they own. DeepSpeed's ZeRO 1 and 2, and what
+    `trainer.engine.zero` has in their place, sum all of them everywhere; ZeRO 3 always scatters."""
     splits_messages: bool = False
     """Whether tensor-parallel ranks send a part each of what pipeline stages exchange, and gather it behind."""
     reduced_bytes: Literal[2, 4] = 4

@@ -166,7 +166,7 @@ def _without_ramp(best: Plan, config: RunConfig, cluster: Cluster) -> Alternativ
     train = config.train.model_copy(update={"ramp_start_batch_size": None, "ramp_tokens": 0})
     free, chosen = config.model_copy(update={"train": train}), Layout.of(best.config)
     every = layouts(free, cluster, best.num_devices)
-    alike = (each for each in every if each.zero_and_sequence == chosen.zero_and_sequence)
+    alike = (each for each in every if each.sharding == chosen.sharding)
     fastest = min((each for _, each in evaluated(free, cluster, alike)), default=None)
     if fastest is None or fastest.step_seconds >= best.step.seconds:
         return None

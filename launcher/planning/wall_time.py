@@ -115,7 +115,7 @@ class WallTime:
 
     @property
     def num_nodes(self) -> int:
-        return -(-self.config.parallel.num_ranks // self.cluster.devices_per_node)
+        return self.cluster.num_nodes(self.config.parallel.num_ranks)
 
     @property
     def _work_seconds(self) -> float:

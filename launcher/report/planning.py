@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -33,7 +34,7 @@ def screen(plan: Plan) -> Group:
     memory, step, config = asdict(plan.memory), asdict(plan.step), plan.config
     room = plan.cluster.memory_bytes
     verdict = (
-        Text(f"fits, with {plan.free_bytes / _GIB:.1f} GiB to spare", style="green")
+        Text(f"fits, {plan.free_bytes / _GIB:.1f} GiB free", style="green")
         if plan.fits
         else Text(f"does not fit: {-plan.free_bytes / _GIB:.1f} GiB too much", style="red")
     )
@@ -75,13 +76,17 @@ def bar(parts: Mapping[str, float], whole: float) -> Text:
     return text.append(_FREE * (_WIDTH - drawn), style="dim")
 
 
-def legend(parts: Mapping[str, float], shown: Callable[[float], str]) -> Text:
-    """The parts that there are."""
-    text = Text()
-    for color, (name, value) in zip(_COLORS, parts.items(), strict=False):
-        if value > 0:
-            text.append("█ ", style=color).append(f"{name.replace('_', ' ')} {shown(value)}   ")
-    return text
+def legend(parts: Mapping[str, float], shown: Callable[[float], str]) -> Columns:
+    """The parts that there are, each beside its colour."""
+    items = zip(_COLORS, parts.items(), strict=False)
+    return Columns(
+        [
+            Text("█ ", style=color, no_wrap=True).append(f"{name.replace('_', ' ')} {shown(value)}", style="default")
+            for color, (name, value) in items
+            if value > 0
+        ],
+        padding=(0, 2),
+    )
 
 
 def validation(comparisons: Sequence[Comparison]) -> Group:

@@ -1,6 +1,7 @@
 """`broadgauge plan`: one screen for a person, JSON for machines, exit code 1 where a run does not fit."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def test_a_screen_shows_memory_time_numbers_and_warnings(capsys: pytest.CaptureF
     ):
         assert word in out
     assert len(out.splitlines()) <= 30
+    parts = re.findall(r"█ ([a-z ]+?) [\d.]+ (?:GiB|s|ms)", out)  # no part is torn from its colour or its number
+    assert {"weights", "activations", "memory bound", "data"} <= set(parts) and len(parts) == out.count("█ ")
 
 
 def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str], gpt3: Path) -> None:

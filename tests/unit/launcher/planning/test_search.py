@@ -1,7 +1,9 @@
 """A search finds every layout that the trainer accepts, ranks them as plans do, and says what is worse about others."""
 
 import time
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -9,8 +11,10 @@ from launcher.planning import layout_space, search
 from launcher.planning.cluster import Cluster, load
 from launcher.planning.layout_space import Layout, layouts, on_devices
 from launcher.planning.planner import make_plan
+from launcher.planning.practice import Practice
 from launcher.planning.rank_memory import fullest, rank_memory
 from launcher.planning.search import Search
+from launcher.planning.shared import Shared
 from launcher.planning.step_time import StepModel
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
@@ -98,6 +102,20 @@ def test_candidates_are_as_plans_have_them() -> None:
         assert (candidate.step_seconds < float("inf")) == plan.fits
         if plan.fits:
             assert candidate.step_seconds == pytest.approx(plan.step.seconds, rel=1e-12)
+
+
+def test_results_are_not_shared_with_other_models_clusters_or_practices() -> None:
+    model = StepModel(from_tree(TIGHT), H100)
+    model.step()
+    others: tuple[dict[str, Any], ...] = (
+        {"cluster": SMALL_NODES},
+        {"practice": Practice(hides_pipeline=True)},
+        {"config": from_tree({**TIGHT, "model": {**TIGHT["model"], "num_layers": 12}})},
+    )
+    for other in others:
+        with pytest.raises(AssertionError, match="begin with a new Shared"):
+            replace(model, **other)
+        assert replace(model, **other, shared=Shared()).step() != model.step()
 
 
 def test_every_layout_of_the_list_is_one_that_the_trainer_reads(tight: Search, big: tuple[Search, float]) -> None:
