@@ -131,7 +131,7 @@ def test_replicas_move_what_their_zero_stage_does(zero: int, moved: int) -> None
     config = config_of(train={"global_batch_size": 16}, parallel={"tensor": 8, "data": 16, "zero": zero})
     num_bytes = moved * plan.parameters_per_rank(config) * 15 / 16
     step = StepModel(config, H100).step()
-    assert step.data == pytest.approx(num_bytes / (H100.network_bytes_per_second * CONSTANTS.network_share), rel=0.05)
+    assert step.data == pytest.approx(num_bytes / (H100.network_bytes_per_second * GPU.network_share), rel=0.05)
     scattered = StepModel(config, H100, Practice(scatters_gradients=True)).step()
     assert scattered.data == pytest.approx(step.data * (6 / 10 if zero < 3 else 1), rel=0.05)
 
@@ -149,7 +149,7 @@ def test_stages_sum_the_gradient_of_an_embedding_that_two_of_them_hold() -> None
         ).step()
         for tied in (True, False)
     )
-    sent = 4 * 51200 * 1024 / 8 / (H100.network_bytes_per_second * CONSTANTS.network_share)
+    sent = 4 * 51200 * 1024 / 8 / (H100.network_bytes_per_second * GPU.network_share)
     assert tied.pipeline - untied.pipeline == pytest.approx(sent, rel=0.1)
 
 
@@ -171,9 +171,9 @@ def test_heads_cross_the_links_and_are_copied_on_either_side() -> None:
     """16 query, 16 key, 16 value and 16 result heads of 64 in bf16 for 512 tokens; five passes through memory."""
     layer = StepModel(config_of(train={"global_batch_size": 4}, parallel={"context": 4}), H100)._layer(0)
     num_bytes = 4 * 16 * 64 * 2 * 512
-    crossing = num_bytes * 3 / 4 / (H100.link_bytes_per_second * CONSTANTS.link_share)
-    copying = 5 * num_bytes / (H100.memory_bytes_per_second * CONSTANTS.memory_share)
-    latency = 4 * (H100.link_latency_seconds + CONSTANTS.kernel_seconds) + 12 * CONSTANTS.kernel_seconds
+    crossing = num_bytes * 3 / 4 / (H100.link_bytes_per_second * GPU.link_share)
+    copying = 5 * num_bytes / (H100.memory_bytes_per_second * GPU.memory_share)
+    latency = 4 * (H100.link_latency_seconds + GPU.kernel_seconds) + 12 * GPU.kernel_seconds
     assert layer.forward.context == pytest.approx(crossing + copying + latency)
 
 
