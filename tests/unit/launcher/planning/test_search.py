@@ -93,8 +93,10 @@ def test_no_layout_that_the_trainer_accepts_is_missing(tight: Search) -> None:
     assert all(of_grids[layout.grid] <= plan.step.seconds * (1 + 1e-9) for layout, plan in fitting)
 
 
-def test_candidates_are_as_plans_have_them() -> None:
-    config = on_devices(from_tree(TIGHT), SMALL_NODES, 4)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_candidates_are_as_plans_have_them(precision: str) -> None:
+    tree = TIGHT | {"train": {"global_batch_size": 8, "precision": precision}}
+    config = on_devices(from_tree(tree), SMALL_NODES, 4)
     some = list(layouts(config, SMALL_NODES, 4))[::11]
     for layout, candidate in search.evaluated(config, SMALL_NODES, some):
         plan = make_plan(layout.applied(config), SMALL_NODES)
