@@ -96,7 +96,7 @@ def load(wanted: str | Mapping[str, Any]) -> Cluster:
         path = FOLDER / f"{wanted.lower()}.yaml"
         if wanted.lower() not in names():
             known = config_file.suggest(path.stem.partition(".")[0], names())
-            raise UserError(f"no cluster {wanted} comes along{known}; or name a YAML file")
+            raise UserError(f"no cluster {wanted} comes along{known}; name one that does, or a YAML file")
     return _validated(config_file.read_tree(path, "the cluster"), str(path))
 
 
