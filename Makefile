@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-all drill lint format docs tasks parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery bench-watching bench-generation clean
+.PHONY: help install quickstart test test-all drill lint format docs tasks parity bench-train bench-layouts bench-attention bench-startup bench-data bench-reading bench-export bench-checkpoint bench-recovery bench-watching bench-generation bench-plan clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -67,6 +67,9 @@ bench-watching: $(INSTALLED)  ## what it costs a run to be watched
 
 bench-generation: $(INSTALLED)  ## generation beside transformers
 	$(BIN)/python -W ignore -m benchmarks.generation
+
+bench-plan: $(INSTALLED)  ## small runs beside what the planner says of them
+	PYTHONPATH=tests:. $(BIN)/python -W ignore -m benchmarks.planner
 
 bench-attention: $(INSTALLED)  ## banded against dense attention; memory of long sequences
 	$(BIN)/python -W ignore -m benchmarks.attention

@@ -85,13 +85,13 @@ def least_bytes(config: RunConfig, *, on_gpus: bool) -> float:
 
 def _on_cpus(config: RunConfig) -> Mapping[str, float]:
     """What the fullest machine holds, by part: its ranks, whose stages hold differently much, and snapshots."""
-    cpu, num_ranks, pipeline = clusters.load("cpu"), config.parallel.num_ranks, config.parallel.pipeline
-    of_stage = [asdict(rank_memory(config, cpu, stage)) for stage in range(pipeline)]
-    stages = [rank * pipeline // num_ranks for rank in range(num_ranks)]
+    config = config.model_copy(update={"launch": config.launch.model_copy(update={"device": "cpu"})})  # if it is auto
+    cpu = clusters.load("cpu")
+    of_stage = [asdict(rank_memory(config, cpu, stage)) for stage in range(config.parallel.pipeline)]
     machines = []
-    for first in range(0, num_ranks, config.ranks_per_node):
+    for stages in memory.stages_of_machines(config):
         held: Counter[str] = Counter()
-        for stage in stages[first : first + config.ranks_per_node]:
+        for stage in stages:
             held.update(of_stage[stage])
         machines.append(held)
     largest = max(machines, key=lambda held: sum(held.values()))

@@ -15,12 +15,16 @@ _SHARED_MEMORY = PurePosixPath("/dev/shm")
 
 def least_host_bytes(config: RunConfig) -> int:
     """Below which no machine with GPUs can do: the offloaded state of ranks on the fullest, and one snapshot."""
-    num_ranks, pipeline = config.parallel.num_ranks, config.parallel.pipeline
-    stages = [rank * pipeline // num_ranks for rank in range(num_ranks)]
-    held = {stage: plan.state_bytes_per_rank(config, stage).host for stage in range(pipeline)}
-    here = config.ranks_per_node
-    machines = [sum(held[stage] for stage in stages[first : first + here]) for first in range(0, num_ranks, here)]
-    return max(machines) + (snapshot_bytes(config) if _keeps_snapshots(config) else 0)
+    held = [plan.state_bytes_per_rank(config, stage).host for stage in range(config.parallel.pipeline)]
+    fullest_machine = max(sum(held[stage] for stage in stages) for stages in stages_of_machines(config))
+    return fullest_machine + (snapshot_bytes(config) if _keeps_snapshots(config) else 0)
+
+
+def stages_of_machines(config: RunConfig) -> list[list[int]]:
+    """The pipeline stage of each rank, machine by machine: ranks are numbered stage by stage."""
+    num_ranks, here = config.parallel.num_ranks, config.ranks_per_node
+    stages = [rank * config.parallel.pipeline // num_ranks for rank in range(num_ranks)]
+    return [stages[first : first + here] for first in range(0, num_ranks, here)]
 
 
 def rank_bytes(config: RunConfig, *, on_gpus: bool) -> int:

@@ -14,6 +14,8 @@ from trainer.config import RunConfig, UserError
 if TYPE_CHECKING:
     from launcher.planning.cluster import Cluster
 
+_MOST_DEVICES = 10_000_000  # a search tries every divisor of theirs
+
 
 def plan(
     path: Annotated[
@@ -40,7 +42,9 @@ def plan(
     devices: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --search: how many devices there are; those of the config's layout if not given."
+            min=1,
+            max=_MOST_DEVICES,
+            help="With --search: how many devices there are; those of the config's layout if not given.",
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="With --search: how many layouts to show.")] = 10,
@@ -81,7 +85,7 @@ def plan(
             raise UserError("--verify is of the config's own layout, and draws nothing; leave out --search and --plot")
         _verify(config, as_json)
         return
-    where = clusters.load(cluster or clusters.named_by(config))
+    where = clusters.load(clusters.named_by(config) if cluster is None else cluster)
     if search:
         _search(config, where, devices, top, as_json)
         return
@@ -91,7 +95,7 @@ def plan(
     if plot is not None:
         plan_picture.draw(found, plot)
     if as_json:
-        print(json.dumps(found.as_tree(), indent=2))
+        print(json.dumps(found.as_tree(), indent=2, allow_nan=False))
     else:
         working().show(report.screen(found))
     if not found.fits:
@@ -104,7 +108,7 @@ def _search(config: RunConfig, cluster: "Cluster", devices: int | None, top: int
 
     found = search(config, cluster, devices, top)
     if as_json:
-        print(json.dumps(found.as_tree(), indent=2))
+        print(json.dumps(found.as_tree(), indent=2, allow_nan=False))
     else:
         working().show(layouts_found.screen(found))
     if not found.best:
@@ -132,6 +136,6 @@ def _validate(as_json: bool) -> None:
 
     comparisons = validate.compare()
     if as_json:
-        print(json.dumps([each.as_tree() for each in comparisons], indent=2))
+        print(json.dumps([each.as_tree() for each in comparisons], indent=2, allow_nan=False))
     else:
         working().show(report.validation(comparisons))

@@ -78,9 +78,6 @@ def isolated() -> Iterator[None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_memory_monitor_refresh_ms": "0",  # short of memory, Ray would kill the agent; the kernel picks better
-        # A raylet that finds its own object store not yet listening asks again after this long, and not after a second.
-        "RAY_raylet_client_connect_timeout_milliseconds": "20",
-        "RAY_raylet_client_num_connect_attempts": "500",  # for the ten seconds that they were
     }
     _replace_environment(theirs, ours)
     try:

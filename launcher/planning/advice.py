@@ -134,7 +134,13 @@ def _links(config: RunConfig, cluster: Cluster) -> Iterator[Advice]:
     if config.launch.nodes > 1 and config.ranks_per_node > here:
         yield Advice(
             f"{config.ranks_per_node} ranks per machine, and the cluster's have {here} devices",
-            f"set launch.nodes to {-(-parallel.num_ranks // here)}",
+            f"set launch.nodes to {cluster.num_nodes(parallel.num_ranks)}",
+        )
+    elif config.launch.nodes > (full := -(-parallel.num_ranks // here)):
+        yield Advice(
+            f"launch.nodes {config.launch.nodes} leaves machines of {here} devices with {config.ranks_per_node} ranks, "
+            f"and this plan is for {full} full",
+            f"set launch.nodes to {full}",
         )
     if parallel.num_ranks > here and parallel.num_ranks % here:
         yield Advice(

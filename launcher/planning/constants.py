@@ -1,11 +1,14 @@
-"""What no data sheet says: how much of a device and of its links training reaches. One set for every cluster."""
+"""What no data sheet says: how much of a device and of its links training reaches."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """Fitted by `benchmarks/planner_constants.py` on the rows of `published.yaml` that are marked so, and rounded."""
+    """Defaults are for GPUs.
+
+    Fitted by `benchmarks/planner_constants.py` on the rows of `published.yaml` that are marked so, and rounded.
+    """
 
     matrix_share: float = 0.83
     """Of the best matrix product's rate: what products of training reach when they are large."""
@@ -25,4 +28,18 @@ class Constants:
     """Least time of a kernel: its launch, beginning and end; not fitted."""
 
 
-CONSTANTS = Constants()
+GPU = Constants()
+"""One set for all of them."""
+CPU = Constants(
+    matrix_share=0.9,
+    half_size=10.0,
+    memory_share=0.6,
+    attention_share=0.3,
+    link_share=1.0,
+    network_share=1.0,
+    overlap_share=0.0,
+    kernel_seconds=40.0e-6,
+)
+"""Of PyTorch's kernels on a core with AVX-512, measured one by one, with what Python and autograd do around them.
+Communication takes the cores that computation would have: none is hidden."""
+CONSTANTS = {"cuda": GPU, "cpu": CPU}

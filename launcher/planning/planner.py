@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def num_nodes(self) -> int:
-        return -(-self.num_devices // self.cluster.devices_per_node)
+        return self.cluster.num_nodes(self.num_devices)
 
     @property
     def num_parameters(self) -> int:

@@ -6,14 +6,18 @@ from launcher.planning.cluster import Cluster
 from trainer import plan
 from trainer.config import RunConfig
 
-_CONTEXT_BYTES = {"cuda": 0.9e9, "cpu": 0.5e9}
+_CONTEXT_BYTES = {"cuda": 0.9e9, "cpu": 0.4e9}
 """Of a process that has computed once: driver, kernels and workspaces of libraries, on CPUs PyTorch itself."""
-_BUCKET_BYTES = 4 * 40_000_000
-"""Of gradients that travel together: 40 million in fp32, `trainer.engine.deepspeed_config`."""
 _COMMUNICATOR_BYTES = 0.2e9
 """Of NCCL for each kind of group that a rank is in; gloo has next to none."""
+_BUCKET_ELEMENTS = 40_000_000
+"""Gradients that travel together: `trainer.engine.deepspeed_config`."""
 _FRAGMENTATION_SHARE = 0.05
-"""Of what is allocated and freed in every step: what the allocator cannot use again."""
+"""Of what is allocated and freed in every step: what PyTorch's allocator on CUDA cannot use again."""
+_HEAP_SHARE = 0.2
+"""Of all that a rank holds on a CPU: holes in the C library's heap, which grew while the model was built."""
+_GATHERED_ELEMENTS = 1_000_000_000
+"""DeepSpeed's stage3_max_live_parameters: weights that ZeRO 3 leaves gathered from one use to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class RankMemory:
     logits: float = 0.0
     """The output layer and the loss, on the last stage."""
     communication: float = 0.0
-    """Buffers: of gradients on their way, of gathered weights under ZeRO 3, of the communication library."""
+    """Of gradients on their way, of gathered weights, of the communication library: what they add at the peak."""
     context: float = 0.0
     """The process itself."""
     fragmentation: float = 0.0
@@ -39,8 +43,34 @@ class RankMemory:
     def total(self) -> float:
         return sum(getattr(self, each.name) for each in fields(self))
 
-    def __add__(self, other: "RankMemory") -> "RankMemory":
-        return RankMemory(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
+
+@dataclass(frozen=True)
+class Standing:
+    """What neither the micro-batch nor chunks, sequence parallelism and recomputation change."""
+
+    memory: RankMemory
+    """All that is always there."""
+    on_gpu: bool
+    begin: float
+    """Buffers beside all activations, when a backward pass begins."""
+    reducing: float
+    """When so many gradients have come that they are reduced."""
+    updating: float
+    """In the optimizer's update."""
+    consumed_share: float | None
+    """Of a micro-batch's activations: what is gone when gradients are reduced; None: it is done after the last."""
+    in_threads: float
+    """gloo's two threads keep a heap each, and either comes to copy weights, or under ZeRO 3 gradients."""
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What neither ZeRO nor offload changes."""
+
+    activations: float
+    logits: float
+    of_microbatch: float
+    """Activations of one micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -67,35 +97,75 @@ def candidates(num_stages: int) -> list[int]:
 
 def rank_memory(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:
     """On a CPU what is offloaded counts too: it is the same memory."""
-    return standing(config, cluster, stage) + passing(config, stage)
+    return together(standing(config, cluster, stage), passing(config, stage))
 
 
-def standing(config: RunConfig, cluster: Cluster, stage: int) -> RankMemory:
-    """What neither the micro-batch nor chunks, sequence parallelism and recomputation change."""
-    state = plan.state_bytes_per_rank(config, stage)
-    on_gpu = cluster.kind == "cuda"
-    is_offloaded = on_gpu and config.parallel.offload == "optimizer"
-    optimizer = 0 if is_offloaded else state.optimizer
-    gradients = 0 if is_offloaded and config.parallel.zero > 1 else state.gradients
-    on_device = state.total - (state.host if on_gpu else 0)
-    offload_buffers = on_device - state.weights - gradients - optimizer
-    buffers = offload_buffers + _communication_bytes(config, stage, on_gpu)
+def together(stays: Standing, passes: Passing) -> RankMemory:
+    """At the fullest of a step's moments.
+
+    Activations are there in full when the backward pass begins. As it goes on they make room for gradients, until
+    those are so many that they are reduced. In the update they are gone.
+    """
+    beside = passes.activations + passes.logits
+    share = stays.consumed_share
+    remaining = 0.0 if share is None else max(0.0, passes.activations - share * passes.of_microbatch)
+    moments = (beside + stays.begin, remaining + stays.reducing, stays.updating)
+    always = stays.memory
+    buffers = max(moments) - beside
+    if stays.on_gpu:
+        margin = _FRAGMENTATION_SHARE * (always.communication + max(moments))
+    else:
+        again = sum(moments) - max(moments) + stays.in_threads
+        margin = again + _HEAP_SHARE * (always.total - always.context + max(moments) + again)
     return RankMemory(
+        weights=always.weights,
+        gradients=always.gradients,
+        optimizer=always.optimizer,
+        activations=passes.activations,
+        logits=passes.logits,
+        communication=always.communication + buffers,
+        context=always.context,
+        fragmentation=margin,
+    )
+
+
+def standing(config: RunConfig, cluster: Cluster, stage: int) -> Standing:
+    """On a rank of the stage."""
+    parallel, on_gpu = config.parallel, cluster.kind == "cuda"
+    state = plan.state_bytes_per_rank(config, stage)
+    is_offloaded = on_gpu and parallel.offload == "optimizer"
+    optimizer = 0 if is_offloaded else state.optimizer
+    gradients = 0 if is_offloaded and parallel.zero > 1 else state.gradients
+    on_device = state.total - (state.host if on_gpu else 0)
+    buffers = on_device - state.weights - gradients - optimizer + (_library_bytes(config) if on_gpu else 0.0)
+    weights = plan.parameters_per_rank(config, stage)
+    reduced = min(_BUCKET_ELEMENTS, weights)
+    bucket = _bucket_bytes(config, weights, on_gpu)
+    always = bucket if parallel.zero == 3 else 0.0
+    while_backward = bucket - always
+    gathered = _gathered_by_gloo(config, weights) if not on_gpu else 0.0
+    memory = RankMemory(
         weights=state.weights,
         gradients=gradients,
         optimizer=optimizer,
-        communication=buffers,
+        communication=buffers + always,
         context=_CONTEXT_BYTES[cluster.kind],
-        fragmentation=_FRAGMENTATION_SHARE * buffers,
+    )
+    return Standing(
+        memory=memory,
+        on_gpu=on_gpu,
+        begin=while_backward + _gathered_bytes(config, weights),
+        reducing=while_backward + _reduced_bytes(config, weights, reduced, on_gpu),
+        updating=gathered,
+        consumed_share=reduced / weights if parallel.zero > 1 else None,
+        in_threads=gathered if on_gpu or parallel.zero < 3 else 4 * reduced,
     )
 
 
-def passing(config: RunConfig, stage: int) -> RankMemory:
-    """What neither ZeRO nor offload changes: activations and logits."""
+def passing(config: RunConfig, stage: int) -> Passing:
+    """On a rank of the stage."""
     activations, logits = _activation_bytes(config, stage)
-    return RankMemory(
-        activations=activations, logits=logits, fragmentation=_FRAGMENTATION_SHARE * (activations + logits)
-    )
+    return Passing(activations, logits, plan.activation_bytes_per_microbatch(config, stage) - logits)
 
 
 def with_recompute(config: RunConfig, recompute: str) -> RunConfig:
@@ -123,15 +193,62 @@ def _activation_bytes(config: RunConfig, stage: int) -> tuple[float, float]:
     return kept * in_flight + max(0, anew), output
 
 
-def _communication_bytes(config: RunConfig, stage: int, on_gpu: bool) -> float:
+def _library_bytes(config: RunConfig) -> float:
     parallel = config.parallel
     sizes = (parallel.tensor, parallel.context, parallel.pipeline, parallel.data)
-    libraries = _COMMUNICATOR_BYTES * sum(size > 1 for size in sizes) if on_gpu else 0.0
-    if parallel.data * parallel.context == 1:
-        return libraries
-    gathered = 0.0
-    if parallel.zero == 3:  # the layer at work and the one that comes
-        layer = sum(rows * columns for rows, columns in plan.matrices(config.model)) / parallel.tensor
-        gathered = 2 * layer * (2 if config.train.precision == "bf16" else 4)
-    weights = plan.parameters_per_rank(config, stage)
-    return libraries + min(_BUCKET_BYTES, 4 * weights) + gathered
+    return _COMMUNICATOR_BYTES * sum(size > 1 for size in sizes)
+
+
+def _bucket_bytes(config: RunConfig, weights: int, on_gpu: bool) -> float:
+    """DeepSpeed's bucket, as long as it is there.
+
+    Under ZeRO 3 always, in fp32, under the others in a backward pass. A CPU gives it memory as it is written to, which
+    under ZeRO 1 and 2 is once activations go. Under ZeRO 1 in bf16 there is none, unless the optimizer is
+    offloaded: gradients are flat already (`trainer.engine.zero`).
+    """
+    zero, e = config.parallel.zero, _element_bytes(config)
+    if zero == 3:
+        return 4 * (_BUCKET_ELEMENTS if on_gpu else min(_BUCKET_ELEMENTS, weights))
+    is_flat = zero == 1 and e == 2 and config.parallel.offload != "optimizer"
+    return e * _BUCKET_ELEMENTS if on_gpu and not is_flat else 0.0
+
+
+def _gathered_bytes(config: RunConfig, weights: int) -> float:
+    """By ZeRO 3: without a pipeline weights stay from one use to the next; with one they are freed after each.
+
+    DeepSpeed knows of the next use only where it traces the order of modules, which a pipeline's stages cannot have.
+    """
+    parallel, e = config.parallel, _element_bytes(config)
+    if parallel.zero < 3 or parallel.data * parallel.context == 1:
+        return 0.0
+    if parallel.pipeline == 1:
+        return e * min(weights, _GATHERED_ELEMENTS)
+    layer = sum(rows * columns for rows, columns in plan.matrices(config.model)) / parallel.tensor
+    return 2 * e * layer
+
+
+def _reduced_bytes(config: RunConfig, weights: int, reduced: int, on_gpu: bool) -> float:
+    """Of gradients, when so many have come that they are reduced, a bucket that is always there apart.
+
+    ZeRO 1 adds up flat gradients in place in bf16; in fp32, when activations are gone, it has them in the bucket
+    (counted here on CPUs, as for ZeRO 2) and a rank's part once more. ZeRO 2 has them as they came, in the bucket, and
+    in bf16 copied to fp32 on their way. ZeRO 3 has them in fp32 in the bucket, and once more in the order of ranks;
+    gloo scatters sums from another copy.
+    """
+    zero, e = config.parallel.zero, _element_bytes(config)
+    if zero == 1:
+        ranks = config.parallel.data * config.parallel.context
+        return 0.0 if e == 2 else (0 if on_gpu else e * reduced) + e * weights / ranks
+    if zero == 2:
+        return reduced * (e + (0 if on_gpu else e) + (4 if e == 2 else 0))
+    return reduced * (4 if on_gpu else 8)
+
+
+def _gathered_by_gloo(config: RunConfig, weights: int) -> float:
+    """A copy of new weights, as replicas gather them."""
+    parallel = config.parallel
+    return _element_bytes(config) * weights if parallel.zero < 3 and parallel.data * parallel.context > 1 else 0.0
+
+
+def _element_bytes(config: RunConfig) -> int:
+    return 2 if config.train.precision == "bf16" else 4

@@ -55,8 +55,11 @@ class Rates:
         return max(by_operations, moved / self._memory_rate) + self.constants.kernel_seconds
 
     def attention_seconds(self, flops: float, share: float | None = None) -> float:
-        """A flash kernel, which reaches `share` of the best matrix product's rate."""
-        return flops / (self.best_flops * (share or self.constants.attention_share)) + self.constants.kernel_seconds
+        """A flash kernel, which reaches `share` of the best matrix product's rate; a CPU's computes in fp32."""
+        best = self.best_flops
+        if self.cluster.kind == "cpu":
+            best = self.cluster.fp32_flops * self.cluster.achievable_share
+        return flops / (best * (share or self.constants.attention_share)) + self.constants.kernel_seconds
 
     def moving_seconds(self, num_bytes: float, num_kernels: float = 1) -> float:
         """Kernels whose time goes to reading and writing memory."""

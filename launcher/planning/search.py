@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from launcher.planning.cluster import Cluster
 from launcher.planning.layout_space import Grid, Layout, layouts, on_devices
 from launcher.planning.planner import Plan, make_plan
+from launcher.planning.rank_memory import Passing, Standing, passing, standing, together
 from launcher.planning.rank_memory import candidates as fullest_candidates
-from launcher.planning.rank_memory import passing, standing
 from launcher.planning.reasons import Alternative
 from launcher.planning.shared import Shared
 from launcher.planning.step_time import StepModel
@@ -136,17 +136,18 @@ def _memory_bytes(layout: Layout, config: RunConfig, cluster: Cluster, shared: S
     """Of the fullest rank, from two parts that many layouts share."""
     stages = fullest_candidates(layout.pipeline)
 
-    def stays() -> list[float]:
+    def stays() -> list[Standing]:
         applied = layout.applied(config)
-        return [standing(applied, cluster, stage).total for stage in stages]
+        return [standing(applied, cluster, stage) for stage in stages]
 
-    def passes() -> list[float]:
+    def passes() -> list[Passing]:
         applied = layout.applied(config)
-        return [passing(applied, stage).total for stage in stages]
+        return [passing(applied, stage) for stage in stages]
 
-    staying = shared.get(stays, "standing", layout.grid, layout.zero, layout.offload)
+    chunks = layout.virtual_pipeline if layout.zero == 2 else 1  # whose gradients in fp32 stay for each
+    staying = shared.get(stays, "standing", layout.grid, layout.zero, layout.offload, chunks)
     passed = shared.get(passes, "passing", layout.without_zero)
-    return max(map(sum, zip(staying, passed, strict=True)))
+    return max(together(*each).total for each in zip(staying, passed, strict=True))
 
 
 def _planned(layout: Layout, config: RunConfig, cluster: Cluster) -> Plan:
@@ -166,7 +167,7 @@ def _without_ramp(best: Plan, config: RunConfig, cluster: Cluster) -> Alternativ
     train = config.train.model_copy(update={"ramp_start_batch_size": None, "ramp_tokens": 0})
     free, chosen = config.model_copy(update={"train": train}), Layout.of(best.config)
     every = layouts(free, cluster, best.num_devices)
-    alike = (each for each in every if each.zero_and_sequence == chosen.zero_and_sequence)
+    alike = (each for each in every if each.sharding == chosen.sharding)
     fastest = min((each for _, each in evaluated(free, cluster, alike)), default=None)
     if fastest is None or fastest.step_seconds >= best.step.seconds:
         return None

@@ -17,14 +17,13 @@ from launcher.planning.shared import Shared
 from trainer import plan
 from trainer.config import RunConfig
 
-_LOSS_BYTES = {False: 44, True: 20}
-"""Moved for a logit by the loss, forward and backward: bf16 read, in fp32 converted, maximum, difference, exponential,
-sum, gradient, back to bf16; a kernel each, or fused to a pass for each direction."""
 _OPTIMIZER_BYTES = 38
 """Moved for a parameter: fp32 gradient twice (its norm, the update) and zeroed (12), master weight and two moments read
 and written (24), the model's weight written (2)."""
 _ADDING_BYTES = 8
 """Of a weight's fp32 gradient: read and written as a micro-batch adds to it."""
+_TRADING_PASSES = 5
+"""Of what context-parallel ranks exchange, through memory: read and written twice, half of it once more."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class StepTime:
     context: float
     """Context-parallel communication."""
     pipeline: float
-    """Activations and their gradients between stages, not hidden."""
+    """Activations and their gradients between stages, not hidden; and the gradient of an embedding that two share."""
     bubble: float
     """Waiting of stages for the first and the last micro-batches."""
     data: float
@@ -121,13 +120,21 @@ class StepModel:
     config: RunConfig
     cluster: Cluster
     practice: Practice = OURS
-    constants: Constants = CONSTANTS
+    constants: Constants | None = None
+    """None: those of the cluster's kind."""
     shared: Shared = field(default_factory=Shared, compare=False, repr=False)
-    """With models of other layouts, which differ in `parallel`, micro-batch and recomputation alone."""
+    """With models of other layouts, which differ in `parallel`, batch and recomputation alone."""
+
+    def __post_init__(self) -> None:
+        self.shared.claim(self.config.model, self.cluster, self.practice, self.constants)
 
     @cached_property
     def rates(self) -> Rates:
-        return Rates(self.cluster, self.constants, 2 if self.config.train.precision == "bf16" else 4)
+        return Rates(self.cluster, self._constants, 2 if self.config.train.precision == "bf16" else 4)
+
+    @cached_property
+    def _constants(self) -> Constants:
+        return self.constants or CONSTANTS[self.cluster.kind]
 
     def step(self) -> StepTime:
         """Of the full batch, with what storage adds to it."""
@@ -250,7 +257,7 @@ class StepModel:
             self._exposed(tensor_backward, {"nothing": 0.0, "backward": weights_matrix}.get(hides, 2 * matrix)),
             context,
         )
-        repeated = {"none": Work(), "selective": Work(attention=attention_forward), "full": forward}
+        repeated = {"none": Work(), "selective": Work(attention=attention_forward, context=context), "full": forward}
         return Passes(forward, backward, repeated[self.config.train.recompute])
 
     def _products(self) -> list[tuple[float, float, float]]:
@@ -272,7 +279,7 @@ class StepModel:
         # batched over heads and sequences: the shape of one, the time of all
         num = heads * queries / model.seq_length
         pair = [(model.seq_length, keys, model.head_size), (model.seq_length, model.head_size, keys)]
-        kernel = self.constants.kernel_seconds
+        kernel = self._constants.kernel_seconds
         products = num * sum(self.rates.product_seconds(*shape) - kernel for shape in pair) + 2 * kernel
         # an element of a matrix of scores: read and written by the masked softmax (2 e), read and written by dropout
         # with its mask (2 e + 1); backwards both again, the softmax's with its output as well
@@ -285,7 +292,7 @@ class StepModel:
     def _moving(self) -> tuple[float, float]:
         """Forward and backward: norms (2 h e), bias, dropout and residual (3 h e and masks), activation, positions.
 
-        Backwards a norm reads two tensors and writes one, the others move what they did forward.
+        Backwards each moves half as much again: it reads what came in beside the gradient.
         """
         model, parallel, e = self.config.model, self.config.parallel, self.rates.element_bytes
         h, wide, t = model.hidden_size, model.ffn_size / parallel.tensor, parallel.tensor
@@ -296,9 +303,33 @@ class StepModel:
         rotation = 2 * (h + model.kv_heads * model.head_size) * e / t if model.positions == "rotary" else 0
         others = residual + activation + rotation
         norms = 4 * h * e / split
-        forward = self.rates.moving_seconds(self._tokens * (norms + others), 5 + (1 if rotation else 0))
-        backward = self.rates.moving_seconds(self._tokens * (1.5 * norms + 1.5 * others), 9 + (2 if rotation else 0))
+        more_forward, more_backward, more_kernels = (0.0, 0.0, 0) if self.practice.fuses_pointwise else self._unfused()
+        forward = self.rates.moving_seconds(
+            self._tokens * (norms + others + more_forward), 5 + (1 if rotation else 0) + more_kernels
+        )
+        backward = self.rates.moving_seconds(
+            self._tokens * (1.5 * (norms + others) + more_backward), 9 + (2 if rotation else 0) + more_kernels
+        )
         return forward, backward
+
+    def _unfused(self) -> tuple[float, float, int]:
+        """What kernels apart move besides, for a token forward and backward; and how many more they are.
+
+        A bias reads and writes what it is added to, and its gradient reads that once; dropout reads and writes too. Of
+        a gated activation the gate reads and writes, its other half is copied, and both are multiplied: 7 passes of its
+        width for 3 forward, 12 for 4.5 backward.
+        """
+        model, parallel, e = self.config.model, self.config.parallel, self.rates.element_bytes
+        t, split = parallel.tensor, parallel.tensor if parallel.sequence else 1
+        after, inside = 2 * model.hidden_size / split, model.ffn_size / t
+        qkv = (model.num_heads + 2 * model.kv_heads) * model.head_size / t if model.biases == "all" else 0.0
+        biased = 0.0 if model.biases == "none" else after + qkv + inside * (2 if model.activation == "swiglu" else 1)
+        dropped = after if model.dropout > 0 else 0.0
+        is_gated = model.activation == "swiglu"
+        forward = 2 * biased + 2 * dropped + (4 * inside if is_gated else 0.0)
+        backward = biased + (7.5 * inside if is_gated else 0.0)
+        kernels = (4 if biased else 0) + (2 if dropped else 0) + (2 if is_gated else 0)
+        return forward * e, backward * e, kernels
 
     def _gradient_bytes(self) -> tuple[float, float]:
         """Of a weight's gradient: moved by a kernel that adds it up, and by the product that makes it."""
@@ -319,7 +350,7 @@ class StepModel:
         product = self.rates.product_seconds(self._tokens, columns, h)
         adding, result_bytes = self._gradient_bytes()
         weights = self.rates.product_seconds(h, columns, self._tokens, result_bytes)
-        loss = self._tokens * columns * _LOSS_BYTES[self.practice.fuses_loss] / 2
+        loss = self._tokens * columns * self.practice.loss_bytes / 2
         forward = Work(product, memory=self.rates.moving_seconds(loss, 3))
         moved = self.rates.moving_seconds(loss + adding * columns * h, 3)
         tensor = self.rates.reduce_seconds(self._tokens * h * self.rates.element_bytes, self._tensor_group)
@@ -340,32 +371,52 @@ class StepModel:
         return both, both + again
 
     def _context_seconds(self) -> float:
-        """Ulysses: queries, keys and values to whole sequences of some heads, and the result back."""
+        """Ulysses: queries, keys and values to whole sequences of some heads, and the result back.
+
+        What is sent is put together and what comes is put in order: half of it is turned round, all of it copied twice.
+        """
         model, parallel = self.config.model, self.config.parallel
+        if parallel.context == 1:
+            return 0.0
         group = Group.of(parallel.context, parallel.tensor, self.cluster)
-        widths = (model.num_heads, 2 * model.kv_heads, model.num_heads)
-        size = model.head_size / parallel.tensor * self.rates.element_bytes
-        return sum(self.rates.exchange_seconds(self._tokens * width * size, group) for width in widths)
+        head_bytes = self._tokens * model.head_size / parallel.tensor * self.rates.element_bytes
+        exchanged = [num * head_bytes for num in (model.num_heads, model.kv_heads, model.kv_heads, model.num_heads)]
+        copies = self.rates.moving_seconds(_TRADING_PASSES * sum(exchanged), 3 * len(exchanged))
+        return copies + sum(self.rates.exchange_seconds(num_bytes, group) for num_bytes in exchanged)
 
     def _pipeline_seconds(self, num: int) -> float:
         """A stage's messages, forward and backward, of every micro-batch and chunk; and those that bubbles wait for."""
         parallel = self.config.parallel
         steady = 0.0 if self.practice.hides_pipeline else 2 * num * parallel.virtual_pipeline * self.message_seconds
-        return steady + 2 * (parallel.pipeline - 1) * self.message_seconds
+        return steady + 2 * (parallel.pipeline - 1) * self.message_seconds + self._shared_embedding_seconds()
+
+    def _shared_embedding_seconds(self) -> float:
+        """Once a step the first and the last stage sum the gradients of their copies of a tied embedding.
+
+        Under ZeRO 3 each rank sums its part.
+        """
+        model, parallel = self.config.model, self.config.parallel
+        if parallel.pipeline == 1 or not model.tied_embeddings:
+            return 0.0
+        split = parallel.tensor * (parallel.data * parallel.context if parallel.zero == 3 else 1)
+        elements = model.padded_vocab_size * model.hidden_size / split
+        pair = Group(2, 1 if self._stages_cross_nodes else 2)
+        return self.rates.reduce_seconds(self.practice.reduced_bytes * elements, pair)
+
+    @property
+    def _stages_cross_nodes(self) -> bool:
+        """Once a run takes more than one machine, the slowest of the messages between stages leave it."""
+        return self.config.parallel.num_ranks > self.cluster.devices_per_node
 
     @cached_property
     def message_seconds(self) -> float:
-        """A micro-batch's activations, or their gradients, from one stage to the next.
-
-        Once a run takes more than one machine, the slowest of them go between machines.
-        """
+        """A micro-batch's activations, or their gradients, from one stage to the next."""
         parallel = self.config.parallel
         if parallel.pipeline == 1:
             return 0.0
-        crosses = parallel.num_ranks > self.cluster.devices_per_node
         whole = self._tokens * self.config.model.hidden_size * self.rates.element_bytes
         is_split = parallel.sequence or self.practice.splits_messages
-        message = self.rates.send_seconds(whole / (parallel.tensor if is_split else 1), crosses)
+        message = self.rates.send_seconds(whole / (parallel.tensor if is_split else 1), self._stages_cross_nodes)
         if is_split and not parallel.sequence:
             message += self.rates.gather_seconds(whole, self._tensor_group)
         return message
@@ -382,7 +433,8 @@ class StepModel:
 
         ZeRO 1 and none: once a step, beside the last backward pass and the next first forward pass where it is hidden;
         beside those of p micro-batches when interleaved, as chunks are done one after the other.
-        ZeRO 2 scatters gradients in every micro-batch; 3 gathers weights twice in each too.
+        ZeRO 2 reduces gradients in every micro-batch; 3 scatters them, and gathers weights twice in each too. An
+        all-reduce moves twice as much as a reduce-scatter.
         """
         parallel, e = self.config.parallel, self.rates.element_bytes
         group = Group.of(parallel.context * parallel.data, parallel.tensor, self.cluster)
@@ -390,16 +442,15 @@ class StepModel:
             return 0.0, 0.0
         weights = self._most_weights
         scatter = self.rates.gather_seconds(self.practice.reduced_bytes * weights, group)
-        gather = self.rates.gather_seconds(e * weights, group)
-        if not self.practice.shards_optimizer:
-            gather = scatter
+        gather = self.rates.gather_seconds(e * weights, group) if self.practice.shards_optimizer else 0.0
+        reduce = scatter if self.practice.scatters_gradients else 2 * scatter
         one, together = slowest.seconds, parallel.pipeline if parallel.virtual_pipeline > 1 else 1
         if parallel.zero == 3:
             all_of_it, beside = num * (scatter + 2 * gather), num * one
         elif parallel.zero == 2:
-            all_of_it, beside = num * scatter + gather, num * one
+            all_of_it, beside = num * reduce + gather, num * one
         else:
-            all_of_it, beside = scatter + gather, together * one
+            all_of_it, beside = reduce + gather, together * one
         return all_of_it, beside if self.practice.hides_data else 0.0
 
     def _optimizer_seconds(self) -> float:
@@ -424,7 +475,7 @@ class StepModel:
 
     def _exposed(self, communication: float, beside: float) -> float:
         """What of it takes time although it may run beside so much computation."""
-        return communication - self.constants.overlap_share * min(communication, beside)
+        return communication - self._constants.overlap_share * min(communication, beside)
 
     @property
     def _tensor_group(self) -> Group:

@@ -11,11 +11,15 @@ _MEMORY_LIMITS = (
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 """Of a container, in cgroups of either version; one that says `max`, or more than there is, limits nothing."""
+_CPUINFO = Path("/proc/cpuinfo")
+_BF16_SPEEDUPS = {"amx_bf16": 8.0, "avx512_bf16": 4.4}
+"""Of matrix products over fp32, by a core's instructions; the second measured, the first by what AMX does a cycle."""
 
 
 def cpu_cluster(ranks: int, threads_per_rank: int | None = None) -> Cluster:
     """As many devices as `ranks`, which share the machine's cores and memory evenly; `cpu.yaml` has a core's speed."""
-    return shared_by(ranks, num_cores(), memory_bytes(), threads_per_rank)
+    found = shared_by(ranks, num_cores(), memory_bytes(), threads_per_rank)
+    return found.model_copy(update={"bf16_flops": found.fp32_flops * bf16_speedup()})
 
 
 def shared_by(ranks: int, cores: int, memory_bytes: float, threads_per_rank: int | None = None) -> Cluster:
@@ -40,10 +44,22 @@ def shared_by(ranks: int, cores: int, memory_bytes: float, threads_per_rank: int
         update={
             **changes,
             "device": f"CPU ({share:.3g} core{'' if share == 1 else 's'} a rank)",
+            "link_latency_seconds": core.link_latency_seconds / min(1.0, share),
             "memory_bytes": memory_bytes / ranks,
             "devices_per_node": ranks,
         }
     )
+
+
+def bf16_speedup() -> float:
+    """Of matrix products in bf16 over fp32, by the instructions that this machine's cores have."""
+    core = load("cpu")
+    try:
+        flags = set(_CPUINFO.read_text(encoding="utf-8").partition("\nflags")[2].partition("\n")[0].split())
+    except OSError:
+        flags = set()
+    known = (speedup for name, speedup in _BF16_SPEEDUPS.items() if name in flags)
+    return next(known, core.bf16_flops / core.fp32_flops)
 
 
 def num_cores() -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from launcher.planning.cluster import Cluster, load
-from launcher.planning.constants import CONSTANTS, Constants
+from launcher.planning.constants import GPU, Constants
 from launcher.planning.practice import Practice
 from launcher.planning.step_time import StepModel
 from trainer import config_file, plan
@@ -52,7 +52,7 @@ class Row:
     cluster: Cluster
     practice: Practice
 
-    def predicted(self, constants: Constants = CONSTANTS) -> float:
+    def predicted(self, constants: Constants = GPU) -> float:
         config = self.config
         if self.quantity == "activation_gib":
             return _activation_bytes(config, self.practice) / _GIB
@@ -141,7 +141,7 @@ def rows() -> Iterator[Row]:
             yield _row(system, dict(zip(system.columns, values, strict=True)))
 
 
-def compare(constants: Constants = CONSTANTS) -> list[Comparison]:
+def compare(constants: Constants = GPU) -> list[Comparison]:
     return [Comparison(row, row.predicted(constants)) for row in rows()]
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -32,7 +34,7 @@ def screen(plan: Plan) -> Group:
     memory, step, config = asdict(plan.memory), asdict(plan.step), plan.config
     room = plan.cluster.memory_bytes
     verdict = (
-        Text(f"fits, with {plan.free_bytes / _GIB:.1f} GiB to spare", style="green")
+        Text(f"fits, {plan.free_bytes / _GIB:.1f} GiB free", style="green")
         if plan.fits
         else Text(f"does not fit: {-plan.free_bytes / _GIB:.1f} GiB too much", style="red")
     )
@@ -74,13 +76,17 @@ def bar(parts: Mapping[str, float], whole: float) -> Text:
     return text.append(_FREE * (_WIDTH - drawn), style="dim")
 
 
-def legend(parts: Mapping[str, float], shown: Callable[[float], str]) -> Text:
-    """The parts that there are."""
-    text = Text()
-    for color, (name, value) in zip(_COLORS, parts.items(), strict=False):
-        if value > 0:
-            text.append("█ ", style=color).append(f"{name.replace('_', ' ')} {shown(value)}   ")
-    return text
+def legend(parts: Mapping[str, float], shown: Callable[[float], str]) -> Columns:
+    """The parts that there are, each beside its colour."""
+    items = zip(_COLORS, parts.items(), strict=False)
+    return Columns(
+        [
+            Text("█ ", style=color, no_wrap=True).append(f"{name.replace('_', ' ')} {shown(value)}", style="default")
+            for color, (name, value) in items
+            if value > 0
+        ],
+        padding=(0, 2),
+    )
 
 
 def validation(comparisons: Sequence[Comparison]) -> Group:
@@ -115,7 +121,6 @@ def _told(goal: Goal, comparisons: list[Comparison]) -> str:
 
 
 def _numbers(plan: Plan) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     speed, tokens = plan.tokens_per_second, plan.config.train.total_tokens
     condition = " if nothing fails" if plan.wall.knows_failures else ""
     rows = [
@@ -127,12 +132,19 @@ def _numbers(plan: Plan) -> Table:
         ),
         ("the run", f"{counted(tokens)} tokens in {duration(plan.seconds)}{condition}"),
         *_failures(plan),
-        ("device-hours", f"{plan.device_hours:,.{0 if plan.device_hours > 10 else 1}f}"),
     ]
+    if not isfinite(plan.device_hours):  # as the row with failures says
+        return _table(rows)
+    rows.append(("device-hours", f"{plan.device_hours:,.{0 if plan.device_hours > 10 else 1}f}"))
     if plan.energy_kwh is not None:
         rows.append(("energy", f"{plan.energy_kwh:,.0f} kWh"))
     if plan.price is not None:
         rows.append(("price", f"{plan.price:,.0f}"))
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
     return table

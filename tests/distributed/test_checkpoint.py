@@ -49,12 +49,11 @@ RESHARDED = {
 }
 BIT_IDENTICAL = [
     ("one rank", "bf16"),
-    ("TP2 x PP2", "bf16"),
     ("TP2 x PP2", "fp32"),
-    ("DP2 ZeRO-1", "bf16"),
-    ("DP2 ZeRO-2", "bf16"),
     ("DP2 ZeRO-3", "bf16"),
     ("DP2 ZeRO-3", "fp32"),
+    # what test_dropout resumes in bf16, in deeper layouts
+    *(pytest.param(layout, "bf16", marks=pytest.mark.slow) for layout in ("TP2 x PP2", "DP2 ZeRO-1", "DP2 ZeRO-2")),
 ]
 
 State = dict[str, dict[str, Tensor]]

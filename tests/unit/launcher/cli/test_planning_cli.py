@@ -1,6 +1,7 @@
 """`broadgauge plan`: one screen for a person, JSON for machines, exit code 1 where a run does not fit."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def test_a_screen_shows_memory_time_numbers_and_warnings(capsys: pytest.CaptureF
     ):
         assert word in out
     assert len(out.splitlines()) <= 30
+    parts = re.findall(r"█ ([a-z ]+?) [\d.]+ (?:GiB|s|ms)", out)  # no part is torn from its colour or its number
+    assert {"weights", "activations", "memory bound", "data"} <= set(parts) and len(parts) == out.count("█ ")
 
 
 def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str], gpt3: Path) -> None:
@@ -76,6 +79,7 @@ def test_a_run_that_fails_more_often_than_it_saves_is_never_done(
     unsound = tmp_path / "unsound.yaml"
     unsound.write_text((FOLDER / "h100.yaml").read_text() + "node_mtbf_hours: 0.2\n")
     _, out, _ = outcome(capsys, "plan", gpt3, "--cluster", unsound)
+    assert "device-hours" not in out and "energy" not in out
     assert "never done" in out and "a checkpoint every 1,000 steps leaves 0.0% of the time" in out
     _, out, _ = outcome(capsys, "plan", gpt3, "--cluster", unsound, "--json")
     tree = json.loads(out)
@@ -107,6 +111,8 @@ def test_validation_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None
     [
         ((), "a plan is of a config, and none is given; name one, or use --validate"),
         ((QUICKSTART, "--devices", 8), "--devices is for --search"),
+        ((QUICKSTART, "--search", "--devices", 10**30), "Invalid value for '--devices'"),
+        ((QUICKSTART, "--cluster", ""), "no cluster  comes along"),
         ((QUICKSTART, "--cluster", "h1000"), "no cluster h1000 comes along; did you mean h100?"),
     ],
 )
@@ -165,11 +171,11 @@ def test_what_a_search_tells_to_set_is_the_best_plan(capsys: pytest.CaptureFixtu
 
 def test_a_search_may_find_nothing(capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny.yaml"
-    tiny.write_text(dump_tree(load("h100").model_dump(mode="json") | {"memory_bytes": 2.2e9}))
+    tiny.write_text(dump_tree(load("h100").model_dump(mode="json") | {"memory_bytes": 2.4e9}))
     code, out, _ = outcome(capsys, "plan", small, "--search", "--devices", 1, "--cluster", tiny)
     out = " ".join(out.split())
     assert code == 1
-    assert "nothing fits 1 device of 2.0 GiB; the nearest takes 3." in out and "2 devices would do" in out
+    assert "nothing fits 1 device of 2.2 GiB; the nearest takes 3." in out and "2 devices would do" in out
     code, out, _ = outcome(capsys, "plan", small, "--search", "--devices", 7, "--cluster", "h100")
     assert code == 1 and "there are some for 6 or 8" in " ".join(out.split())
     code, out, _ = outcome(capsys, "plan", small, "--search", "--devices", 7, "--cluster", "h100", "--json")

@@ -1,7 +1,9 @@
 """A search finds every layout that the trainer accepts, ranks them as plans do, and says what is worse about others."""
 
 import time
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -9,8 +11,10 @@ from launcher.planning import layout_space, search
 from launcher.planning.cluster import Cluster, load
 from launcher.planning.layout_space import Layout, layouts, on_devices
 from launcher.planning.planner import make_plan
+from launcher.planning.practice import Practice
 from launcher.planning.rank_memory import fullest, rank_memory
 from launcher.planning.search import Search
+from launcher.planning.shared import Shared
 from launcher.planning.step_time import StepModel
 from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
@@ -89,8 +93,10 @@ def test_no_layout_that_the_trainer_accepts_is_missing(tight: Search) -> None:
     assert all(of_grids[layout.grid] <= plan.step.seconds * (1 + 1e-9) for layout, plan in fitting)
 
 
-def test_candidates_are_as_plans_have_them() -> None:
-    config = on_devices(from_tree(TIGHT), SMALL_NODES, 4)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_candidates_are_as_plans_have_them(precision: str) -> None:
+    tree = TIGHT | {"train": {"global_batch_size": 8, "precision": precision}}
+    config = on_devices(from_tree(tree), SMALL_NODES, 4)
     some = list(layouts(config, SMALL_NODES, 4))[::11]
     for layout, candidate in search.evaluated(config, SMALL_NODES, some):
         plan = make_plan(layout.applied(config), SMALL_NODES)
@@ -98,6 +104,20 @@ def test_candidates_are_as_plans_have_them() -> None:
         assert (candidate.step_seconds < float("inf")) == plan.fits
         if plan.fits:
             assert candidate.step_seconds == pytest.approx(plan.step.seconds, rel=1e-12)
+
+
+def test_results_are_not_shared_with_other_models_clusters_or_practices() -> None:
+    model = StepModel(from_tree(TIGHT), H100)
+    model.step()
+    others: tuple[dict[str, Any], ...] = (
+        {"cluster": SMALL_NODES},
+        {"practice": Practice(hides_pipeline=True)},
+        {"config": from_tree({**TIGHT, "model": {**TIGHT["model"], "num_layers": 12}})},
+    )
+    for other in others:
+        with pytest.raises(AssertionError, match="begin with a new Shared"):
+            replace(model, **other)
+        assert replace(model, **other, shared=Shared()).step() != model.step()
 
 
 def test_every_layout_of_the_list_is_one_that_the_trainer_reads(tight: Search, big: tuple[Search, float]) -> None:
@@ -202,6 +222,11 @@ def test_other_devices_take_as_many_machines() -> None:
     found = search.search(from_tree(TIGHT | {"launch": {"nodes": 2}}), SMALL_NODES, 8)
     assert found.own is None and found.best
     assert search.settings(found.config, found.best[0])["launch.nodes"] == 4
+
+
+def test_more_ranks_than_a_machine_has_devices_are_spread() -> None:
+    found = search.search(from_tree(TIGHT | {"launch": {"nodes": 1}}), SMALL_NODES)
+    assert search.settings(found.config, found.best[0])["launch.nodes"] == 2
 
 
 def test_machines_of_cpus_offload_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Times of a step against schedules played through event by event, closed forms, and what must grow with the work."""
+"""Times of a step against closed forms, and what must grow with the work; test_timeline.py plays schedules through."""
 
 import math
 from dataclasses import astuple
@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from launcher.planning.cluster import Cluster, load
-from launcher.planning.constants import CONSTANTS
+from launcher.planning.constants import GPU
 from launcher.planning.practice import Practice
 from launcher.planning.rates import Group, Rates
 from launcher.planning.step_time import StepModel
@@ -18,14 +18,6 @@ from trainer.config import RunConfig, UserError
 from trainer.config_file import from_tree
 
 H100 = load("h100")
-FASTEST_LINKS = H100.model_copy(
-    update={
-        "link_bytes_per_second": 1e30,
-        "network_bytes_per_second": 1e30,
-        "link_latency_seconds": 0.0,
-        "network_latency_seconds": 0.0,
-    }
-)
 
 
 def config_of(**sections: Any) -> RunConfig:
@@ -35,47 +27,6 @@ def config_of(**sections: Any) -> RunConfig:
 
 def step_seconds(config: RunConfig, cluster: Cluster = H100, practice: Practice | None = None) -> float:
     return StepModel(config, cluster, practice or Practice()).step().seconds
-
-
-def play_1f1b(forwards: list[float], backwards: list[float], num: int) -> float:
-    """When the last stage's work is done, if each stage does its operations in 1F1B's order, as soon as it can."""
-    stages = len(forwards)
-    orders = []
-    for stage in range(stages):
-        warm_up = min(stages - 1 - stage, num)
-        order = [("f", i) for i in range(warm_up)]
-        for i in range(num - warm_up):
-            order += [("f", warm_up + i), ("b", i)]
-        orders.append(order + [("b", i) for i in range(num - warm_up, num)])
-    ends: dict[tuple[str, int, int], float] = {}
-    free, at = [0.0] * stages, [0] * stages
-    while any(at[stage] < len(orders[stage]) for stage in range(stages)):
-        for stage in range(stages):
-            if at[stage] == len(orders[stage]):
-                continue
-            kind, i = orders[stage][at[stage]]
-            neighbour = stage - 1 if kind == "f" else stage + 1
-            needed = (kind, neighbour, i) if 0 <= neighbour < stages else None
-            if needed is not None and needed not in ends:
-                continue
-            start = max(free[stage], ends[needed] if needed else 0.0)
-            free[stage] = ends[(kind, stage, i)] = start + (forwards if kind == "f" else backwards)[stage]
-            at[stage] += 1
-    return max(free)
-
-
-@pytest.mark.parametrize(("pipeline", "num"), [(2, 2), (4, 4), (4, 9), (8, 16)])
-def test_pipelines_take_as_long_as_their_schedule_played_through(pipeline: int, num: int) -> None:
-    """Also with a last stage that is several times as long as the others, for its output layer."""
-    config = config_of(train={"global_batch_size": num}, parallel={"pipeline": pipeline})
-    model = StepModel(config, FASTEST_LINKS)
-    forwards = [stage.forward.seconds for stage in model.stages]
-    backwards = [stage.backward.seconds for stage in model.stages]
-    step = model.without_storage()
-    predicted = step.seconds - step.optimizer - step.pipeline
-    assert predicted == pytest.approx(play_1f1b(forwards, backwards, num))
-    equal = play_1f1b([forwards[0]] * pipeline, [backwards[0]] * pipeline, num)
-    assert equal == pytest.approx((num + pipeline - 1) * model.stages[0].seconds)
 
 
 def test_interleaving_divides_the_bubble() -> None:
@@ -92,23 +43,23 @@ def test_interleaving_divides_the_bubble() -> None:
 
 
 def test_a_large_product_is_bound_by_operations_and_a_thin_one_by_memory() -> None:
-    rates = Rates(H100, CONSTANTS, 2)
+    rates = Rates(H100, GPU, 2)
     size = 16384
-    best = 2 * size**3 / (H100.bf16_flops * H100.achievable_share * CONSTANTS.matrix_share)
+    best = 2 * size**3 / (H100.bf16_flops * H100.achievable_share * GPU.matrix_share)
     assert rates.product_seconds(size, size, size) == pytest.approx(best, rel=0.03)
-    thin = 2 * size**2 / (H100.memory_bytes_per_second * CONSTANTS.memory_share)
-    assert rates.product_seconds(1, size, size) == pytest.approx(thin + CONSTANTS.kernel_seconds, rel=0.01)
+    thin = 2 * size**2 / (H100.memory_bytes_per_second * GPU.memory_share)
+    assert rates.product_seconds(1, size, size) == pytest.approx(thin + GPU.kernel_seconds, rel=0.01)
 
 
 def test_collectives_follow_rings() -> None:
-    rates = Rates(H100, CONSTANTS, 2)
+    rates = Rates(H100, GPU, 2)
     num_bytes = 10e9
     in_node = Group.of(8, 1, H100)
     assert (in_node.num_nodes, Group.of(16, 1, H100).num_nodes, Group.of(4, 8, H100).num_nodes) == (1, 2, 4)
-    link = num_bytes * 7 / 8 / (H100.link_bytes_per_second * CONSTANTS.link_share)
+    link = num_bytes * 7 / 8 / (H100.link_bytes_per_second * GPU.link_share)
     assert rates.gather_seconds(num_bytes, in_node) == pytest.approx(link, rel=0.01)
     assert rates.reduce_seconds(num_bytes, in_node) == 2 * rates.gather_seconds(num_bytes, in_node)
-    one_adapter = num_bytes * 3 / 4 / (H100.network_bytes_per_second * CONSTANTS.network_share)
+    one_adapter = num_bytes * 3 / 4 / (H100.network_bytes_per_second * GPU.network_share)
     assert rates.gather_seconds(num_bytes, Group.of(4, 8, H100)) == pytest.approx(one_adapter, rel=0.01)
     assert rates.gather_seconds(num_bytes, Group(1, 1)) == 0.0
 
@@ -174,6 +125,85 @@ def test_reading_costs_what_the_step_before_does_not_hide() -> None:
     assert StepModel(config, slow, Practice(uses_storage=False)).step().seconds < step.seconds - step.input
 
 
+@pytest.mark.parametrize(("zero", "moved"), [(1, 4 + 4 + 2), (2, 4 + 4 + 2), (3, 4 + 2 + 2)])
+def test_replicas_move_what_their_zero_stage_does(zero: int, moved: int) -> None:
+    """Bytes of a weight around a ring of 16 with an adapter each: DeepSpeed sums everywhere up to its second stage."""
+    config = config_of(train={"global_batch_size": 16}, parallel={"tensor": 8, "data": 16, "zero": zero})
+    num_bytes = moved * plan.parameters_per_rank(config) * 15 / 16
+    step = StepModel(config, H100).step()
+    assert step.data == pytest.approx(num_bytes / (H100.network_bytes_per_second * GPU.network_share), rel=0.05)
+    scattered = StepModel(config, H100, Practice(scatters_gradients=True)).step()
+    assert scattered.data == pytest.approx(step.data * (6 / 10 if zero < 3 else 1), rel=0.05)
+
+
+def test_stages_sum_the_gradient_of_an_embedding_that_two_of_them_hold() -> None:
+    """Two ranks exchange as much as each has, in fp32."""
+    tied, untied = (
+        StepModel(
+            config_of(
+                model={"tied_embeddings": tied, "vocab_size": 51200},
+                train={"global_batch_size": 8},
+                parallel={"tensor": 8, "pipeline": 4},
+            ),
+            H100,
+        ).step()
+        for tied in (True, False)
+    )
+    sent = 4 * 51200 * 1024 / 8 / (H100.network_bytes_per_second * GPU.network_share)
+    assert tied.pipeline - untied.pipeline == pytest.approx(sent, rel=0.1)
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 2), ("selective", 3), ("full", 3)])
+def test_recomputed_attention_trades_its_heads_once_more(recompute: str, times: int) -> None:
+    """Forward, backward, and again: core attention is recomputed with the exchanges of its context-parallel ranks."""
+    config = config_of(
+        train={"global_batch_size": 4, "recompute": recompute}, parallel={"tensor": 2, "context": 4, "data": 2}
+    )
+    passes = StepModel(config, H100)._layer(0)
+    once = passes.forward.context
+    assert once > 0
+    assert sum(each.context for each in (passes.forward, passes.backward, passes.repeated)) == pytest.approx(
+        times * once
+    )
+
+
+def test_heads_cross_the_links_and_are_copied_on_either_side() -> None:
+    """16 query, 16 key, 16 value and 16 result heads of 64 in bf16 for 512 tokens; five passes through memory."""
+    layer = StepModel(config_of(train={"global_batch_size": 4}, parallel={"context": 4}), H100)._layer(0)
+    num_bytes = 4 * 16 * 64 * 2 * 512
+    crossing = num_bytes * 3 / 4 / (H100.link_bytes_per_second * GPU.link_share)
+    copying = 5 * num_bytes / (H100.memory_bytes_per_second * GPU.memory_share)
+    latency = 4 * (H100.link_latency_seconds + GPU.kernel_seconds) + 12 * GPU.kernel_seconds
+    assert layer.forward.context == pytest.approx(crossing + copying + latency)
+
+
+@pytest.mark.parametrize(
+    ("model", "forward", "backward"),
+    [
+        # biases of 9 h results, read and written, and summed backwards; two dropouts
+        ({"biases": "all", "dropout": 0.1}, 2 * (9 + 2) * 1024, 9 * 1024),
+        ({"biases": "none"}, 0, 0),
+        # 4 reads and 3 writes of f where a fused gate has 2 and 1; backwards 12 where that has 4.5
+        ({"biases": "none", "activation": "swiglu", "ffn_hidden_size": 2816}, 4 * 2816, 7.5 * 2816),
+    ],
+)
+def test_kernels_apart_move_more(model: dict[str, Any], forward: float, backward: float) -> None:
+    config = config_of(model=model, train={"global_batch_size": 2})
+    apart, fused = (StepModel(config, H100, Practice(fuses_pointwise=fuses))._layer(0) for fuses in (False, True))
+    rate = H100.memory_bytes_per_second * GPU.memory_share
+    for name, elements in (("forward", forward), ("backward", backward)):
+        more = getattr(apart, name).memory - getattr(fused, name).memory
+        assert more == pytest.approx(2048 * 2 * elements / rate, abs=8 * GPU.kernel_seconds)
+
+
+def test_the_loss_goes_over_logits_as_often_as_its_kernels_do() -> None:
+    config = config_of(model={"vocab_size": 51200}, train={"global_batch_size": 2})
+    ours, published = (StepModel(config, H100, Practice(loss_bytes=num))._output() for num in (66.0, 44.0))
+    moved = 22 * 2048 * 51200 / (H100.memory_bytes_per_second * GPU.memory_share)
+    assert ours.seconds - published.seconds == pytest.approx(moved)
+    assert ours == StepModel(config, H100)._output()
+
+
 def test_what_a_practice_hides_costs_less() -> None:
     config = config_of(
         train={"global_batch_size": 16}, parallel={"tensor": 2, "sequence": True, "pipeline": 2, "data": 4}
@@ -235,6 +265,6 @@ def test_what_replicas_exchange_and_computation_hides_is_told_as_a_share() -> No
     config = config_of(train={"global_batch_size": 64}, parallel={"data": 8})
     shown, hidden = (StepModel(config, H100, Practice(hides_data=hides)) for hides in (False, True))
     assert shown.hidden_share == 0
-    assert hidden.hidden_share == pytest.approx(CONSTANTS.overlap_share)
-    assert hidden.step().data == pytest.approx(shown.step().data * (1 - CONSTANTS.overlap_share))
+    assert hidden.hidden_share == pytest.approx(GPU.overlap_share)
+    assert hidden.step().data == pytest.approx(shown.step().data * (1 - GPU.overlap_share))
     assert StepModel(config_of(train={"global_batch_size": 8}), H100).hidden_share is None

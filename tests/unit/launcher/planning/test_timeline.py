@@ -82,6 +82,8 @@ def test_nothing_starts_before_its_input_is_there(layout: tuple[int, int, int], 
 @pytest.mark.parametrize(
     ("preset", "pipeline", "chunks", "num", "limit"),
     [
+        ("gpt3_175b", 2, 1, 2, 1e-9),
+        ("gpt3_175b", 4, 1, 9, 1e-9),
         ("gpt3_175b", 16, 1, 64, 1e-9),
         ("gpt2_xl", 16, 1, 16, 1e-9),  # the last stage takes 1.9 times as long as others
         ("llama3_8b", 16, 1, 32, 1e-9),
