@@ -428,9 +428,8 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     elif e < FP32:
         gradients = FP32 * share
     else:
-        gradients = FP32 * _kept_gradients(
-            groups, _local_groups(config, stage, parallel.virtual_pipeline - 1), replica, ranks
-        )
+        early = _local_groups(config, stage, parallel.virtual_pipeline - 1 if parallel.offload == "none" else 0)
+        gradients = FP32 * _kept_gradients(groups, early, replica, ranks)
     if parallel.offload == "none":
         return StateBytes(weights, gradients, optimizer, 0, 0)
     largest = e * max(max(group) for group in groups)
@@ -440,9 +439,8 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
 
 def _zero_3_bytes(groups: _Groups, e: int, ranks: int, offload: bool) -> StateBytes:
     share = sum(_ceil(elements, ranks) for group in groups for elements in group)
-    small = sum(
-        ranks * _ceil(elements, ranks) for group in groups for elements in group if elements <= _PERSISTENT_ELEMENTS
-    )
+    gathered = (elements for group in groups for elements in group if elements <= _PERSISTENT_ELEMENTS)
+    small = sum(ranks * _ceil(elements, ranks) for elements in gathered) if ranks > 1 else 0
     pieces = sum(_num_pieces([_ceil(elements, ranks) for elements in group]) for group in groups)
     gradients, optimizer = FP32 * share, 3 * FP32 * share + FP32 * pieces + 1
     extra = FP32 * share if offload else 0

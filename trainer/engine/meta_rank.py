@@ -167,7 +167,9 @@ class _OnMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("meta")
-        kwargs.pop("pin_memory", None)
+            if func is torch.ops.aten._to_copy.default and kwargs.get("dtype", args[0].dtype) == args[0].dtype:
+                return torch.ops.aten.alias.default(args[0])  # on the rank's device it is there already
         return func(*args, **kwargs)
