@@ -12,7 +12,7 @@ SURFACE = {
     "prepare inspect": ["DIR", "--dataset", "--heldout", "--dropped", "--first", "--count"],
     "prepare train-classifier": ["--positive", "--negative", "--out", "--text-field", "--seed"],
     "train": ["CONFIG", "--run-dir", "--ray", "--force", "--set"],
-    "plan": ["CONFIG", "--cluster", "--validate", "--search", "--devices", "--top", "--plot", "--json", "--set"],
+    "plan": ["CONFIG", "--cluster", "--validate", "--verify", "--search", "--devices", "--top", "--plot", "--json", "--set"],
     "doctor": ["CONFIG", "--run-dir", "--ray", "--json", "--set"],
     "status": ["RUN", "--watch", "--json"],
     "events": ["RUN", "--since", "--kind", "--json"],
