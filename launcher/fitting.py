@@ -85,6 +85,7 @@ def least_bytes(config: RunConfig, *, on_gpus: bool) -> float:
 
 def _on_cpus(config: RunConfig) -> Mapping[str, float]:
     """What the fullest machine holds, by part: its ranks, whose stages hold differently much, and snapshots."""
+    config = config.model_copy(update={"launch": config.launch.model_copy(update={"device": "cpu"})})  # if it is auto
     cpu = clusters.load("cpu")
     of_stage = [asdict(rank_memory(config, cpu, stage)) for stage in range(config.parallel.pipeline)]
     machines = []

@@ -72,7 +72,7 @@ def read_tree(path: str | Path, what: str) -> dict[str, Any]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # the second for what is not UTF-8, and for names that no file can have
         raise UserError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         tree = parse_yaml(text)
@@ -194,8 +194,10 @@ def _describe(detail: Any, section: type[BaseModel]) -> str:
         return f"unknown key {where}{suggest(where, known_keys(section))}"
     if detail["type"] == "value_error":  # our own rules: already whole sentences
         return str(detail["ctx"]["error"])
-    got = _shown.repr(detail["input"])
     rule = detail["msg"][0].lower() + detail["msg"][1:]
+    if detail["type"] == "missing":
+        return f"{where}: {rule}"
+    got = _shown.repr(detail["input"])
     return f"{where}: {rule}, got {got if len(got) < 80 else got[:77] + '...'}"
 
 

@@ -14,6 +14,8 @@ from trainer.config import RunConfig, UserError
 if TYPE_CHECKING:
     from launcher.planning.cluster import Cluster
 
+_MOST_DEVICES = 10_000_000  # a search tries every divisor of theirs
+
 
 def plan(
     path: Annotated[
@@ -28,13 +30,21 @@ def plan(
     validate: Annotated[
         bool, typer.Option("--validate", help="Compare predictions with published measurements instead.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Build every rank of the layout without memory, and compare its bytes with the plan's."
+        ),
+    ] = False,
     search: Annotated[
         bool, typer.Option("--search", help="Look through all layouts for the fastest that fit instead.")
     ] = False,
     devices: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --search: how many devices there are; those of the config's layout if not given."
+            min=1,
+            max=_MOST_DEVICES,
+            help="With --search: how many devices there are; those of the config's layout if not given.",
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="With --search: how many layouts to show.")] = 10,
@@ -51,7 +61,7 @@ def plan(
 ) -> None:
     """Whether a run fits a cluster, how long it will take and what it will cost, before a device is touched.
 
-    Exit code 1 if it does not fit, or with --search if nothing does.
+    Exit code 1 if it does not fit, or with --search if nothing does, or with --verify if a byte differs.
 
     Example: `broadgauge plan configs/quickstart.yaml --cluster h100 --set preset=gpt3_13b parallel.data=8`
     """
@@ -70,7 +80,12 @@ def plan(
     if path is None:
         raise UserError("a plan is of a config, and none is given; name one, or use --validate")
     config = config_file.load(path, settings or ())
-    where = clusters.load(cluster or clusters.named_by(config))
+    if verify:
+        if search or plot is not None:
+            raise UserError("--verify is of the config's own layout, and draws nothing; leave out --search and --plot")
+        _verify(config, as_json)
+        return
+    where = clusters.load(clusters.named_by(config) if cluster is None else cluster)
     if search:
         _search(config, where, devices, top, as_json)
         return
@@ -80,7 +95,7 @@ def plan(
     if plot is not None:
         plan_picture.draw(found, plot)
     if as_json:
-        print(json.dumps(found.as_tree(), indent=2))
+        print(json.dumps(found.as_tree(), indent=2, allow_nan=False))
     else:
         working().show(report.screen(found))
     if not found.fits:
@@ -93,10 +108,25 @@ def _search(config: RunConfig, cluster: "Cluster", devices: int | None, top: int
 
     found = search(config, cluster, devices, top)
     if as_json:
-        print(json.dumps(found.as_tree(), indent=2))
+        print(json.dumps(found.as_tree(), indent=2, allow_nan=False))
     else:
         working().show(layouts_found.screen(found))
     if not found.best:
+        raise typer.Exit(1)
+
+
+def _verify(config: RunConfig, as_json: bool) -> None:
+    from launcher.report import verification
+    from launcher.verbs import verifying
+
+    display = working(stderr=as_json)
+    with display.stage("verify") as bar:
+        found = verifying.verify(config, update=bar.update)
+    if as_json:
+        print(json.dumps(found.as_tree(), indent=2))
+    else:
+        display.show(verification.screen(found))
+    if found.differences:
         raise typer.Exit(1)
 
 
@@ -106,6 +136,6 @@ def _validate(as_json: bool) -> None:
 
     comparisons = validate.compare()
     if as_json:
-        print(json.dumps([each.as_tree() for each in comparisons], indent=2))
+        print(json.dumps([each.as_tree() for each in comparisons], indent=2, allow_nan=False))
     else:
         working().show(report.validation(comparisons))

@@ -136,6 +136,12 @@ def _links(config: RunConfig, cluster: Cluster) -> Iterator[Advice]:
             f"{config.ranks_per_node} ranks per machine, and the cluster's have {here} devices",
             f"set launch.nodes to {cluster.num_nodes(parallel.num_ranks)}",
         )
+    elif config.launch.nodes > (full := -(-parallel.num_ranks // here)):
+        yield Advice(
+            f"launch.nodes {config.launch.nodes} leaves machines of {here} devices with {config.ranks_per_node} ranks, "
+            f"and this plan is for {full} full",
+            f"set launch.nodes to {full}",
+        )
     if parallel.num_ranks > here and parallel.num_ranks % here:
         yield Advice(
             f"{parallel.num_ranks} ranks leave {-parallel.num_ranks % here} devices of a machine of {here} idle",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,12 @@ from trainer.section import Section
 
 FOLDER = Path(__file__).with_name("clusters")
 
+Amount = Annotated[float, Field(ge=1.0, le=1e24)]
+"""Of bytes or operations, or of them in a second. Bounds are wide enough for any machine, and narrow enough for what is
+divided by them to be a number."""
+Hours = Annotated[float, Field(ge=0.001, le=1e9)]
+"""From seconds to longer than anything lasts."""
+
 
 class Cluster(Section):
     """As published by the vendor: peaks are dense, bandwidths of links are those of one direction."""
@@ -21,47 +27,47 @@ class Cluster(Section):
     """Name of one device, such as `H100 80GB SXM`."""
     kind: Literal["cuda", "cpu"] = "cuda"
     """What computes: GPUs, or cores with their share of the machine's memory."""
-    bf16_flops: float = Field(gt=0.0)
+    bf16_flops: Amount
     """Peak of matrix products in bf16 (1/s)."""
-    fp32_flops: float = Field(gt=0.0)
+    fp32_flops: Amount
     """Peak of matrix products in fp32 (1/s)."""
-    achievable_share: float = Field(gt=0.0, le=1.0)
+    achievable_share: float = Field(ge=0.001, le=1.0)
     """Part of the peak that the best matrix product reaches."""
-    memory_bytes: float = Field(gt=0.0)
+    memory_bytes: Amount
     """Memory of one device."""
-    memory_bytes_per_second: float = Field(gt=0.0)
+    memory_bytes_per_second: Amount
     """Between a device and its memory."""
-    host_link_bytes_per_second: float = Field(gt=0.0)
+    host_link_bytes_per_second: Amount
     """From a device to its machine's memory, in one direction."""
-    host_memory_bytes_per_second: float = Field(gt=0.0)
+    host_memory_bytes_per_second: Amount
     """Between a machine's processors and its memory, a device's share of it."""
-    devices_per_node: int = Field(ge=1)
+    devices_per_node: int = Field(ge=1, le=100_000)
     """Devices of one machine."""
-    link_bytes_per_second: float = Field(gt=0.0)
+    link_bytes_per_second: Amount
     """From one device to others of its machine, in one direction."""
-    link_latency_seconds: float = Field(ge=0.0)
+    link_latency_seconds: float = Field(ge=0.0, le=60.0)
     """Of one message within a machine."""
-    network_bytes_per_second: float = Field(gt=0.0)
+    network_bytes_per_second: Amount
     """From a machine to others, a device's share of it, in one direction."""
-    network_latency_seconds: float = Field(ge=0.0)
+    network_latency_seconds: float = Field(ge=0.0, le=60.0)
     """Of one message between machines."""
-    watts_per_device: float | None = Field(None, gt=0.0)
+    watts_per_device: float | None = Field(None, gt=0.0, le=1e9)
     """Power of a machine at work, a device's share of it."""
-    price_per_device_hour: float | None = Field(None, gt=0.0)
+    price_per_device_hour: float | None = Field(None, gt=0.0, le=1e9)
     """What one device costs for an hour, in any currency."""
-    storage_bytes_per_second: float = Field(1.0e9, gt=0.0)
+    storage_bytes_per_second: Amount = 1.0e9
     """From a machine to the storage that machines share, and back, while all of them use it. Default: the 2 TB/s that
     2,048 machines of Llama 3's training could hold (Grattafiori et al. 2024, section 3.3.1)."""
-    node_mtbf_hours: float | None = Field(None, gt=0.0)
+    node_mtbf_hours: Hours | None = None
     """Mean time between failures of one machine, whatever fails there. Default: of GPUs 50,700 hours divided by a
     machine's devices, the rate of Llama 3's training (section 3.3.4); of CPUs none, and nothing is said of failures."""
     node_loss_share: float = Field(0.78, ge=0.0, le=1.0)
     """Part of the failures after which the machine has to be replaced. Default: what Llama 3's authors put down to
     hardware (section 3.3.4)."""
-    repair_hours: float = Field(24.0, gt=0.0)
+    repair_hours: Hours = 24.0
     """Until a machine that was lost is back, or another in its place. Default: an assumption; from less than an hour to
     more than a day on systems at Los Alamos (Schroeder and Gibson 2006)."""
-    restart_seconds: float = Field(60.0, ge=0.0)
+    restart_seconds: float = Field(60.0, ge=0.0, le=1e6)
     """From a failure until ranks that were begun anew start to load their state. Default: an assumption for GPUs; on
     CPUs it takes seconds (docs/supervision.md)."""
 
@@ -89,8 +95,8 @@ def load(wanted: str | Mapping[str, Any]) -> Cluster:
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{wanted.lower()}.yaml"
         if wanted.lower() not in names():
-            known = config_file.suggest(wanted.lower(), names())
-            raise UserError(f"no cluster {wanted} comes along{known}; or name a YAML file")
+            known = config_file.suggest(path.stem.partition(".")[0], names())
+            raise UserError(f"no cluster {wanted} comes along{known}; name one that does, or a YAML file")
     return _validated(config_file.read_tree(path, "the cluster"), str(path))
 
 
@@ -119,7 +125,9 @@ def _validated(tree: Mapping[str, Any], where: str) -> Cluster:
 
 def named_by(config: RunConfig) -> str | dict[str, Any]:
     """What the config calls its cluster; H100s, or a CPU box where it computes on CPUs, if it says nothing."""
-    return config.launch.cluster or ("cpu" if config.launch.device == "cpu" else "h100")
+    if config.launch.cluster is not None:
+        return config.launch.cluster
+    return "cpu" if config.launch.device == "cpu" else "h100"
 
 
 def names() -> list[str]:

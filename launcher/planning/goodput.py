@@ -129,7 +129,7 @@ class Run:
         coming_back = num_in_repair / self.failures.repair_seconds
         seconds = -math.expm1(-coming_back * self.restarts.patience_seconds) / coming_back
         dying = (1 - self.failures.lost_share) * self.failures.per_second(size.num_nodes)
-        return seconds * (coming_back + dying) / (1 + seconds * dying)
+        return min(1.0, seconds * (coming_back + dying) / (1 + seconds * dying))
 
     def _size(self, num_in_repair: int) -> Size:
         missing = max(0, num_in_repair - self.num_spares)
@@ -226,11 +226,11 @@ class _Process:
 
 
 def best_interval(run: Run, step_seconds: float, num_steps: int, snapshot_steps: int | None = None) -> int:
-    """Steps between checkpoints for the most goodput, at most `num_steps`; whole numbers of snapshots where there are.
+    """Steps between checkpoints for the most goodput, at most `num_steps`; whole numbers of snapshots if any is due.
 
     The time lost falls with the interval until its minimum, and rises from there on.
     """
-    unit = snapshot_steps or 1
+    unit = snapshot_steps if snapshot_steps and snapshot_steps <= num_steps else 1
 
     def goodput(num: int) -> float:
         return at_interval(run, num * unit, step_seconds, snapshot_steps).goodput

@@ -66,9 +66,12 @@ class Layout(NamedTuple):
 
 
 def on_devices(config: RunConfig, cluster: Cluster, num_devices: int) -> RunConfig:
-    """The run on so many devices of the cluster, in as many machines as they fill; its layout is still to be chosen."""
+    """The run on so many devices of the cluster; its layout is still to be chosen.
+
+    In the config's machines, if those are for as many devices and have them; otherwise in as many as they fill.
+    """
     launch = config.launch.model_copy(update={"device": cluster.kind})
-    if num_devices != config.parallel.num_ranks:
+    if num_devices != config.parallel.num_ranks or config.ranks_per_node > cluster.devices_per_node:
         launch = launch.model_copy(update={"nodes": cluster.num_nodes(num_devices), "ranks_per_node": None})
     return config.model_copy(update={"launch": launch})
 

@@ -1,5 +1,6 @@
 """What saving and loading take: from bytes and bandwidths, by how `docs/checkpoints.md` says that a state is saved."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from trainer.config import RunConfig
 
 _COPIED_BYTES_PER_SECOND = 6.0e9
 """By one rank into shared memory; benchmarks/NOTES.md, "Checkpoints": 1.1 GB by two ranks in 0.091 s."""
+_ROUNDING = 1e-6  # steps, by which a time of whole steps may seem longer
 _WAYS_TO_STORAGE = 2  # what is written is read back and compared
 
 
@@ -57,7 +59,7 @@ class SaveTimes:
         seconds = policy.every_seconds
         if seconds == "auto":
             seconds = optimal_seconds(FailureHistory(stall_seconds=(self.stall_seconds,)), self._num_ranks)
-        return min(steps, max(1.0, seconds / step_seconds))
+        return min(steps, max(1.0, math.ceil(seconds / step_seconds - _ROUNDING)))
 
     def num_snapshots(self, interval_steps: float) -> int:
         """From one checkpoint to the next, which counts as one of them."""

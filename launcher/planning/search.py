@@ -144,7 +144,8 @@ def _memory_bytes(layout: Layout, config: RunConfig, cluster: Cluster, shared: S
         applied = layout.applied(config)
         return [passing(applied, stage) for stage in stages]
 
-    staying = shared.get(stays, "standing", layout.grid, layout.zero, layout.offload)
+    chunks = layout.virtual_pipeline if layout.zero == 2 else 1  # whose gradients in fp32 stay for each
+    staying = shared.get(stays, "standing", layout.grid, layout.zero, layout.offload, chunks)
     passed = shared.get(passes, "passing", layout.without_zero)
     return max(together(*each).total for each in zip(staying, passed, strict=True))
 

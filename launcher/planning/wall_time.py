@@ -73,15 +73,19 @@ class WallTime:
 
     @cached_property
     def best_interval_steps(self) -> int:
-        """Between checkpoints, for the most goodput."""
+        """Between checkpoints, for the most goodput: as configured where nothing that is tried is better."""
         snapshot_steps = self.config.checkpoint.snapshot_every_steps
-        return goodput.best_interval(self._run, self._work_seconds, self.schedule.num_steps, snapshot_steps)
+        found = goodput.best_interval(self._run, self._work_seconds, self.schedule.num_steps, snapshot_steps)
+        return found if self._goodput_every(found) > self.goodput else self.interval_steps
 
     @cached_property
     def best_goodput(self) -> float:
         """With checkpoints as often as is best."""
+        return self._goodput_every(self.best_interval_steps)
+
+    def _goodput_every(self, num_steps: int) -> float:
         snapshot_steps = self.config.checkpoint.snapshot_every_steps
-        return goodput.at_interval(self._run, self.best_interval_steps, self._work_seconds, snapshot_steps).goodput
+        return goodput.at_interval(self._run, num_steps, self._work_seconds, snapshot_steps).goodput
 
     def goodput_with(self, num_spares: int) -> float:
         """With other spares."""

@@ -77,10 +77,18 @@ def check_path(path: Path) -> None:
     """
     if path.suffix not in _SUFFIXES:
         raise UserError(f"--plot {path} names no kind of picture that can be drawn; use {', '.join(_SUFFIXES)}")
-    if path.is_dir():
+    try:
+        is_folder, is_in_folder = path.is_dir(), path.absolute().parent.is_dir()
+    except OSError as error:
+        raise _refused(path, error) from error
+    if is_folder:
         raise UserError(f"--plot {path} is a folder; name a file in it")
-    if not path.absolute().parent.is_dir():
+    if not is_in_folder:
         raise UserError(f"--plot {path} is in no folder that there is; make {path.parent}")
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"--plot {path} cannot be written: {error.strerror}; name another file")
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -111,7 +119,10 @@ def draw(plan: Plan, path: Path) -> None:
     _draw_memory(memory, plan)
     _head(figure, step, shown)
     _legends(figure, step)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise _refused(path, error) from error
 
 
 def spans(times: Timeline, seconds: float) -> list[Span]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from math import isfinite
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
@@ -121,7 +122,6 @@ def _told(goal: Goal, comparisons: list[Comparison]) -> str:
 
 
 def _numbers(plan: Plan) -> Table:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     speed, tokens = plan.tokens_per_second, plan.config.train.total_tokens
     condition = " if nothing fails" if plan.wall.knows_failures else ""
     rows = [
@@ -133,12 +133,19 @@ def _numbers(plan: Plan) -> Table:
         ),
         ("the run", f"{counted(tokens)} tokens in {duration(plan.seconds)}{condition}"),
         *_failures(plan),
-        ("device-hours", f"{plan.device_hours:,.{0 if plan.device_hours > 10 else 1}f}"),
     ]
+    if not isfinite(plan.device_hours):  # as the row with failures says
+        return _table(rows)
+    rows.append(("device-hours", f"{plan.device_hours:,.{0 if plan.device_hours > 10 else 1}f}"))
     if plan.energy_kwh is not None:
         rows.append(("energy", f"{plan.energy_kwh:,.0f} kWh"))
     if plan.price is not None:
         rows.append(("price", f"{plan.price:,.0f}"))
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
     return table

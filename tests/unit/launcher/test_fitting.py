@@ -59,6 +59,13 @@ def test_ranks_on_cpus_share_a_machine_with_snapshots(nodes: int) -> None:
     assert "parallel.zero=2" in told and "`broadgauge plan CONFIG --search`" in told and "--force" in told
 
 
+def test_what_takes_cpus_by_itself_needs_as_much_as_what_asks_for_them() -> None:
+    """Kernels of a CPU keep more than a GPU's."""
+    model = {**BILLION, "dropout": 0.1, "attention_window": 256}
+    asks, takes = (from_tree({"model": model, "launch": {"device": device}}) for device in ("cpu", "auto"))
+    assert least_bytes(takes, on_gpus=False) == least_bytes(asks, on_gpus=False)
+
+
 def test_stages_that_hold_little_make_room_for_those_that_hold_much() -> None:
     """The last stage has the logits: taken for all four ranks they would be counted four times."""
     model = {**BILLION, "num_layers": 4, "vocab_size": 200000}

@@ -79,6 +79,7 @@ def test_a_run_that_fails_more_often_than_it_saves_is_never_done(
     unsound = tmp_path / "unsound.yaml"
     unsound.write_text((FOLDER / "h100.yaml").read_text() + "node_mtbf_hours: 0.2\n")
     _, out, _ = outcome(capsys, "plan", gpt3, "--cluster", unsound)
+    assert "device-hours" not in out and "energy" not in out
     assert "never done" in out and "a checkpoint every 1,000 steps leaves 0.0% of the time" in out
     _, out, _ = outcome(capsys, "plan", gpt3, "--cluster", unsound, "--json")
     tree = json.loads(out)
@@ -112,6 +113,8 @@ def test_validation_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None
     [
         ((), "a plan is of a config, and none is given; name one, or use --validate"),
         ((QUICKSTART, "--devices", 8), "--devices is for --search"),
+        ((QUICKSTART, "--search", "--devices", 10**30), "Invalid value for '--devices'"),
+        ((QUICKSTART, "--cluster", ""), "no cluster  comes along"),
         ((QUICKSTART, "--cluster", "h1000"), "no cluster h1000 comes along; did you mean h100?"),
     ],
 )

@@ -49,6 +49,9 @@ CASES = {
         "devices of a machine",
         {"parallel.data": 4},
     ),
+    "more machines than devices fill": Case(
+        {"launch.nodes": 16}, "launch.nodes 16 leaves machines of 8 devices with 4 ranks", {"launch.nodes": 8}
+    ),
     "too few micro-batches": Case(
         {"parallel.pipeline": 4, "parallel.data": 128}, "4 micro-batches for 4", {"parallel.data": 32}
     ),

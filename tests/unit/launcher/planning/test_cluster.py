@@ -1,10 +1,16 @@
 """Clusters: those that come along are the vendors', and a file that is wrong says how."""
 
+import io
+import json
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from launcher.planning import cluster
+from launcher.planning.planner import make_plan
+from launcher.report.planning import screen
 from trainer.config import UserError
 from trainer.config_file import from_tree
 from trainer.hardware import PEAK_FLOPS
@@ -36,7 +42,10 @@ def test_a_file_of_ones_own_is_read(tmp_path: Path) -> None:
         ("h10", None, "no cluster h10 comes along; did you mean h100?"),
         ("nowhere.yaml", None, "cannot read the cluster nowhere.yaml: No such file or directory"),
         ("typo", "devise: H100", "unknown key devise; did you mean device?"),
-        ("negative", "device: X\nbf16_flops: -1.0", "bf16_flops: input should be greater than 0, got -1.0"),
+        ("h100.json", None, "no cluster h100.json comes along; did you mean h100?"),
+        ("negative", "device: X\nbf16_flops: -1.0", "bf16_flops: input should be greater than or equal to 1, got -1.0"),
+        ("short", "device: X", "bf16_flops: field required (and 11 more)"),
+        ("\0.yaml", None, "cannot read the cluster"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, wanted: str, text: str | None, message: str) -> None:
@@ -46,6 +55,29 @@ def test_what_is_wrong_is_said(tmp_path: Path, wanted: str, text: str | None, me
     with pytest.raises(UserError) as refused:
         cluster.load(str(path) if text else wanted)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("edge", ["ge", "le"])
+@pytest.mark.parametrize("key", sorted(cluster.Cluster.model_fields.keys() - {"device", "kind"}))
+def test_plans_of_clusters_at_the_edge_of_what_is_accepted_are_numbers(key: str, edge: str) -> None:
+    """A slip of units gives a plan that looks wrong, not one that ends in a fault, or in no JSON."""
+    accepted = cluster.Cluster.model_json_schema()["properties"][key]
+    accepted = next((each for each in accepted.get("anyOf", ()) if "type" in each), accepted)
+    value = accepted.get("maximum") if edge == "le" else accepted.get("minimum", accepted.get("exclusiveMinimum"))
+    assert value is not None
+    tree = cluster.load("h100").model_dump() | {key: value or (0 if "minimum" in accepted else 1e-300)}
+    config = from_tree({"preset": "gpt3_6_7b", "parallel": {"tensor": 2, "pipeline": 2, "data": 8}})
+    plan = make_plan(config, cluster.Cluster.model_validate(tree))
+    json.dumps(plan.as_tree(), allow_nan=False)
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(screen(plan))
+    assert not {"inf", "nan"} & {*re.findall(r"[a-z]+", shown.getvalue())}
+
+
+def test_a_cluster_that_says_nothing_is_refused_like_any_other_that_is_wrong() -> None:
+    for wrong in ("", {}):
+        with pytest.raises(UserError):
+            cluster.load(cluster.named_by(from_tree({"launch": {"cluster": wrong}})))
 
 
 def test_a_config_says_what_its_cluster_is() -> None:

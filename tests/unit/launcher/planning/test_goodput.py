@@ -297,6 +297,19 @@ def test_the_best_interval_beats_its_neighbours(run: Run, step_seconds: float) -
         assert steps > 100_000 or at_interval(run, steps, step_seconds).goodput <= found + 1e-12
 
 
+def test_a_run_may_wait_for_ever() -> None:
+    for lost_share in (0.0, 0.3, 0.78, 1.0):
+        waits, hurries = (
+            run_of(smaller=REPLICAS, lost_share=lost_share, patience=patience).goodput for patience in (1e300, 300.0)
+        )
+        assert 0 < waits <= hurries
+
+
+def test_a_run_that_ends_before_its_first_snapshot_may_save_earlier() -> None:
+    run = run_of(interval=10.0)
+    assert best_interval(run, 1.0, 90, snapshot_steps=100) == best_interval(run, 1.0, 90)
+
+
 def test_snapshots_and_their_replicas_help() -> None:
     seldom = {"node_hours": 1000.0, "interval": 4 * HOUR, "spares": 20}
     plain, snapshots, replicas = (

@@ -93,8 +93,10 @@ def test_no_layout_that_the_trainer_accepts_is_missing(tight: Search) -> None:
     assert all(of_grids[layout.grid] <= plan.step.seconds * (1 + 1e-9) for layout, plan in fitting)
 
 
-def test_candidates_are_as_plans_have_them() -> None:
-    config = on_devices(from_tree(TIGHT), SMALL_NODES, 4)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_candidates_are_as_plans_have_them(precision: str) -> None:
+    tree = TIGHT | {"train": {"global_batch_size": 8, "precision": precision}}
+    config = on_devices(from_tree(tree), SMALL_NODES, 4)
     some = list(layouts(config, SMALL_NODES, 4))[::11]
     for layout, candidate in search.evaluated(config, SMALL_NODES, some):
         plan = make_plan(layout.applied(config), SMALL_NODES)
@@ -220,6 +222,11 @@ def test_other_devices_take_as_many_machines() -> None:
     found = search.search(from_tree(TIGHT | {"launch": {"nodes": 2}}), SMALL_NODES, 8)
     assert found.own is None and found.best
     assert search.settings(found.config, found.best[0])["launch.nodes"] == 4
+
+
+def test_more_ranks_than_a_machine_has_devices_are_spread() -> None:
+    found = search.search(from_tree(TIGHT | {"launch": {"nodes": 1}}), SMALL_NODES)
+    assert search.settings(found.config, found.best[0])["launch.nodes"] == 2
 
 
 def test_machines_of_cpus_offload_nothing() -> None:

@@ -109,6 +109,9 @@ def test_the_checkpoint_interval_may_be_a_time() -> None:
     by_time = plan_of(checkpoint={"every_seconds": 100 * (by_steps.step.seconds - by_steps.step.checkpoint)})
     assert by_time.wall.interval_steps == 100
     assert by_time.wall.goodput == pytest.approx(by_steps.wall.goodput)
+    late = plan_of(checkpoint={"every_seconds": 1.2 * (by_steps.step.seconds - by_steps.step.checkpoint)})
+    assert late.wall.interval_steps == 2  # the first step to end after that time
+    assert late.expected_seconds > late.seconds
     automatic, best = plan_of(checkpoint={"every_seconds": "auto"}).wall, by_steps.wall
     assert automatic.interval_steps == pytest.approx(best.best_interval_steps, rel=0.5)
     assert automatic.goodput == pytest.approx(best.best_goodput, rel=0.002)
