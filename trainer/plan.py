@@ -400,8 +400,9 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     and fill it up to a multiple of 2 r elements; ZeRO 3 fills each tensor up to one of r. What fills up counts, save in
     gradients that are tensors of their own. Adam counts updates (4 bytes) in every group, which ZeRO 3 cuts into
     pieces of a billion elements a rank, and there a flag (1) says whether a gradient was not finite. "Small ones" are
-    whole and filled up copies of tensors up to 100,000 elements. In fp32, ZeRO 2 keeps gradients of tensors whole that a
-    partition's border cuts: the one thing in which the ranks of `replica`, 0 to r - 1 over data and context, differ.
+    whole copies, filled up too, of tensors up to 100,000 elements. In fp32, ZeRO 2 keeps whole the gradients of
+    tensors that a partition's border cuts, and has those of all chunks but the last twice: the one thing in which the
+    ranks of `replica`, 0 to r - 1 over data and context, differ.
 
     Offload moves the optimizer to the host, with ZeRO 2 and 3 the gradients too, and adds there 4 P / r for the
     gradients that the optimizer reads; under ZeRO 1 and 2 also e P / r for weights on their way back, and a buffer as

@@ -30,6 +30,12 @@ def plan(
     validate: Annotated[
         bool, typer.Option("--validate", help="Compare predictions with published measurements instead.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Build every rank of the layout without memory, and compare its bytes with the plan's."
+        ),
+    ] = False,
     search: Annotated[
         bool, typer.Option("--search", help="Look through all layouts for the fastest that fit instead.")
     ] = False,
@@ -55,7 +61,7 @@ def plan(
 ) -> None:
     """Whether a run fits a cluster, how long it will take and what it will cost, before a device is touched.
 
-    Exit code 1 if it does not fit, or with --search if nothing does.
+    Exit code 1 if it does not fit, or with --search if nothing does, or with --verify if a byte differs.
 
     Example: `broadgauge plan configs/quickstart.yaml --cluster h100 --set preset=gpt3_13b parallel.data=8`
     """
@@ -74,6 +80,11 @@ def plan(
     if path is None:
         raise UserError("a plan is of a config, and none is given; name one, or use --validate")
     config = config_file.load(path, settings or ())
+    if verify:
+        if search or plot is not None:
+            raise UserError("--verify is of the config's own layout, and draws nothing; leave out --search and --plot")
+        _verify(config, as_json)
+        return
     where = clusters.load(clusters.named_by(config) if cluster is None else cluster)
     if search:
         _search(config, where, devices, top, as_json)
@@ -101,6 +112,21 @@ def _search(config: RunConfig, cluster: "Cluster", devices: int | None, top: int
     else:
         working().show(layouts_found.screen(found))
     if not found.best:
+        raise typer.Exit(1)
+
+
+def _verify(config: RunConfig, as_json: bool) -> None:
+    from launcher.report import verification
+    from launcher.verbs import verifying
+
+    display = working(stderr=as_json)
+    with display.stage("verify") as bar:
+        found = verifying.verify(config, update=bar.update)
+    if as_json:
+        print(json.dumps(found.as_tree(), indent=2))
+    else:
+        display.show(verification.screen(found))
+    if found.differences:
         raise typer.Exit(1)
 
 

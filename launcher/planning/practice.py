@@ -31,8 +31,11 @@ class Practice(Section):
     """Of a gradient as replicas add it up."""
     fuses_gradients: bool = False
     """Whether weights' gradients are added up by the matrix product that makes them."""
-    fuses_loss: bool = False
-    """Whether the loss goes over the logits in few kernels."""
+    fuses_pointwise: bool = False
+    """Whether a bias, dropout and a residual, and a bias and an activation, are added in one kernel."""
+    loss_bytes: float = 66.0
+    """Moved for a logit by the loss. `trainer.model.cross_entropy`, forward: bf16 to fp32 (6), maximum (4), difference
+    (8), exponential (8), sum (4); backward: to fp32 (6), difference (8), exponential (8), gradient (8), to bf16 (6)."""
     uses_storage: bool = True
     """Whether steps wait for data and for saves; published times have neither."""
     layers_of_stages: Annotated[tuple[int, ...], Field(strict=False)] | None = None

@@ -17,9 +17,6 @@ from launcher.planning.shared import Shared
 from trainer import plan
 from trainer.config import RunConfig
 
-_LOSS_BYTES = {False: 44, True: 20}
-"""Moved for a logit by the loss, forward and backward: bf16 read, in fp32 converted, maximum, difference, exponential,
-sum, gradient, back to bf16; a kernel each, or fused to a pass for each direction."""
 _OPTIMIZER_BYTES = 38
 """Moved for a parameter: fp32 gradient twice (its norm, the update) and zeroed (12), master weight and two moments read
 and written (24), the model's weight written (2)."""
@@ -295,7 +292,7 @@ class StepModel:
     def _moving(self) -> tuple[float, float]:
         """Forward and backward: norms (2 h e), bias, dropout and residual (3 h e and masks), activation, positions.
 
-        Backwards a norm reads two tensors and writes one, the others move what they did forward.
+        Backwards each moves half as much again: it reads what came in beside the gradient.
         """
         model, parallel, e = self.config.model, self.config.parallel, self.rates.element_bytes
         h, wide, t = model.hidden_size, model.ffn_size / parallel.tensor, parallel.tensor
@@ -306,9 +303,33 @@ class StepModel:
         rotation = 2 * (h + model.kv_heads * model.head_size) * e / t if model.positions == "rotary" else 0
         others = residual + activation + rotation
         norms = 4 * h * e / split
-        forward = self.rates.moving_seconds(self._tokens * (norms + others), 5 + (1 if rotation else 0))
-        backward = self.rates.moving_seconds(self._tokens * (1.5 * norms + 1.5 * others), 9 + (2 if rotation else 0))
+        more_forward, more_backward, more_kernels = (0.0, 0.0, 0) if self.practice.fuses_pointwise else self._unfused()
+        forward = self.rates.moving_seconds(
+            self._tokens * (norms + others + more_forward), 5 + (1 if rotation else 0) + more_kernels
+        )
+        backward = self.rates.moving_seconds(
+            self._tokens * (1.5 * (norms + others) + more_backward), 9 + (2 if rotation else 0) + more_kernels
+        )
         return forward, backward
+
+    def _unfused(self) -> tuple[float, float, int]:
+        """What kernels apart move besides, for a token forward and backward; and how many more they are.
+
+        A bias reads and writes what it is added to, and its gradient reads that once; dropout reads and writes too. Of
+        a gated activation the gate reads and writes, its other half is copied, and both are multiplied: 7 passes of its
+        width for 3 forward, 12 for 4.5 backward.
+        """
+        model, parallel, e = self.config.model, self.config.parallel, self.rates.element_bytes
+        t, split = parallel.tensor, parallel.tensor if parallel.sequence else 1
+        after, inside = 2 * model.hidden_size / split, model.ffn_size / t
+        qkv = (model.num_heads + 2 * model.kv_heads) * model.head_size / t if model.biases == "all" else 0.0
+        biased = 0.0 if model.biases == "none" else after + qkv + inside * (2 if model.activation == "swiglu" else 1)
+        dropped = after if model.dropout > 0 else 0.0
+        is_gated = model.activation == "swiglu"
+        forward = 2 * biased + 2 * dropped + (4 * inside if is_gated else 0.0)
+        backward = biased + (7.5 * inside if is_gated else 0.0)
+        kernels = (4 if biased else 0) + (2 if dropped else 0) + (2 if is_gated else 0)
+        return forward * e, backward * e, kernels
 
     def _gradient_bytes(self) -> tuple[float, float]:
         """Of a weight's gradient: moved by a kernel that adds it up, and by the product that makes it."""
@@ -329,7 +350,7 @@ class StepModel:
         product = self.rates.product_seconds(self._tokens, columns, h)
         adding, result_bytes = self._gradient_bytes()
         weights = self.rates.product_seconds(h, columns, self._tokens, result_bytes)
-        loss = self._tokens * columns * _LOSS_BYTES[self.practice.fuses_loss] / 2
+        loss = self._tokens * columns * self.practice.loss_bytes / 2
         forward = Work(product, memory=self.rates.moving_seconds(loss, 3))
         moved = self.rates.moving_seconds(loss + adding * columns * h, 3)
         tensor = self.rates.reduce_seconds(self._tokens * h * self.rates.element_bytes, self._tensor_group)

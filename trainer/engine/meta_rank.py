@@ -32,9 +32,11 @@ _Storages = dict[int, int]
 
 @dataclass(frozen=True)
 class BuiltRank:
-    """What one rank holds before its optimizer runs; bytes, but for the first three."""
+    """What one rank holds before its optimizer runs: `num_parameters`, and bytes of what follows."""
 
+    rank: int
     stage: int
+    tensor_rank: int
     replica: int
     """Its place among the ranks that ZeRO splits over."""
     num_parameters: int
@@ -68,7 +70,9 @@ def measure(zero: Zero, num_parameters: int, before: _Storages) -> BuiltRank:
     weights = _taken(live, _weights(zero))
     optimizer = _taken(live, _optimizer_state(zero))
     return BuiltRank(
+        rank=dist.get_rank(),
         stage=parallel.pipeline_rank(),
+        tensor_rank=parallel.tensor_rank(),
         replica=dist.get_rank(parallel.data_group()),
         num_parameters=num_parameters,
         weights=weights,

@@ -296,5 +296,6 @@ def test_state_of_the_zero_paper(zero: int, per_parameter: float) -> None:
     layout = {"data": 64, "zero": zero}
     config = from_tree({"preset": "gpt3_small", "train": {"ramp_start_batch_size": 64}, "parallel": layout})
     state = state_bytes_per_rank(config)
-    assert state.total == pytest.approx(per_parameter * num_parameters(config.model, padded=True), rel=1e-6)
+    counts = 2 * 4  # of updates, in two groups of the optimizer
+    assert state.total - counts == per_parameter * num_parameters(config.model, padded=True)
     assert state.host == 0

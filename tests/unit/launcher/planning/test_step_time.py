@@ -177,6 +177,33 @@ def test_heads_cross_the_links_and_are_copied_on_either_side() -> None:
     assert layer.forward.context == pytest.approx(crossing + copying + latency)
 
 
+@pytest.mark.parametrize(
+    ("model", "forward", "backward"),
+    [
+        # biases of 9 h results, read and written, and summed backwards; two dropouts
+        ({"biases": "all", "dropout": 0.1}, 2 * (9 + 2) * 1024, 9 * 1024),
+        ({"biases": "none"}, 0, 0),
+        # 4 reads and 3 writes of f where a fused gate has 2 and 1; backwards 12 where that has 4.5
+        ({"biases": "none", "activation": "swiglu", "ffn_hidden_size": 2816}, 4 * 2816, 7.5 * 2816),
+    ],
+)
+def test_kernels_apart_move_more(model: dict[str, Any], forward: float, backward: float) -> None:
+    config = config_of(model=model, train={"global_batch_size": 2})
+    apart, fused = (StepModel(config, H100, Practice(fuses_pointwise=fuses))._layer(0) for fuses in (False, True))
+    rate = H100.memory_bytes_per_second * GPU.memory_share
+    for name, elements in (("forward", forward), ("backward", backward)):
+        more = getattr(apart, name).memory - getattr(fused, name).memory
+        assert more == pytest.approx(2048 * 2 * elements / rate, abs=8 * GPU.kernel_seconds)
+
+
+def test_the_loss_goes_over_logits_as_often_as_its_kernels_do() -> None:
+    config = config_of(model={"vocab_size": 51200}, train={"global_batch_size": 2})
+    ours, published = (StepModel(config, H100, Practice(loss_bytes=num))._output() for num in (66.0, 44.0))
+    moved = 22 * 2048 * 51200 / (H100.memory_bytes_per_second * GPU.memory_share)
+    assert ours.seconds - published.seconds == pytest.approx(moved)
+    assert ours == StepModel(config, H100)._output()
+
+
 def test_what_a_practice_hides_costs_less() -> None:
     config = config_of(
         train={"global_batch_size": 16}, parallel={"tensor": 2, "sequence": True, "pipeline": 2, "data": 4}
