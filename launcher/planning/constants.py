@@ -40,6 +40,7 @@ CPU = Constants(
     overlap_share=0.0,
     kernel_seconds=40.0e-6,
 )
-"""Of PyTorch's kernels on a core with AVX-512, measured one by one, with what Python and autograd do around them.
-Communication takes the cores that computation would have: none is hidden."""
+"""Of PyTorch on a core with AVX-512, rounded: shares from single kernels, timed on a busy machine; the time of a
+kernel, with Python and autograd around it, from steps of a tiny model. Communication takes the cores that computation
+would have: none is hidden."""
 CONSTANTS = {"cuda": GPU, "cpu": CPU}
