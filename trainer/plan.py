@@ -19,6 +19,9 @@ FP32 = 4
 _PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller tensors stay gathered
 _PIECE_ELEMENTS = 1_000_000_000  # DeepSpeed's sub_group_size
 
+_Groups = tuple[list[int], list[int]]
+"""Elements of a rank's tensors: of its matrices, which are decayed, and of biases and norms, which are not."""
+
 # --------------------------------------------------------------------------------------------------------- parameters
 
 
@@ -47,8 +50,8 @@ def parameters_per_rank(config: RunConfig, stage: int = 0) -> int:
     return sum(elements for group in _local_groups(config, stage) for elements in group)
 
 
-def _local_groups(config: RunConfig, stage: int, chunks: int | None = None) -> tuple[list[int], list[int]]:
-    """Elements of each of a rank's matrices, and of its other tensors, in the model's order; of its first `chunks`."""
+def _local_groups(config: RunConfig, stage: int, chunks: int | None = None) -> _Groups:
+    """A rank's tensors in the model's order; of its first `chunks` if given."""
     model, parallel = config.model, config.parallel
     matrices: list[int] = []
     vectors: list[int] = []
@@ -401,8 +404,8 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     gradients that are tensors of their own. Adam counts updates (4 bytes) in every group, which ZeRO 3 cuts into
     pieces of a billion elements a rank, and there a flag (1) says whether a gradient was not finite. "Small ones" are
     whole copies, filled up too, of tensors up to 100,000 elements. In fp32, ZeRO 2 keeps whole the gradients of
-    tensors that a partition's border cuts, and has those of all chunks but the last twice: the one thing in which the
-    ranks of `replica`, 0 to r - 1 over data and context, differ.
+    tensors that a partition's border cuts, and of some interleaved chunks twice: the one thing in which the ranks of
+    `replica`, 0 to r - 1 over data and context, differ.
 
     Offload moves the optimizer to the host, with ZeRO 2 and 3 the gradients too, and adds there 4 P / r for the
     gradients that the optimizer reads; under ZeRO 1 and 2 also e P / r for weights on their way back, and a buffer as
@@ -417,8 +420,7 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     ranks, total = parallel.data * parallel.context, parameters_per_rank(config, stage)
     if parallel.zero == 3:
         return _zero_3_bytes(groups, e, ranks, parallel.offload == "optimizer")
-    shares = [2 * _ceil(sum(group), 2 * ranks) for group in groups]
-    share = sum(shares)
+    share = sum(_share(group, ranks) for group in groups)
     weights, optimizer = e * ranks * share, 3 * FP32 * share + FP32 * len(groups)
     is_flat = e < FP32 and parallel.offload == "none"
     if parallel.zero == 1:
@@ -426,11 +428,8 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     elif e < FP32:
         gradients = FP32 * share
     else:
-        early = _local_groups(config, stage, parallel.virtual_pipeline - 1)
-        gradients = FP32 * sum(
-            _touched_elements(group, of_group, replica)
-            for tensors in (groups, early)
-            for group, of_group in zip(tensors, shares, strict=True)
+        gradients = FP32 * _kept_gradients(
+            groups, _local_groups(config, stage, parallel.virtual_pipeline - 1), replica, ranks
         )
     if parallel.offload == "none":
         return StateBytes(weights, gradients, optimizer, 0, 0)
@@ -439,7 +438,7 @@ def state_bytes_per_rank(config: RunConfig, stage: int = 0, replica: int = 0) ->
     return StateBytes(weights, gradients, optimizer, (FP32 + e) * share + 2 * largest, host)
 
 
-def _zero_3_bytes(groups: tuple[list[int], ...], e: int, ranks: int, offload: bool) -> StateBytes:
+def _zero_3_bytes(groups: _Groups, e: int, ranks: int, offload: bool) -> StateBytes:
     share = sum(_ceil(elements, ranks) for group in groups for elements in group)
     small = sum(
         ranks * _ceil(elements, ranks) for group in groups for elements in group if elements <= _PERSISTENT_ELEMENTS
@@ -450,14 +449,32 @@ def _zero_3_bytes(groups: tuple[list[int], ...], e: int, ranks: int, offload: bo
     return StateBytes(e * (share + small), gradients, optimizer, extra, gradients + optimizer + extra if offload else 0)
 
 
+def _kept_gradients(all_groups: _Groups, early: _Groups, replica: int, ranks: int) -> int:
+    """Elements of gradients that ZeRO 2 keeps in fp32: of all tensors of which a part lies in a replica's partition.
+
+    They have come in one buffer with the first backward pass, which is of the last chunk. Tensors that are not of that
+    chunk (`early`) got zeros of their own, to add to, and without one that is there is no buffer.
+    """
+    shares = [_share(group, ranks) for group in all_groups]
+    whole, zeros = (
+        sum(_touched_elements(group, share, replica) for group, share in zip(groups, shares, strict=True))
+        for groups in (all_groups, early)
+    )
+    return zeros + (whole if whole > zeros else 0)
+
+
 def _touched_elements(tensors: list[int], share: int, replica: int) -> int:
-    """Of all tensors of which a part lies in the partition of `replica`."""
     start, touched = 0, 0
     for elements in tensors:
         if start < (replica + 1) * share and replica * share < start + elements:
             touched += elements
         start += elements
     return touched
+
+
+def _share(tensors: list[int], ranks: int) -> int:
+    """A rank's part of them laid end to end, under ZeRO 1 and 2."""
+    return 2 * _ceil(sum(tensors), 2 * ranks)
 
 
 def _num_pieces(tensors: list[int]) -> int:

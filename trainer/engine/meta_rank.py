@@ -48,7 +48,6 @@ class BuiltRank:
 
 def prepare_process() -> None:
     """Once, in a process that does nothing else: it is as every rank in turn."""
-    gc.freeze()  # what there is by now is not looked through for every rank
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks
     torch.set_num_threads(1)
     device.activate("cpu")
@@ -57,14 +56,18 @@ def prepare_process() -> None:
 def build(config: RunConfig, rank: int) -> BuiltRank:
     """Be this rank up to its optimizer's first update. Needs `prepare_process`."""
     with _as_rank(config, rank):
-        before = live_storages()
+        gc.collect()
+        gc.freeze()  # what earlier ranks have left behind is not looked through, and not counted
         zero, num_parameters = _with_gradients(config)
-        return measure(zero, num_parameters, before)
+        try:
+            return measure(zero, num_parameters)
+        finally:
+            zero.optimizer.destroy()  # its hooks would keep all of it alive, out of sight of the garbage collector
 
 
-def measure(zero: Zero, num_parameters: int, before: _Storages) -> BuiltRank:
-    """Everything that is alive, and was not `before`, by what it is for."""
-    live = {address: size for address, size in live_storages().items() if address not in before}
+def measure(zero: Zero, num_parameters: int) -> BuiltRank:
+    """Every tensor that is alive and came after the last `gc.freeze`, by what it is for."""
+    live = _live_storages()
     for shape_only in _leaves(getattr(zero.optimizer, "round_robin_bit16_meta", [])):
         live.pop(_address(shape_only), None)  # DeepSpeed notes shapes as meta tensors
     weights = _taken(live, _weights(zero))
@@ -81,8 +84,7 @@ def measure(zero: Zero, num_parameters: int, before: _Storages) -> BuiltRank:
     )
 
 
-def live_storages() -> _Storages:
-    """Of every tensor, and every gradient, in this process since it was prepared."""
+def _live_storages() -> _Storages:
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
