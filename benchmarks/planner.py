@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from launcher.planning.rank_memory import fullest
 from launcher.planning.step_time import StepModel
 from launcher.planning.this_machine import cpu_cluster
-from planned_runs import LAYOUTS, config_of, in_use_bytes, measure, resident_bytes
+from planned_runs import ALL, UNSEEN, config_of, in_use_bytes, measure, resident_bytes
 
 _NUM_STEPS = 4
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("layouts", nargs="*", help="of tests/planned_runs.py; all of them by default")
     arguments = parser.parse_args()
-    rows = {layout: Row(planned(layout)) for layout in arguments.layouts or LAYOUTS}
+    rows = {layout: Row(planned(layout)) for layout in arguments.layouts or ALL}
     for layout, row in rows.items():
         row.in_use = in_use_bytes(config_of(layout))
     for _ in range(arguments.rounds):
@@ -63,10 +63,14 @@ def main() -> None:
     for layout, row in rows.items():
         cells = zip(row.planned, row.measured, row.ratios, (1e6, 1e6, 1.0), (0, 0, 2), strict=True)
         print(f"{layout:28}" + "".join(f"{p / u:8.{d}f} {m / u:8.{d}f} {r:5.2f} " for p, m, r, u, d in cells))
+    print("off by a factor of")
     for index, name in enumerate(("in use", "resident", "time")):
-        ratios = [row.ratios[index] for row in rows.values()]
-        factors = [max(ratio, 1 / ratio) for ratio in ratios]
-        print(f"{name}: off by a factor of {statistics.median(factors):.2f} at the median, {max(factors):.2f} at worst")
+        for which, is_unseen in (("rules were chosen on", False), ("they were not", True)):
+            ratios = [row.ratios[index] for layout, row in rows.items() if (layout in UNSEEN) == is_unseen]
+            factors = [max(ratio, 1 / ratio) for ratio in ratios]
+            if factors:
+                told = f"{statistics.median(factors):.2f} at the median, {max(factors):.2f} at worst"
+                print(f"{name:9}{told}, of {len(factors)} layouts that {which}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,33 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 PP2": {"parallel.tensor": 2, "parallel.pipeline": 2},
     "Llama-class TP2 DP2 ZeRO-2": LLAMA | {"parallel.tensor": 2, "parallel.data": 2, "parallel.zero": 2},
 }
+OTHER_SHAPE: dict[str, Any] = {
+    "model.num_layers": 6,
+    "model.hidden_size": 512,
+    "model.num_heads": 8,
+    "model.vocab_size": 8192,
+    "model.seq_length": 128,
+    "train.global_batch_size": 16,
+}
+# Of another model, and combinations that no rule of the planner was chosen on.
+UNSEEN: dict[str, dict[str, Any]] = {
+    "TP2 fp32": {"parallel.tensor": 2, "train.precision": "fp32"},
+    "DP2 ZeRO-2 fp32": {"parallel.data": 2, "parallel.zero": 2, "train.precision": "fp32"},
+    "DP2 ZeRO-3 fp32": {"parallel.data": 2, "parallel.zero": 3, "train.precision": "fp32"},
+    "DP2 ZeRO-3, of 4": {"parallel.data": 2, "parallel.zero": 3, "train.micro_batch_size": 4},
+    "PP2 ZeRO-2": {"parallel.pipeline": 2, "parallel.zero": 2},
+    "PP2 DP2 ZeRO-3": {"parallel.pipeline": 2, "parallel.data": 2, "parallel.zero": 3},
+    "TP2 DP2 ZeRO-3": {"parallel.tensor": 2, "parallel.data": 2, "parallel.zero": 3},
+    "Llama-class CP2 ZeRO-2": LLAMA | {"parallel.context": 2, "parallel.zero": 2},
+    "dropout": {"model.dropout": 0.1, "train.micro_batch_size": 4},
+    "DP2 ZeRO-2 full": {
+        "parallel.data": 2,
+        "parallel.zero": 2,
+        "train.micro_batch_size": 8,
+        "train.recompute": "full",
+    },
+}
+ALL = LAYOUTS | {name: OTHER_SHAPE | settings for name, settings in UNSEEN.items()}
 # constants of malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
@@ -69,7 +96,7 @@ def config_of(layout: str) -> RunConfig:
         "train": {"global_batch_size": 8, "micro_batch_size": 2, "precision": "bf16"},
         "launch": {"device": "cpu", "threads_per_rank": 1},
     }
-    return override(tree, [f"{key}={json.dumps(value)}" for key, value in LAYOUTS[layout].items()])
+    return override(tree, [f"{key}={json.dumps(value)}" for key, value in ALL[layout].items()])
 
 
 def measure(config: RunConfig, num_steps: int, *, returns_memory: bool) -> list[Measured]:

@@ -15,7 +15,8 @@ _BUCKET_ELEMENTS = 40_000_000
 _FRAGMENTATION_SHARE = 0.05
 """Of what is allocated and freed in every step: what PyTorch's allocator on CUDA cannot use again."""
 _HEAP_SHARE = 0.2
-"""Of all that a rank holds on a CPU: holes in the C library's heap, which grew while the model was built."""
+"""Of all that a rank holds on a CPU: holes in the C library's heap. Like the rule in `together` for what leaves more
+of them, chosen to fit what was resident in the layouts of tests/planned_runs.py (benchmarks/NOTES.md)."""
 _GATHERED_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: weights that ZeRO 3 leaves gathered from one use to the next."""
 
@@ -155,8 +156,8 @@ def standing(config: RunConfig, cluster: Cluster, stage: int) -> Standing:
         memory=memory,
         on_gpu=on_gpu,
         begin=while_backward + _gathered_bytes(config, weights),
-        reducing=while_backward + _reduced_bytes(config, weights, reduced, on_gpu),
-        updating=gathered,
+        reducing=while_backward + _reduced_bytes(config, reduced, on_gpu),
+        updating=_part_bytes(config, weights) + gathered,
         consumed_share=reduced / weights if parallel.zero > 1 else None,
         in_threads=gathered if on_gpu or parallel.zero < 3 else 4 * reduced,
     )
@@ -227,21 +228,27 @@ def _gathered_bytes(config: RunConfig, weights: int) -> float:
     return 2 * e * layer
 
 
-def _reduced_bytes(config: RunConfig, weights: int, reduced: int, on_gpu: bool) -> float:
+def _reduced_bytes(config: RunConfig, reduced: int, on_gpu: bool) -> float:
     """Of gradients, when so many have come that they are reduced, a bucket that is always there apart.
 
     ZeRO 1 adds up flat gradients in place in bf16; in fp32, when activations are gone, it has them in the bucket
-    (counted here on CPUs, as for ZeRO 2) and a rank's part once more. ZeRO 2 has them as they came, in the bucket, and
-    in bf16 copied to fp32 on their way. ZeRO 3 has them in fp32 in the bucket, and once more in the order of ranks;
-    gloo scatters sums from another copy.
+    (counted here on CPUs, as for ZeRO 2). ZeRO 2 has them as they came, in the bucket, and in bf16 copied to fp32 on
+    their way. ZeRO 3 has them in fp32 in the bucket, and once more in the order of ranks; gloo scatters sums from
+    another copy.
     """
     zero, e = config.parallel.zero, _element_bytes(config)
     if zero == 1:
-        ranks = config.parallel.data * config.parallel.context
-        return 0.0 if e == 2 else (0 if on_gpu else e * reduced) + e * weights / ranks
+        return 0.0 if e == 2 or on_gpu else e * reduced
     if zero == 2:
         return reduced * (e + (0 if on_gpu else e) + (4 if e == 2 else 0))
     return reduced * (4 if on_gpu else 8)
+
+
+def _part_bytes(config: RunConfig, weights: int) -> float:
+    """In fp32 ZeRO 1 copies the gradients of a rank's part for the optimizer, when the bucket is gone."""
+    parallel = config.parallel
+    copies = parallel.zero == 1 and config.train.precision == "fp32"
+    return 4 * weights / (parallel.data * parallel.context) if copies else 0.0
 
 
 def _gathered_by_gloo(config: RunConfig, weights: int) -> float:

@@ -274,7 +274,8 @@ class StepModel:
         if self.practice.attention == "flash":
             seen = keys / 2 if keys == model.seq_length else keys
             flops = 4 * queries * heads * model.head_size * seen
-            share = self.practice.attention_share
+            share = self.practice.attention_share or self._constants.attention_share
+            share /= 1 + self._constants.attention_half_keys / keys
             return self.rates.attention_seconds(flops, share), self.rates.attention_seconds(2.5 * flops, share)
         # batched over heads and sequences: the shape of one, the time of all
         num = heads * queries / model.seq_length

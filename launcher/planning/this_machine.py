@@ -13,7 +13,7 @@ _MEMORY_LIMITS = (
 """Of a container, in cgroups of either version; one that says `max`, or more than there is, limits nothing."""
 _CPUINFO = Path("/proc/cpuinfo")
 _BF16_SPEEDUPS = {"amx_bf16": 8.0, "avx512_bf16": 4.4}
-"""Of matrix products over fp32, by a core's instructions; the second measured, the first by what AMX does a cycle."""
+"""Of matrix products over fp32, by a core's instructions; the second measured, the first a guess."""
 
 
 def cpu_cluster(ranks: int, threads_per_rank: int | None = None) -> Cluster:

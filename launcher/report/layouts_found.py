@@ -26,7 +26,7 @@ def screen(search: Search) -> Group:
     """All of it."""
     num = search.num_devices
     lines: list[RenderableType] = [
-        Text(f"{search.config.name} on {num} x {search.cluster.device}", style="bold"),
+        Text(f"{search.config.name} on {num:,} x {search.cluster.device}", style="bold"),
         Text(f"{search.num_layouts:,} layouts, of which {search.num_fitting:,} fit"),
         Text(""),
     ]

@@ -279,8 +279,8 @@ def _head(figure: "Figure", step: _Step, shown: list[Span]) -> None:
     plan, idle = step.plan, [step.timeline.idle_seconds(stage) for stage in range(step.num_stages)]
     verdict = "fits" if plan.fits else "does not fit"
     figure.suptitle(
-        f"{plan.config.name}: {counted(plan.num_parameters)} parameters on {plan.num_devices} x {plan.cluster.device}, "
-        f"{plan.config.parallel.describe()}: {verdict}",
+        f"{plan.config.name}: {counted(plan.num_parameters)} parameters on {plan.num_devices:,} x "
+        f"{plan.cluster.device}, {plan.config.parallel.describe()}: {verdict}",
         fontsize=11,
         x=0.12 / figure.get_figwidth(),
         y=1 - 0.1 / figure.get_figheight(),

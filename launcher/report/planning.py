@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from math import isfinite
 
 from rich.columns import Columns
@@ -90,29 +91,29 @@ def legend(parts: Mapping[str, float], shown: Callable[[float], str]) -> Columns
 
 
 def validation(comparisons: Sequence[Comparison]) -> Group:
-    """Every published row, and which goals are reached."""
-    table = Table(title="published and predicted", title_justify="left")
-    table.add_column("system", overflow="fold")
-    table.add_column("model", no_wrap=True)
-    table.add_column("of", overflow="fold")
+    """Every published row, system by system, and which goals are reached."""
+    lines: list[RenderableType] = []
+    for system, rows in groupby(comparisons, lambda each: each.row.system):
+        lines += [*_compared(system, list(rows)), Text("")]
+    return Group(*lines, *(Text(_told(goal, list(comparisons))) for goal in GOALS))
+
+
+def _compared(system: str, rows: list[Comparison]) -> tuple[Text, Table]:
+    unit, digits = _UNITS[rows[0].row.quantity]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("model", min_width=8, no_wrap=True)
     for heading in ("published", "predicted", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, min_width=10, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
-    before = ""
-    for each in comparisons:
-        row = each.row
-        unit, digits = _UNITS[row.quantity]
+    for each in rows:
         table.add_row(
-            row.system if row.system != before else "",
-            row.name,
-            unit,
-            format(row.published, digits),
+            each.row.name,
+            format(each.row.published, digits),
             format(each.predicted, digits),
             Text(f"{each.error:+.1%}", style="red" if each.is_missed else ""),
-            "fitted" if row.is_fitted else "",
+            "fitted" if each.row.is_fitted else "",
         )
-        before = row.system
-    return Group(table, *(Text(_told(goal, list(comparisons))) for goal in GOALS))
+    return Text(f"{system}: {unit}", style="bold"), table
 
 
 def _told(goal: Goal, comparisons: list[Comparison]) -> str:

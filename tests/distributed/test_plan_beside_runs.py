@@ -7,7 +7,7 @@ import pytest
 
 from launcher.planning.cluster import load
 from launcher.planning.rank_memory import fullest
-from planned_runs import LAYOUTS, config_of, in_use_bytes, measure, without_model
+from planned_runs import ALL, config_of, in_use_bytes, measure, without_model
 
 TOLERANCE = 0.1
 FAST = {"full", "TP2 SP", "PP2 interleaved", "DP2 ZeRO-2", "DP2 ZeRO-3"}
@@ -24,7 +24,7 @@ else:
 
 
 @pytest.mark.parametrize(
-    "layout", [layout if layout in FAST else pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS]
+    "layout", [layout if layout in FAST else pytest.param(layout, marks=pytest.mark.slow) for layout in ALL]
 )
 def test_memory_in_use_is_as_planned(layout: str) -> None:
     config = config_of(layout)

@@ -103,7 +103,9 @@ def test_validation_prints_every_row(capsys: pytest.CaptureFixture[str]) -> None
     rows = json.loads(out)
     assert code == 0 and len(rows) == 47
     code, out, _ = outcome(capsys, "plan", "--validate")
-    assert all(name in out for name in ("1008B", "BLOOM", "70b", "reached"))
+    assert all(name in out for name in ("1008B", "BLOOM: s a step", "70b", "reached"))
+    in_a_line = re.findall(r"^(\S+) +([\d,.]+) +([\d,.]+) +[+-][\d.]+%", out, re.MULTILINE)
+    assert [name for name, *_ in in_a_line] == [row["name"] for row in rows]
 
 
 @pytest.mark.parametrize(
