@@ -16,7 +16,7 @@ from typing import NamedTuple
 from trainer.config import ModelConfig, ParallelConfig, RunConfig
 
 FP32 = 4
-_PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller tensors stay gathered
+_PERSISTENT_ELEMENTS = 100_000  # DeepSpeed's stage3_param_persistence_threshold: tensors up to this size stay gathered
 _PIECE_ELEMENTS = 1_000_000_000  # DeepSpeed's sub_group_size
 
 _Groups = tuple[list[int], list[int]]

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -55,7 +56,9 @@ def verify(config: RunConfig, ranks: Sequence[int] | None = None, update: Update
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is computed, and DeepSpeed would look for a device
     wanted = range(config.parallel.num_ranks) if ranks is None else ranks
     update("starting", 0, len(wanted), "ranks")
-    from trainer.engine import meta_rank  # before the fork: every process has what one has imported
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of optional packages that megatron-core does without
+        from trainer.engine import meta_rank  # before the fork: every process has what one has imported
 
     config = _without_transformer_engine(config)
     num_processes = min(len(os.sched_getaffinity(0)), len(wanted))

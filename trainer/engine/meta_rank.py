@@ -6,6 +6,7 @@ of every collective that it is done; tensors have shapes and no values.
 
 import gc
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class BuiltRank:
 
 def prepare_process() -> None:
     """Once, in a process that does nothing else: it is as every rank in turn."""
+    warnings.simplefilter("ignore")  # of calls that DeepSpeed makes in an old way
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks
     torch.set_num_threads(1)
     device.activate("cpu")
