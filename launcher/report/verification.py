@@ -19,8 +19,10 @@ Numbers = tuple[int, int, int, int]
 
 
 def screen(found: Verification) -> Group:
-    table = Table(title="bytes of a rank, built on the meta device", title_justify="left")
-    for heading in ("stage", "tensor", "ranks", "parameters", "weights", "gradients", "optimizer", "all"):
+    table = Table(
+        title="bytes of a rank, built on the meta device", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
+    for heading in ("stage", "tensor", "ranks", "parameters", "weights", "gradients", "optimizer"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in _rows(found.ranks):
         table.add_row(*row)
@@ -56,8 +58,7 @@ def _rows(ranks: "list[BuiltRank]") -> Iterator[tuple[str, ...]]:
                 same[later] = stages[later][0]
         done |= same.keys()
         count = sum(len(groups[each][1]) for each in same)
-        held = (*numbers, sum(numbers[1:]))
-        yield _spans(set(same.values())), tensor_ranks, f"{count:,}", *(f"{number:,}" for number in held)
+        yield _spans(set(same.values())), tensor_ranks, f"{count:,}", *(f"{number:,}" for number in numbers)
 
 
 def _numbers(rank: "BuiltRank") -> Numbers:
