@@ -25,6 +25,7 @@ LLAMA: dict[str, Any] = {
     "model.tied_embeddings": False,
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
+    "one rank": {},
     "DP3": {"parallel.data": 3},
     "DP3 CP2": {"parallel.data": 3, "parallel.context": 2},
     "TP2 SP PP2 DP3": {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2, "parallel.data": 3},
