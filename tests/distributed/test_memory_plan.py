@@ -206,15 +206,20 @@ STATES: dict[str, dict[str, Any]] = {
     "ZeRO-2 PP2": {"parallel.pipeline": 2, "parallel.zero": 2},
     "ZeRO-3 PP2 untied": {"parallel.pipeline": 2, "parallel.zero": 3, "model.tied_embeddings": False},
 }
-# Of fp32 and bf16, one rank and two, the fast ones have both under every ZeRO stage, though not each with each.
+# The fast ones have fp32 and bf16 under every ZeRO stage, and offload under 2 and 3.
 SLOW = {
     "ZeRO-1 fp32 DP2",
     "ZeRO-1 fp32 DP2 offload",
     "ZeRO-1 bf16 one rank",
+    "ZeRO-1 bf16 DP2 offload",
     "ZeRO-2 fp32 one rank",
+    "ZeRO-2 bf16 one rank",
+    "ZeRO-2 fp32 DP2",
     "ZeRO-2 fp32 DP2 offload",
     "ZeRO-3 fp32 one rank",
     "ZeRO-3 fp32 DP2",
+    "ZeRO-3 bf16 one rank",
+    "ZeRO-3 bf16 DP2 offload",
     "ZeRO-1 DP3",
     "ZeRO-2 fp32 DP3 interleaved offload",
     "ZeRO-3 Llama-class TP2 DP2",

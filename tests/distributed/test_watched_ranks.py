@@ -204,7 +204,11 @@ def is_slow_in(phase: Phase, slow: int) -> Callable[[RankSpec], None]:
 
 @pytest.mark.parametrize(
     ("layout", "phase"),
-    [({"data": 2, "tensor": 2}, "loading data"), ({"data": 2, "pipeline": 2}, "computing"), ({"data": 4}, "computing")],
+    [
+        ({"data": 2, "tensor": 2}, "loading data"),
+        ({"data": 2, "pipeline": 2}, "computing"),
+        pytest.param({"data": 4}, "computing", marks=pytest.mark.slow),
+    ],
 )
 def test_a_slow_rank_is_named_though_all_ranks_take_as_long(
     layout: dict[str, int], phase: Phase, data: Path, tmp_path: Path

@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
-SLOW = {"PP2", "PP2 offload bf16", "TP2 SP selective"}
+SLOW = {"PP2", "PP2 interleaved full", "PP2 offload bf16", "TP2 SP selective"}
 
 
 def with_limits(config: RunConfig) -> dict[str, Any]:

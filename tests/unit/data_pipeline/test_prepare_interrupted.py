@@ -103,6 +103,7 @@ def test_a_killed_preparation_run_again_ends_in_the_same_bytes(corpus_folder: Pa
     assert {".work", "part.json", "joined", "manifest.json"} <= left_behind, "the kills were spread over the whole job"
 
 
+@pytest.mark.slow
 def test_the_same_where_the_first_pass_tokenizes(corpus_folder: Path, tmp_path: Path) -> None:
     from data_pipeline.tokenization import train_bpe
 

@@ -442,6 +442,7 @@ except ExportMismatch:
 """
 
 
+@pytest.mark.slow
 def test_transformers_prints_nothing(exports: dict[str, Export], tmp_path: Path) -> None:
     """Neither for a prompt it finds too long, nor for weights it misses, nor bars while it loads."""
     folder = tmp_path / "damaged"
