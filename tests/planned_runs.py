@@ -20,7 +20,7 @@ from trainer.engine.engine import Engine
 
 MODEL = {"num_layers": 8, "hidden_size": 384, "num_heads": 6, "vocab_size": 4096, "seq_length": 256}
 NO_MODEL = {"hidden_size": 48, "vocab_size": 128, "seq_length": 32}
-LLAMA: dict[str, Any] = {
+LLAMA_CLASS: dict[str, Any] = {
     "model.num_kv_heads": 2,
     "model.positions": "rotary",
     "model.norm": "rms",
@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "micro-batches of 8": {"train.micro_batch_size": 8},
     "selective": {"train.micro_batch_size": 8, "train.recompute": "selective"},
     "full": {"train.micro_batch_size": 8, "train.recompute": "full"},
-    "Llama-class": LLAMA | {"train.micro_batch_size": 4},
+    "Llama-class": LLAMA_CLASS | {"train.micro_batch_size": 4},
     "TP2": {"parallel.tensor": 2},
     "TP2 SP": {"parallel.tensor": 2, "parallel.sequence": True, "train.micro_batch_size": 4},
     "PP2": {"parallel.pipeline": 2},
@@ -45,7 +45,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2 ZeRO-3": {"parallel.data": 2, "parallel.zero": 3},
     "DP2 fp32": {"parallel.data": 2, "train.precision": "fp32"},
     "TP2 PP2": {"parallel.tensor": 2, "parallel.pipeline": 2},
-    "Llama-class TP2 DP2 ZeRO-2": LLAMA | {"parallel.tensor": 2, "parallel.data": 2, "parallel.zero": 2},
+    "Llama-class TP2 DP2 ZeRO-2": LLAMA_CLASS | {"parallel.tensor": 2, "parallel.data": 2, "parallel.zero": 2},
 }
 OTHER_SHAPE: dict[str, Any] = {
     "model.num_layers": 6,
@@ -64,7 +64,7 @@ UNSEEN: dict[str, dict[str, Any]] = {
     "PP2 ZeRO-2": {"parallel.pipeline": 2, "parallel.zero": 2},
     "PP2 DP2 ZeRO-3": {"parallel.pipeline": 2, "parallel.data": 2, "parallel.zero": 3},
     "TP2 DP2 ZeRO-3": {"parallel.tensor": 2, "parallel.data": 2, "parallel.zero": 3},
-    "Llama-class CP2 ZeRO-2": LLAMA | {"parallel.context": 2, "parallel.zero": 2},
+    "Llama-class CP2 ZeRO-2": LLAMA_CLASS | {"parallel.context": 2, "parallel.zero": 2},
     "dropout": {"model.dropout": 0.1, "train.micro_batch_size": 4},
     "DP2 ZeRO-2 full": {
         "parallel.data": 2,

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from parity import global_batch
+from planned_runs import LLAMA_CLASS
 from ranks import run_on_ranks
 from trainer import parallel
 from trainer.config import RunConfig
@@ -27,14 +28,7 @@ from trainer.plan import (
 )
 
 MODEL = {"num_layers": 4, "hidden_size": 64, "num_heads": 8, "vocab_size": 120, "seq_length": 96}
-LLAMA: dict[str, Any] = {
-    "model.num_kv_heads": 4,
-    "model.positions": "rotary",
-    "model.norm": "rms",
-    "model.activation": "swiglu",
-    "model.biases": "none",
-    "model.tied_embeddings": False,
-}
+LLAMA: dict[str, Any] = LLAMA_CLASS | {"model.num_kv_heads": 4}
 TP2: dict[str, Any] = {"parallel.tensor": 2}
 TP2_SP: dict[str, Any] = {"parallel.tensor": 2, "parallel.sequence": True}
 CP2: dict[str, Any] = {"parallel.context": 2}

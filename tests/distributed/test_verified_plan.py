@@ -11,19 +11,13 @@ from rich.console import Console
 from launcher.cli.main import main
 from launcher.report import verification
 from launcher.verbs.verifying import Verification, differences, verify
+from planned_runs import LLAMA_CLASS
 from trainer.config import RunConfig
 from trainer.config_file import from_tree, override
 
 # Nothing divides evenly: partitions of every ZeRO stage are filled up, and their borders cut tensors.
 MODEL = {"num_layers": 4, "hidden_size": 400, "num_heads": 8, "vocab_size": 1000, "seq_length": 48}
-LLAMA: dict[str, Any] = {
-    "model.num_kv_heads": 4,
-    "model.positions": "rotary",
-    "model.norm": "rms",
-    "model.activation": "swiglu",
-    "model.biases": "none",
-    "model.tied_embeddings": False,
-}
+LLAMA: dict[str, Any] = LLAMA_CLASS | {"model.num_kv_heads": 4}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "DP3": {"parallel.data": 3},
